@@ -1,0 +1,27 @@
+"""Gated DeltaNet-2 in JAX (arXiv 2605.22791).
+
+The public names below are loaded on first use, so that data workers and
+`--help` never pay for importing JAX.
+"""
+
+import importlib
+
+_HOME = {
+  "gdn2": "gdn2_jax.ops.gdn2",
+  "gdn2_step": "gdn2_jax.ops.gdn2",
+  "LM": "gdn2_jax.model.lm",
+  "ModelConfig": "gdn2_jax.model.lm",
+}
+
+__version__ = "0.1.0"
+__all__ = ["LM", "ModelConfig", "__version__", "gdn2", "gdn2_step"]  # noqa: F822
+
+
+def __getattr__(name: str):
+  if name not in _HOME:
+    raise AttributeError(f"module 'gdn2_jax' has no attribute {name!r}")
+  return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+  return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Gate dynamics: collected gates and states, half-lives, overwrites."""

@@ -1,0 +1,1 @@
+"""Corpus, tokenizer, packed rows and the grain pipeline (numpy only)."""

@@ -1,0 +1,1 @@
+"""Evaluations: held-out loss at several lengths, n-gram baselines."""

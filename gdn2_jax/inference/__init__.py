@@ -1,0 +1,1 @@
+"""Jitted prefill, decode and sampling with an explicit state."""

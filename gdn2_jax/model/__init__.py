@@ -1,0 +1,1 @@
+"""Flax linen model family: mixers, block, language model."""

@@ -1,0 +1,1 @@
+"""Pure functions of arrays: no flax, no config objects, no I/O."""

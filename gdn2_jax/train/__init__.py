@@ -1,0 +1,1 @@
+"""Training: configuration, optimizer, step, checkpoints and the loop."""
