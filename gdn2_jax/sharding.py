@@ -1,0 +1,181 @@
+"""The device mesh, the logical-axis rules, and the checks made before either.
+
+Models name the axes of their arrays ("embed", "heads", ...); RULES says which
+mesh axis each name is split over. The mesh has three axes:
+
+  data    copies of the parameters, batch rows split
+  fsdp    parameters split by "embed", batch rows split as well
+  tensor  heads, MLP width and vocabulary split
+
+Every use goes through `use_mesh`: linen reads only the mesh that
+`jax.set_mesh` installs, so a plain `with mesh:` would silently drop every
+logical constraint, and explicit axis types would turn them into assertions.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+  ("batch", ("data", "fsdp")),
+  ("length", None),
+  # Parameters.
+  ("embed", "fsdp"),
+  ("mlp", "tensor"),
+  ("heads", "tensor"),
+  ("kv_heads", "tensor"),
+  ("vocab", "tensor"),
+  ("layers", None),
+  ("key_dim", None),
+  ("value_dim", None),
+  ("head_dim", None),
+  ("gate_rank", None),
+  ("taps", None),
+  # The width of activations: "embed" would collide with the batch on fsdp.
+  ("act_embed", None),
+)
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class MeshConfig:
+  """Devices along each mesh axis.
+
+  Attributes:
+    data: copies of the parameters; batch rows are split over data x fsdp.
+    fsdp: shards of the parameters and of the optimizer state.
+    tensor: shards of heads, MLP width and vocabulary.
+
+  At most one of the three may be -1: all devices that the others leave.
+  """
+
+  data: int = 1
+  fsdp: int = 1
+  tensor: int = 1
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
+  """Sizes of the mesh axes, with -1 filled in.
+
+  Args:
+    config: the sizes asked for.
+    num_devices: how many devices the mesh must use.
+
+  Returns:
+    {"data": ..., "fsdp": ..., "tensor": ...}, in mesh order.
+
+  Raises:
+    ValueError: a size is neither positive nor -1, two are -1, or the product
+      is not num_devices.
+  """
+  sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+  for axis, size in sizes.items():
+    if size < 1 and size != -1:
+      raise ValueError(
+        f"--config.mesh.{axis}={size}: expected a positive number of devices, "
+        "or -1 for all the remaining ones"
+      )
+  free = [axis for axis, size in sizes.items() if size == -1]
+  if len(free) > 1:
+    raise ValueError(
+      f"--config.mesh.{free[0]}=-1 and --config.mesh.{free[1]}=-1: only one "
+      "axis can take the remaining devices"
+    )
+  product = 1
+  for size in sizes.values():
+    product *= 1 if size == -1 else size
+  if free:
+    sizes[free[0]] = num_devices // product
+    product *= sizes[free[0]]
+  if product != num_devices:
+    flags = ", ".join(f"--config.mesh.{a}={getattr(config, a)}" for a in sizes)
+    raise ValueError(
+      f"{flags}: the mesh needs {product or 'at least one per axis'} devices "
+      f"but there are {num_devices}; set one axis to -1 to use them all"
+    )
+  return sizes
+
+
+def make_mesh(
+  config: MeshConfig, devices: Sequence[Any] | None = None
+) -> Mesh:
+  """The mesh (data, fsdp, tensor) over `devices`, by default all of them.
+
+  Raises:
+    ValueError: see `mesh_shape`.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  shape = mesh_shape(config, len(devices))
+  return jax.make_mesh(
+    tuple(shape.values()),
+    MESH_AXES,
+    axis_types=(AxisType.Auto,) * len(MESH_AXES),
+    devices=devices,
+  )
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
+  """Installs the mesh and the logical-axis rules for the `with` body."""
+  with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    yield mesh
+
+
+def shards_of(logical_axis: str, shape: Mapping[str, int]) -> int:
+  """Into how many parts a logical axis is split on a mesh of this shape."""
+  mesh_axes = dict(RULES)[logical_axis]
+  if mesh_axes is None:
+    return 1
+  if isinstance(mesh_axes, str):
+    mesh_axes = (mesh_axes,)
+  parts = 1
+  for axis in mesh_axes:
+    parts *= shape[axis]
+  return parts
+
+
+def check_divisible(
+  shape: Mapping[str, int], sizes: Sequence[tuple[str, str, int]]
+) -> None:
+  """Refuses sizes that the mesh cannot split evenly.
+
+  Args:
+    shape: sizes of the mesh axes, from `mesh_shape`.
+    sizes: (flag that sets the size, logical axis, size) triples.
+
+  Raises:
+    ValueError: naming the flag, the size, the logical and the mesh axes.
+  """
+  for flag, logical_axis, size in sizes:
+    parts = shards_of(logical_axis, shape)
+    if size % parts:
+      mesh_axes = dict(RULES)[logical_axis]
+      names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
+      over = " x ".join(f"{a}={shape[a]}" for a in names or ())
+      raise ValueError(
+        f"{flag} gives {size} along {logical_axis!r}, which does not divide "
+        f"over the mesh axes {over} ({parts} parts)"
+      )
+
+
+def shardings_of(boxed: Any, mesh: Mesh) -> Any:
+  """NamedSharding of every leaf of a tree boxed with logical axis names."""
+  return nn.logical_to_mesh_sharding(
+    nn.get_partition_spec(boxed), mesh, RULES
+  )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Sharding of a batch [B, ...]: rows over data and fsdp."""
+  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Sharding of a value that every device holds."""
+  return NamedSharding(mesh, PartitionSpec())

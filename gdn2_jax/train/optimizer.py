@@ -1,0 +1,145 @@
+"""AdamW with linear warm-up and cosine decay.
+
+    m_t = b1 m + (1 - b1) dL        n_t = b2 n + (1 - b2) dL^2
+    x  -= lr_t (m_hat / (sqrt(n_hat) + eps) + weight_decay x)
+
+The gradient is first scaled to a global norm of at most `clip_norm`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+DECAY_MASKS = ("all", "matrices")
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class OptimizerConfig:
+  """AdamW and its schedule; the defaults are those of the paper.
+
+  Attributes:
+    lr: peak learning rate.
+    final_lr: learning rate of the last step.
+    warmup_fraction: share of the steps spent on the linear warm-up.
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment.
+    weight_decay: decoupled weight decay, multiplied by the learning rate.
+    decay_mask: "all" decays every parameter, as the public training script of
+      the paper does; "matrices" leaves out vectors and scalars (norm weights,
+      biases, A_log, dt_bias).
+    clip_norm: largest global norm of the gradient; 0 turns clipping off.
+  """
+
+  lr: float = 4e-4
+  final_lr: float = 4e-5
+  warmup_fraction: float = 0.01
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  decay_mask: str = "all"
+  clip_norm: float = 1.0
+
+
+def validate(config: OptimizerConfig) -> None:
+  """Raises ValueError naming the flag whose value makes no sense."""
+
+  def require(ok: bool, field: str, expected: str) -> None:
+    if not ok:
+      raise ValueError(
+        f"--config.optimizer.{field}={getattr(config, field)!r}: "
+        f"expected {expected}"
+      )
+
+  require(config.lr > 0, "lr", "a positive number")
+  require(
+    0 <= config.final_lr <= config.lr,
+    "final_lr",
+    f"a number from 0 to --config.optimizer.lr={config.lr}",
+  )
+  require(0 <= config.warmup_fraction < 1, "warmup_fraction", "0 <= x < 1")
+  require(0 <= config.b1 < 1, "b1", "0 <= x < 1")
+  require(0 <= config.b2 < 1, "b2", "0 <= x < 1")
+  require(config.eps > 0, "eps", "a positive number")
+  require(config.weight_decay >= 0, "weight_decay", "0 or more")
+  require(config.clip_norm >= 0, "clip_norm", "0 (no clipping) or more")
+  require(
+    config.decay_mask in DECAY_MASKS, "decay_mask", f"one of {DECAY_MASKS}"
+  )
+
+
+def warmup_steps(config: OptimizerConfig, num_steps: int) -> int:
+  """Steps of the linear warm-up."""
+  return round(config.warmup_fraction * num_steps)
+
+
+def learning_rate(
+  config: OptimizerConfig, num_steps: int
+) -> Callable[[Any], jax.Array]:
+  """The schedule: step (from 0) -> learning rate, float32.
+
+  The first step is already lr / warm-up steps, not 0, so that no batch is
+  wasted; the last of num_steps is final_lr.
+  """
+  warmup = warmup_steps(config, num_steps)
+  decay = max(num_steps - 1 - warmup, 1)
+
+  def schedule(step):
+    step = jnp.asarray(step, jnp.float32)
+    rising = config.lr * (step + 1.0) / max(warmup, 1)
+    progress = jnp.minimum((step - warmup) / decay, 1.0)
+    cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+    falling = config.final_lr + (config.lr - config.final_lr) * cosine
+    return jnp.where(step < warmup, rising, falling)
+
+  return schedule
+
+
+def decay_mask(config: OptimizerConfig, boxed_params: Any) -> Any:
+  """Which parameters weight decay applies to.
+
+  Args:
+    config: `decay_mask` is read.
+    boxed_params: parameters, or their shapes, boxed with axis names. A
+      parameter is a matrix if two or more of its axes are not "layers": the
+      axis that stacks scanned layers must not turn vectors into matrices.
+
+  Returns:
+    A tree of bool, one per parameter.
+  """
+
+  def decays(leaf):
+    if config.decay_mask == "all":
+      return True
+    if isinstance(leaf, nn.meta.AxisMetadata):
+      return sum(name != "layers" for name in leaf.names) >= 2
+    return leaf.ndim >= 2
+
+  return jax.tree.map(
+    decays,
+    boxed_params,
+    is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata),
+  )
+
+
+def make_optimizer(
+  config: OptimizerConfig, num_steps: int, mask: Any
+) -> optax.GradientTransformation:
+  """The optax transformation; `mask` comes from `decay_mask`."""
+  clip = (
+    optax.clip_by_global_norm(config.clip_norm)
+    if config.clip_norm
+    else optax.identity()
+  )
+  return optax.chain(
+    clip,
+    optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+    optax.add_decayed_weights(config.weight_decay, mask=mask),
+    optax.scale_by_learning_rate(learning_rate(config, num_steps)),
+  )
