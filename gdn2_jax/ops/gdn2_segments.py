@@ -1,0 +1,39 @@
+"""Packed rows: where the state of gdn2 restarts, and which tokens are padding.
+
+A row of segment_ids holds one id per token. 0 is padding, transparent to the
+recurrence wherever it stands; a token whose id differs from that of the last
+token before it that is not padding starts from a zero state. The first
+segment of a row continues the incoming state.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+
+def segment_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+  """True where the state restarts from zero before the token is read."""
+  T = segment_ids.shape[1]
+  valid_BT = segment_ids != 0
+  index_BT = jnp.where(valid_BT, jnp.arange(T)[None], -1)
+  # Index of the last valid token strictly before t, -1 where there is none.
+  last_BT = lax.cummax(index_BT, axis=1)
+  last_BT = jnp.pad(last_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+  before_BT = jnp.take_along_axis(segment_ids, jnp.maximum(last_BT, 0), axis=1)
+  return valid_BT & (last_BT >= 0) & (before_BT != segment_ids)
+
+
+def reset_counts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+  """Number of restarts up to and including each token.
+
+  Two tokens share a state exactly where their counts are equal.
+  """
+  return jnp.cumsum(segment_starts(segment_ids), axis=1, dtype=jnp.int32)
+
+
+def drop_padding(
+  segment_ids: Int[Array, "B T"], *arrays: Float[Array, "B T _ _"]
+) -> tuple[Float[Array, "B T _ _"], ...]:
+  """Zeroes every array at padding tokens, whatever stood there (also NaN)."""
+  valid = (segment_ids != 0)[:, :, None, None]
+  return tuple(jnp.where(valid, x, jnp.zeros((), x.dtype)) for x in arrays)
