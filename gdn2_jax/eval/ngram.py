@@ -1,0 +1,226 @@
+"""Unigram and bigram baselines on exactly the targets the model is scored on.
+
+A loss means little alone: the unigram says what token frequencies buy, the
+bigram what one token of context buys. Both are normalised distributions over
+the whole vocabulary, fitted on the training tokens. NumPy only.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from gdn2_jax.eval import report
+
+
+class Unigram:
+  """p(w) = (c(w) + 1) / (N + VOCAB), add-one smoothing.
+
+  Args:
+    targets: [N] token ids in [0, vocab_size).
+    vocab_size: VOCAB.
+
+  Raises:
+    ValueError: an id outside the vocabulary.
+  """
+
+  def __init__(self, targets: Int[np.ndarray, " N"], vocab_size: int):
+    _check_ids("targets", targets, vocab_size)
+    counts = np.bincount(targets, minlength=vocab_size)
+    self.probabilities = (counts + 1.0) / (len(targets) + vocab_size)
+
+  def nll(
+    self, contexts: Int[np.ndarray, " N"], targets: Int[np.ndarray, " N"]
+  ) -> Float[np.ndarray, " N"]:
+    """Returns -ln p(target), [N] float64; the contexts are not used."""
+    del contexts
+    return -np.log(self.probabilities[targets])
+
+
+class Bigram:
+  """Interpolated Kneser-Ney with three discounts (Chen and Goodman, 1999).
+
+  p(w | u) = (c(u, w) - D(c(u, w))) / c(u) + lambda(u) p1(w), where p1 counts
+  the distinct contexts of w instead of its occurrences, is discounted in the
+  same way, and falls back to 1 / VOCAB. An unseen u gives p1.
+
+  Args:
+    contexts: [N] the token before each target.
+    targets: [N] token ids in [0, vocab_size).
+    vocab_size: VOCAB.
+
+  Raises:
+    ValueError: an id outside the vocabulary, or different lengths.
+  """
+
+  def __init__(
+    self,
+    contexts: Int[np.ndarray, " N"],
+    targets: Int[np.ndarray, " N"],
+    vocab_size: int,
+  ):
+    _check_ids("contexts", contexts, vocab_size)
+    _check_ids("targets", targets, vocab_size)
+    if len(contexts) != len(targets):
+      raise ValueError(
+        f"contexts: expected as many as targets ({len(targets)}), got "
+        f"{len(contexts)}"
+      )
+    self.vocab_size = vocab_size
+    keys, counts = np.unique(
+      _pair_keys(contexts, targets, vocab_size), return_counts=True
+    )
+    u, w = np.divmod(keys, vocab_size)
+
+    distinct_contexts = np.bincount(w, minlength=vocab_size)
+    self._lower = _discounted(distinct_contexts)
+    # Mass taken off the seen tokens, spread evenly; all of it if none is.
+    self._lower += (1.0 - self._lower.sum()) / vocab_size
+
+    discounts = _discounts(counts)[np.minimum(counts, 3)]
+    context_counts = np.bincount(u, weights=counts, minlength=vocab_size)
+    freed = np.bincount(u, weights=discounts, minlength=vocab_size)
+    seen = context_counts > 0
+    self._backoff = np.ones(vocab_size)
+    self._backoff[seen] = freed[seen] / context_counts[seen]
+    self._keys = keys
+    self._seen = (counts - discounts) / context_counts[u]
+
+  def probability(
+    self, contexts: Int[np.ndarray, " N"], targets: Int[np.ndarray, " N"]
+  ) -> Float[np.ndarray, " N"]:
+    """Returns p(target | context), [N] float64."""
+    p = self._backoff[contexts] * self._lower[targets]
+    if len(self._keys):
+      wanted = _pair_keys(contexts, targets, self.vocab_size)
+      at = np.searchsorted(self._keys, wanted)
+      at = np.minimum(at, len(self._keys) - 1)
+      p += np.where(self._keys[at] == wanted, self._seen[at], 0.0)
+    return p
+
+  def nll(
+    self, contexts: Int[np.ndarray, " N"], targets: Int[np.ndarray, " N"]
+  ) -> Float[np.ndarray, " N"]:
+    """Returns -ln p(target | context), [N] float64."""
+    return -np.log(self.probability(contexts, targets))
+
+
+def training_pairs(
+  tokens: Int[np.ndarray, " N"], eos_id: int
+) -> tuple[Int[np.ndarray, " P"], Int[np.ndarray, " P"]]:
+  """Returns the (context, target) pairs that lie inside one document.
+
+  Args:
+    tokens: [N] documents one after the other, `eos_id` after each.
+    eos_id: what ends a document; a pair that starts with it is left out, as
+      the model's loss mask leaves it out.
+  """
+  contexts = np.asarray(tokens[:-1], np.int64)
+  targets = np.asarray(tokens[1:], np.int64)
+  inside = contexts != eos_id
+  return contexts[inside], targets[inside]
+
+
+def ngram_baselines(
+  dataset,
+  *,
+  seq_len: int,
+  batch_size: int = 64,
+  rows: int | None = None,
+  on_batch: Callable[[], object] | None = None,
+) -> list[report.LossReport]:
+  """Fits on the training tokens and scores the model's validation targets.
+
+  Args:
+    dataset: gives train_tokens(), tokenizer, validation_batches(...) and
+      validation_bytes_per_token.
+    seq_len: tokens of a row; decides which targets are scored.
+    batch_size: rows read at a time; does not change the result.
+    rows: validation rows scored, from the first; None = all.
+    on_batch: called after each batch, for a progress bar.
+
+  Returns:
+    The reports "unigram" and "bigram (Kneser-Ney)".
+  """
+  vocab_size = dataset.tokenizer.vocab_size
+  contexts, targets = training_pairs(
+    dataset.train_tokens(), dataset.tokenizer.eos_id
+  )
+  predictors = {
+    "unigram": Unigram(targets, vocab_size),
+    "bigram (Kneser-Ney)": Bigram(contexts, targets, vocab_size),
+  }
+  nats = dict.fromkeys(predictors, 0.0)
+  tokens = 0
+  batches = dataset.validation_batches(seq_len, batch_size)
+  for batch in first_rows(batches, rows):
+    scored = batch["loss_mask"] > 0
+    contexts = batch["inputs"][scored].astype(np.int64)
+    targets = batch["targets"][scored].astype(np.int64)
+    tokens += len(targets)
+    for name, predictor in predictors.items():
+      nats[name] += float(predictor.nll(contexts, targets).sum())
+    if on_batch is not None:
+      on_batch()
+  return [
+    report.make_report(
+      name,
+      nats=nats[name],
+      tokens=tokens,
+      seq_len=seq_len,
+      bytes_per_token=dataset.validation_bytes_per_token,
+    )
+    for name in predictors
+  ]
+
+
+def first_rows(
+  batches: Iterable[dict[str, np.ndarray]], rows: int | None
+) -> Iterable[dict[str, np.ndarray]]:
+  """Yields batches until `rows` rows have been given, the last one cut."""
+  left = math.inf if rows is None else rows
+  for batch in batches:
+    if left <= 0:
+      return
+    size = len(batch["inputs"])
+    if size > left:
+      batch = {name: array[:left] for name, array in batch.items()}
+    left -= size
+    yield batch
+
+
+def _pair_keys(contexts, targets, vocab_size: int):
+  """One int64 per pair; sorts by context, then by target."""
+  return np.asarray(contexts, np.int64) * vocab_size + targets
+
+
+def _discounted(counts):
+  """(c - D(c)) / sum c for each token; all zeros where nothing was counted."""
+  if not counts.sum():
+    return np.zeros(len(counts))
+  kept = counts - _discounts(counts[counts > 0])[np.minimum(counts, 3)]
+  return kept / counts.sum()
+
+
+def _discounts(counts):
+  """Returns [0, D1, D2, D3+] from how many counts are 1, 2, 3 and 4.
+
+  D_r = r - (r + 1) Y n_{r+1} / n_r with Y = n_1 / (n_1 + 2 n_2). Text far
+  too short for that gives values outside (0, r); those become r / 2.
+  """
+  n = np.bincount(np.minimum(counts, 5), minlength=6).astype(np.float64)
+  y = n[1] / (n[1] + 2 * n[2]) if n[1] else 0.0
+  discounts = np.zeros(4)
+  for r in (1, 2, 3):
+    d = r - (r + 1) * y * n[r + 1] / n[r] if n[r] else r / 2
+    discounts[r] = d if 0 < d < r else r / 2
+  return discounts
+
+
+def _check_ids(name: str, ids: np.ndarray, vocab_size: int) -> None:
+  if len(ids) and not (ids.min() >= 0 and ids.max() < vocab_size):
+    raise ValueError(
+      f"{name}: expected ids in [0, {vocab_size}), got "
+      f"[{ids.min()}, {ids.max()}]"
+    )
