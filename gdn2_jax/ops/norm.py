@@ -1,0 +1,134 @@
+"""Normalisations over the last axis, float32 inside, result in x.dtype.
+
+l2_norm        x / sqrt(sum x^2 + eps)
+rms_norm       x / sqrt(mean x^2 + eps) * weight
+gated_rms_norm rms_norm(x) * act(gate)
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+def _compute_dtype(x):
+  """float32, or float64 where x is float64."""
+  return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _check_float(name, x):
+  if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim < 1:
+    raise ValueError(
+      f"{name}: expected a floating-point array with at least one axis, got "
+      f"{x.dtype} of shape {x.shape}"
+    )
+
+
+def _check_eps(eps):
+  if not eps > 0:
+    raise ValueError(f"eps: expected a positive number, got {eps}")
+
+
+def _check_weight(weight, x):
+  if weight.shape != x.shape[-1:]:
+    raise ValueError(
+      f"weight: expected shape {x.shape[-1:]} (the last axis of x), got "
+      f"{weight.shape}"
+    )
+
+
+def l2_norm(x: Float[Array, "*axes K"], eps: float = 1e-6) -> Array:
+  """Scales every vector of the last axis to unit length.
+
+    x / sqrt(sum x^2 + eps)
+
+  Args:
+    x: [..., K], any floating dtype.
+    eps: added to the sum of squares; a zero vector stays zero.
+
+  Returns:
+    [..., K] in x.dtype.
+
+  Raises:
+    ValueError: x is not floating or has no axis, or eps is not positive.
+  """
+  _check_float("x", x)
+  _check_eps(eps)
+  wide = x.astype(_compute_dtype(x))
+  square_sum = jnp.sum(wide * wide, axis=-1, keepdims=True)
+  return (wide * lax.rsqrt(square_sum + eps)).astype(x.dtype)
+
+
+def _rms_norm(x, weight, eps):
+  """rms_norm in the compute dtype, before the cast back to x.dtype."""
+  wide = x.astype(_compute_dtype(x))
+  mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+  weight = weight.astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+  return wide * lax.rsqrt(mean_square + eps) * weight
+
+
+def rms_norm(
+  x: Float[Array, "*axes D"], weight: Float[Array, " D"], eps: float = 1e-5
+) -> Array:
+  """Root-mean-square norm.
+
+    x / sqrt(mean x^2 + eps) * weight
+
+  Args:
+    x: [..., D], any floating dtype.
+    weight: [D].
+    eps: added to the mean of squares.
+
+  Returns:
+    [..., D] in x.dtype.
+
+  Raises:
+    ValueError: a shape or dtype does not fit, or eps is not positive.
+  """
+  _check_float("x", x)
+  _check_weight(weight, x)
+  _check_eps(eps)
+  return _rms_norm(x, weight, eps).astype(x.dtype)
+
+
+def gated_rms_norm(
+  x: Float[Array, "*axes V"],
+  gate: Float[Array, "*axes V"],
+  weight: Float[Array, " V"],
+  *,
+  activation: Literal["silu", "sigmoid"] = "silu",
+  eps: float = 1e-5,
+) -> Array:
+  """The output norm of the layer (section 3.5 of the paper).
+
+    x / sqrt(mean x^2 + eps) * weight * act(gate)
+
+  Args:
+    x: [..., V], any floating dtype.
+    gate: [..., V], before the activation.
+    weight: [V].
+    activation: "silu" (the paper's) or "sigmoid".
+    eps: added to the mean of squares.
+
+  Returns:
+    [..., V] in x.dtype; norm, activation and product are one float32 chain.
+
+  Raises:
+    ValueError: a shape, dtype or the activation does not fit.
+  """
+  _check_float("x", x)
+  if gate.shape != x.shape:
+    raise ValueError(
+      f"gate: expected the shape of x, {x.shape}, got {gate.shape}"
+    )
+  _check_weight(weight, x)
+  _check_eps(eps)
+  if activation not in ("silu", "sigmoid"):
+    raise ValueError(
+      f"activation: expected 'silu' or 'sigmoid', got {activation!r}"
+    )
+  act = jax.nn.silu if activation == "silu" else jax.nn.sigmoid
+  normed = _rms_norm(x, weight, eps)
+  return (normed * act(gate.astype(normed.dtype))).astype(x.dtype)

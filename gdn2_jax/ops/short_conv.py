@@ -1,0 +1,182 @@
+"""Causal depthwise convolution over time, a few taps wide.
+
+    y_t = bias + sum_i kernel[W-1-i] * x_{t-i},   i = 0 .. W-1
+
+with x_{t-i} taken from the carried state where t - i < 0 and as zero where it
+belongs to another segment. No activation inside.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+
+def _check(x, kernel, bias, state, segment_ids):
+  """Refuses what does not fit, before any compute."""
+  if x.ndim != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(
+      f"x: expected floating [B, T, C], got {x.dtype} of shape {x.shape}"
+    )
+  batch, time, channels = x.shape
+  if time < 1:
+    raise ValueError(f"x: expected T >= 1, got shape {x.shape}")
+  if kernel.ndim != 2 or kernel.shape[0] < 1 or kernel.shape[1] != channels:
+    raise ValueError(
+      f"kernel: expected [W, C] with W >= 1 and C = {channels}, got "
+      f"{kernel.shape}"
+    )
+  if bias is not None and bias.shape != (channels,):
+    raise ValueError(f"bias: expected [C] = ({channels},), got {bias.shape}")
+  if state is not None:
+    expected = (batch, kernel.shape[0] - 1, channels)
+    if state.shape != expected or state.dtype != x.dtype:
+      raise ValueError(
+        f"state: expected {x.dtype} [B, W-1, C] = {expected}, got "
+        f"{state.dtype} of shape {state.shape}"
+      )
+  if segment_ids is not None and (
+    segment_ids.shape != (batch, time)
+    or not jnp.issubdtype(segment_ids.dtype, jnp.integer)
+  ):
+    raise ValueError(
+      f"segment_ids: expected integer [B, T] = {(batch, time)}, got "
+      f"{segment_ids.dtype} of shape {segment_ids.shape}"
+    )
+
+
+# Residuals are the inputs: autodiff alone would keep W widened copies of x.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _taps(past_x, kernel, bias, ids):
+  """The W shifted products of [B, W-1+T, C], oldest first, in x.dtype."""
+  width, channels = kernel.shape
+  time = past_x.shape[1] - width + 1
+  dtype = jnp.promote_types(past_x.dtype, jnp.float32)
+  taps = kernel.astype(dtype).reshape((width, 1, 1, channels))
+  reach = None if ids is None else _reach(ids, width)
+  y = None
+  for tap in range(width):
+    term = taps[tap] * past_x[:, tap : tap + time].astype(dtype)
+    if reach is not None:
+      term = jnp.where(reach[width - 1 - tap][:, :, None], term, 0)
+    y = term if y is None else y + term
+  if bias is not None:
+    bias = bias.astype(dtype).reshape((1, 1, channels))
+    y = y + bias
+    if reach is not None:
+      y = jnp.where(reach[0][:, :, None], y, 0)
+  return y.astype(past_x.dtype)
+
+
+def _reach(ids, width):
+  """reach[i][b, t]: x_{t-i} lies in the unbroken segment of x_t.
+
+  Neighbours are compared one step at a time, so an id that comes back after
+  another segment or after padding does not join the two.
+  """
+  time = ids.shape[1] - width + 1
+  now = lax.slice_in_dim(ids, width - 1, width - 1 + time, axis=1)
+  reach = [now != 0]
+  for back in range(1, width):
+    first = width - 1 - back
+    earlier = lax.slice_in_dim(ids, first, first + time, axis=1)
+    reach.append(reach[-1] & (earlier == now))
+  return reach
+
+
+def _last_inputs(past_x, ids, width):
+  """The W-1 inputs that end at each row's last token that is not padding."""
+  if ids is None or width == 1:
+    return past_x[:, past_x.shape[1] - width + 1 :]
+  length = ids.shape[1]
+  index = jnp.arange(length, dtype=jnp.int32).reshape((1, length))
+  is_token = (ids != 0) & (index >= width - 1)
+  # A row of padding ends at the incoming state itself and keeps it.
+  last = jnp.max(jnp.where(is_token, index, width - 2), axis=1, keepdims=True)
+  steps = jnp.arange(width - 1, dtype=jnp.int32).reshape((1, width - 1))
+  slots = last - (width - 2) + steps
+  slot_ids = jnp.take_along_axis(ids, slots, axis=1)
+  same = slot_ids == slot_ids[:, -1:]
+  unbroken = jnp.flip(
+    jnp.cumprod(jnp.flip(same, axis=1).astype(jnp.int32), axis=1), axis=1
+  )
+  inputs = jnp.take_along_axis(past_x, slots[:, :, None], axis=1)
+  return jnp.where(unbroken[:, :, None] == 1, inputs, 0)
+
+
+def short_conv(
+  x: Float[Array, "B T C"],
+  kernel: Float[Array, "W C"],
+  *,
+  bias: Float[Array, " C"] | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+  state: Float[Array, "B W-1 C"] | None = None,
+) -> tuple[Float[Array, "B T C"], Float[Array, "B W-1 C"]]:
+  """Causal depthwise convolution with carried inputs and segment resets.
+
+  Taps never cross the border of a segment. The first segment of a call
+  continues `state`; running a sequence in pieces and carrying the state gives
+  the same bits as running it whole.
+
+  Padding (id 0) may stand between segments or at the end of a row; its output
+  is 0 and it enters no state. Padding inside a segment cuts it in two, and
+  padding at the start of a row cuts the row off from the incoming state.
+
+  Args:
+    x: [B, T, C], T >= 1.
+    kernel: [W, C]; tap W-1 multiplies x_t.
+    bias: [C] or None.
+    segment_ids: [B, T] or None for one segment per row.
+    state: [B, W-1, C] in x.dtype, the inputs before the call, oldest first;
+      None for zeros.
+
+  Returns:
+    y: [B, T, C] in x.dtype, accumulated in float32.
+    state: [B, W-1, C], the last W-1 inputs of the last segment, zeros where
+      it is shorter; a row of padding returns its state unchanged.
+
+  Raises:
+    ValueError: a shape or dtype does not fit.
+  """
+  _check(x, kernel, bias, state, segment_ids)
+  batch, _, channels = x.shape
+  width = kernel.shape[0]
+  if state is None:
+    state = jnp.zeros((batch, width - 1, channels), x.dtype)
+  past_x = jnp.concatenate([state, x], axis=1)
+  ids = segment_ids
+  if ids is not None:
+    first = jnp.broadcast_to(ids[:, :1], (batch, width - 1))
+    ids = jnp.concatenate([first, ids], axis=1)
+  y = _taps(past_x, kernel, bias, ids)
+  return y, _last_inputs(past_x, ids, width)
+
+
+def short_conv_step(
+  x: Float[Array, "B C"],
+  kernel: Float[Array, "W C"],
+  state: Float[Array, "B W-1 C"],
+  *,
+  bias: Float[Array, " C"] | None = None,
+) -> tuple[Float[Array, "B C"], Float[Array, "B W-1 C"]]:
+  """One token of `short_conv`.
+
+  Args:
+    x: [B, C].
+    kernel: [W, C]; tap W-1 multiplies x.
+    state: [B, W-1, C] in x.dtype, the inputs before this one, oldest first.
+    bias: [C] or None.
+
+  Returns:
+    y: [B, C] in x.dtype.
+    state: [B, W-1, C] with x appended and the oldest input dropped.
+
+  Raises:
+    ValueError: a shape or dtype does not fit.
+  """
+  if x.ndim != 2:
+    raise ValueError(f"x: expected [B, C], got {x.shape}")
+  y, state = short_conv(x[:, None], kernel, bias=bias, state=state)
+  return y[:, 0], state
