@@ -48,6 +48,14 @@ class Sampler:
     if not 0 < self.top_p <= 1:
       raise ValueError(f"top_p: expected 0 < top_p <= 1, got {self.top_p}")
 
+  def check(self, vocab_size: int) -> None:
+    """Raises ValueError if top_k is larger than the vocabulary."""
+    if self.top_k > vocab_size:
+      raise ValueError(
+        f"top_k: expected at most the vocabulary size {vocab_size}, got "
+        f"{self.top_k}"
+      )
+
 
 GREEDY = Sampler(temperature=0.0)
 
@@ -108,11 +116,7 @@ def _ranked(
 ) -> tuple[Float[Array, "B R"], Int[Array, "B R"]]:
   """Returns kept logits / temperature (-inf if dropped) and their ids."""
   vocab_size = logits.shape[-1]
-  if sampler.top_k > vocab_size:
-    raise ValueError(
-      f"top_k: expected at most the vocabulary size {vocab_size}, got "
-      f"{sampler.top_k}"
-    )
+  sampler.check(vocab_size)
   logits = logits.astype(jnp.float32)
   if sampler.temperature == 0:
     best_B1 = jnp.argmax(logits, axis=-1, keepdims=True)
