@@ -10,7 +10,7 @@ _HOME = {
   "gdn2": "gdn2_jax.ops.gdn2",
   "gdn2_step": "gdn2_jax.ops.gdn2",
   "LM": "gdn2_jax.model.lm",
-  "ModelConfig": "gdn2_jax.model.lm",
+  "ModelConfig": "gdn2_jax.model.config",
 }
 
 __version__ = "0.1.0"

@@ -1,0 +1,105 @@
+"""What a model costs: parameters, state, and floating-point operations.
+
+Counted from the config and from abstract shapes; nothing is allocated. A
+multiply and an add are two operations.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.model.lm import LM, init_cache
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCount:
+  """Parameters of a model.
+
+  Attributes:
+    blocks: of the layers (mixers, MLPs and their norms).
+    embedding: of the token table.
+    head: of the untied output projection.
+    final_norm: of the norm before it.
+  """
+
+  blocks: int
+  embedding: int
+  head: int
+  final_norm: int
+
+  @property
+  def total(self) -> int:
+    """All of them."""
+    return self.blocks + self.embedding + self.head + self.final_norm
+
+
+def abstract_params(config: ModelConfig):
+  """Shapes, dtypes and logical axes of the parameters, boxed."""
+  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  variables = jax.eval_shape(LM(config).init, jax.random.key(0), tokens)
+  return variables["params"]
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+  """Counts parameters from shapes."""
+  params = nn.unbox(abstract_params(config))
+  sizes = {
+    name: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+    for name, tree in params.items()
+  }
+  embedding, head = sizes.pop("embedding"), sizes.pop("head")
+  final_norm = sizes.pop("final_norm")
+  return ParameterCount(sum(sizes.values()), embedding, head, final_norm)
+
+
+def state_bytes(config: ModelConfig) -> dict[str, int]:
+  """Bytes of the cache of one sequence, by mixer kind; constant in T."""
+  cache = jax.eval_shape(lambda: init_cache(config, 1))
+  by_kind: dict[str, int] = {}
+  for kind, tree in zip(config.pattern, cache, strict=True):
+    size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
+    by_kind[kind] = by_kind.get(kind, 0) + size
+  return by_kind
+
+
+def recurrence_flops_per_token(config: ModelConfig) -> float:
+  """Forward operations of one GDN-2 recurrence on one token, all heads.
+
+  The token form's own count, whatever algorithm runs: decay KV, read 2KV,
+  write 2KV, output 2KV.
+  """
+  c = config.gdn2
+  return 7.0 * c.key_dim * c.value_dim * c.value_heads
+
+
+def attention_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+  """Forward operations of one attention's scores and values, mean over T."""
+  c = config.attention
+  window = min(c.window, seq_len)
+  # Token t sees min(t + 1, window) keys.
+  seen = window - window * (window - 1) / (2 * seq_len)
+  return 4.0 * c.head_dim * c.num_heads * seen
+
+
+def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+  """Operations of a forward pass, mean over the tokens of a sequence.
+
+  Two per parameter of every matrix product (all parameters but the embedding
+  table), plus those of the mixers that have no parameters.
+  """
+  count = count_parameters(config)
+  flops = 2.0 * (count.total - count.embedding)
+  mixers = {
+    "G": recurrence_flops_per_token(config),
+    "S": attention_flops_per_token(config, seq_len),
+  }
+  return flops + config.num_groups * sum(mixers[k] for k in config.pattern)
+
+
+def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+  """Forward and backward: three forwards; rematerialisation not counted."""
+  return 3.0 * forward_flops_per_token(config, seq_len)

@@ -1,0 +1,292 @@
+"""The Gated DeltaNet-2 mixer (paper section 3.5, appendices C and D).
+
+q, k, v = silu(conv(x W))            q, k then l2-normalised per head
+b = sigmoid(x W_b), w = sigmoid(x W_w)
+g = -exp(A_log) softplus(x W_f1 W_f2 + dt_bias)        float32
+o = gdn2(q, k, v, g, b, w)
+y = (rms_norm(o) * act(x W_g1 W_g2 + bias)) W_o
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Float
+
+from gdn2_jax.model.layers import Linear, fan_in_uniform, xavier_uniform
+from gdn2_jax.ops.gdn2 import gdn2, gdn2_step
+from gdn2_jax.ops.norm import gated_rms_norm, l2_norm
+from gdn2_jax.ops.short_conv import short_conv, short_conv_step
+from gdn2_jax.typing import Activations, SegmentIds
+
+_GAIN = 2.0**-2.5  # Xavier gain of the layer's linear maps
+_ACTIVATIONS = ("silu", "sigmoid")
+_GATES = ("channel", "scalar")
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class GDN2Config:
+  """Gated DeltaNet-2 mixer.
+
+  Attributes:
+    num_heads: key heads H.
+    num_value_heads: value heads HV, a multiple of H; 0 means H.
+    key_dim: key channels K of a head, 16 to 256.
+    value_dim: value channels V of a head, 16 to 256; also the rank of the
+      decay and output-gate bottlenecks.
+    conv_width: taps of the short convolution.
+    negative_eigenvalues: erase gate in [0, 2] instead of [0, 1].
+    output_gate: "silu" (the paper) or "sigmoid" (fla's variant).
+    erase_gate: "channel", or "scalar": b averaged over a head's key channels
+      (the write-only ablation of Table 5).
+    write_gate: "channel", or "scalar": w averaged over a head's value channels
+      (the erase-only ablation of Table 5).
+    implementation: of the op; "" takes the best that supports the call.
+  """
+
+  num_heads: int = 16
+  num_value_heads: int = 0
+  key_dim: int = 128
+  value_dim: int = 128
+  conv_width: int = 4
+  negative_eigenvalues: bool = False
+  output_gate: str = "silu"
+  erase_gate: str = "channel"
+  write_gate: str = "channel"
+  implementation: str = ""
+
+  @property
+  def value_heads(self) -> int:
+    """HV."""
+    return self.num_value_heads or self.num_heads
+
+  def validate(self, path: str) -> None:
+    """Raises ValueError naming the first field under `path` that is wrong."""
+    if self.num_heads < 1:
+      raise ValueError(f"{path}.num_heads={self.num_heads}: expected >= 1")
+    if self.value_heads % self.num_heads:
+      raise ValueError(
+        f"{path}.num_value_heads={self.num_value_heads}: expected a multiple "
+        f"of num_heads={self.num_heads}, or 0"
+      )
+    for name in ("key_dim", "value_dim"):
+      if not 16 <= getattr(self, name) <= 256:
+        raise ValueError(
+          f"{path}.{name}={getattr(self, name)}: expected 16 to 256"
+        )
+    if self.conv_width < 2:
+      raise ValueError(f"{path}.conv_width={self.conv_width}: expected >= 2")
+    choices = {
+      "output_gate": _ACTIVATIONS,
+      "erase_gate": _GATES,
+      "write_gate": _GATES,
+      "implementation": ("", "reference", "xla", "mosaic_gpu"),
+    }
+    for name, allowed in choices.items():
+      if getattr(self, name) not in allowed:
+        raise ValueError(
+          f"{path}.{name}={getattr(self, name)!r}: expected one of {allowed}"
+        )
+
+
+@struct.dataclass
+class GDN2Cache:
+  """What the mixer remembers: constant in the number of tokens seen.
+
+  Attributes:
+    state: S, float32.
+    conv_q, conv_k, conv_v: last inputs of the short convolutions.
+  """
+
+  state: Float[Array, "B HV K V"]
+  conv_q: Float[Array, "B W-1 H*K"]
+  conv_k: Float[Array, "B W-1 H*K"]
+  conv_v: Float[Array, "B W-1 HV*V"]
+
+
+def init_gdn2_cache(config: GDN2Config, batch_size: int, dtype) -> GDN2Cache:
+  """Zero state and empty convolution tails."""
+  c = config
+  taps = (batch_size, c.conv_width - 1)
+  return GDN2Cache(
+    state=jnp.zeros(
+      (batch_size, c.value_heads, c.key_dim, c.value_dim), jnp.float32
+    ),
+    conv_q=jnp.zeros((*taps, c.num_heads * c.key_dim), dtype),
+    conv_k=jnp.zeros((*taps, c.num_heads * c.key_dim), dtype),
+    conv_v=jnp.zeros((*taps, c.value_heads * c.value_dim), dtype),
+  )
+
+
+def _init_a_log(key, shape, dtype):
+  return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
+
+
+def _init_dt_bias(key, shape, dtype):
+  """Inverse softplus of dt, log-uniform in [1e-3, 1e-1], at least 1e-4."""
+  low, high = math.log(1e-3), math.log(1e-1)
+  dt = jnp.exp(jax.random.uniform(key, shape, dtype, low, high))
+  dt = jnp.maximum(dt, 1e-4)
+  return dt + jnp.log(-jnp.expm1(-dt))
+
+
+class GDN2Mixer(nn.Module):
+  """x [B, T, D] -> y [B, T, D] through the GDN-2 recurrence."""
+
+  config: GDN2Config
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Activations,
+    segment_ids: SegmentIds | None = None,
+    cache: GDN2Cache | None = None,
+  ) -> tuple[Activations, GDN2Cache | None]:
+    c = self.config
+    key_head = (c.num_heads, c.key_dim, "key_dim")
+    value_head = (c.value_heads, c.value_dim, "value_dim")
+    tails = (None,) * 3
+    if cache is not None:
+      tails = (cache.conv_q, cache.conv_k, cache.conv_v)
+    q, conv_q = self._short_conv("q", x, key_head, segment_ids, tails[0])
+    k, conv_k = self._short_conv("k", x, key_head, segment_ids, tails[1])
+    v, conv_v = self._short_conv("v", x, value_head, segment_ids, tails[2])
+    q, k = l2_norm(q), l2_norm(k)
+    b, w = self._gates(x)
+    g = self._log_decay(x)
+    for name, value in zip("qkvgbw", (q, k, v, g, b, w), strict=True):
+      self.sow("intermediates", name, value)
+
+    o, state = self._recur(q, k, v, g, b, w, segment_ids, cache)
+    self.sow("intermediates", "o", o)
+    y = self._output(x, o)
+    if cache is None:
+      return y, None
+    return y, GDN2Cache(
+      state=state, conv_q=conv_q, conv_k=conv_k, conv_v=conv_v
+    )
+
+  def _linear(self, name, features, axes, in_dims=1, use_bias=False):
+    return Linear(
+      features,
+      axes,
+      xavier_uniform(_GAIN, in_dims),
+      use_bias=use_bias,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      name=name,
+    )
+
+  def _short_conv(self, name, x, head, segment_ids, tail):
+    """silu(conv(x W)) as [B, T, heads, channels], and the new tail."""
+    *shape, channel_axis = head
+    axes = ("heads", channel_axis)
+    y = self._linear(f"{name}_proj", tuple(shape), ("embed", *axes))(x)
+    y = nn.with_logical_constraint(y, ("batch", "length", *axes))
+    kernel = self.param(
+      f"{name}_conv",
+      nn.with_logical_partitioning(fan_in_uniform(), ("taps", *axes)),
+      (self.config.conv_width, *shape),
+      jnp.dtype(self.param_dtype),
+    ).astype(self.dtype)
+    flat = y.reshape(*y.shape[:2], -1)
+    kernel = kernel.reshape(kernel.shape[0], -1)
+    if tail is not None and segment_ids is None and x.shape[1] == 1:
+      flat, tail = short_conv_step(flat[:, 0], kernel, tail)
+      flat = flat[:, None]
+    else:
+      flat, tail = short_conv(flat, kernel, segment_ids=segment_ids, state=tail)
+    return jax.nn.silu(flat).reshape(y.shape), tail
+
+  def _gates(self, x):
+    """Erase gate b [B, T, H, K] and write gate w [B, T, HV, V]."""
+    c = self.config
+    b = jax.nn.sigmoid(
+      self._linear(
+        "b_proj", (c.num_heads, c.key_dim), ("embed", "heads", "key_dim")
+      )(x)
+    )
+    w = jax.nn.sigmoid(
+      self._linear(
+        "w_proj", (c.value_heads, c.value_dim), ("embed", "heads", "value_dim")
+      )(x)
+    )
+    if c.negative_eigenvalues:
+      b = 2 * b
+    if c.erase_gate == "scalar":
+      b = jnp.broadcast_to(b.mean(-1, keepdims=True), b.shape)
+    if c.write_gate == "scalar":
+      w = jnp.broadcast_to(w.mean(-1, keepdims=True), w.shape)
+    return b, w
+
+  def _log_decay(self, x):
+    """g = -exp(A_log) softplus(f(x) + dt_bias) [B, T, H, K], float32.
+
+    A_log and dt_bias stay float32 whatever the model's dtype: rounded to
+    bfloat16 they change the decay of slow heads noticeably.
+    """
+    c = self.config
+    f = self._linear("f_down", (c.value_dim,), ("embed", "gate_rank"))(x)
+    f = self._linear(
+      "f_up", (c.num_heads, c.key_dim), ("gate_rank", "heads", "key_dim")
+    )(f)
+    a_log = self.param(
+      "A_log",
+      nn.with_logical_partitioning(_init_a_log, ("heads",)),
+      (c.num_heads,),
+      jnp.float32,
+    )
+    dt_bias = self.param(
+      "dt_bias",
+      nn.with_logical_partitioning(_init_dt_bias, ("heads", "key_dim")),
+      (c.num_heads, c.key_dim),
+      jnp.float32,
+    )
+    dt = jax.nn.softplus(f.astype(jnp.float32) + dt_bias[None, None])
+    return -jnp.exp(a_log)[None, None, :, None] * dt
+
+  def _recur(self, q, k, v, g, b, w, segment_ids, cache):
+    implementation = self.config.implementation or None
+    state = None if cache is None else cache.state
+    if cache is not None and segment_ids is None and q.shape[1] == 1:
+      token = (a[:, 0] for a in (q, k, v, g, b, w))
+      # Only the op over a sequence has kernels to choose from by name.
+      o, state = gdn2_step(*token, state)
+      return o[:, None], state
+    return gdn2(
+      q,
+      k,
+      v,
+      g,
+      b,
+      w,
+      state=state,
+      segment_ids=segment_ids,
+      implementation=implementation,
+    )
+
+  def _output(self, x, o):
+    """Gated norm per head, then the projection back to D."""
+    c = self.config
+    gate = self._linear("g_down", (c.value_dim,), ("embed", "gate_rank"))(x)
+    gate = self._linear(
+      "g_up",
+      (c.value_heads, c.value_dim),
+      ("gate_rank", "heads", "value_dim"),
+      use_bias=True,
+    )(gate)
+    weight = self.param(
+      "o_norm",
+      nn.with_logical_partitioning(nn.initializers.ones_init(), ("value_dim",)),
+      (c.value_dim,),
+      jnp.dtype(self.param_dtype),
+    )
+    o = gated_rms_norm(o, gate, weight, activation=c.output_gate)
+    return self._linear(
+      "o_proj", (x.shape[-1],), ("heads", "value_dim", "embed"), in_dims=2
+    )(o)

@@ -1,0 +1,159 @@
+"""Linear maps, embedding, norm and MLP, every parameter with logical axes.
+
+The axis names are resolved to mesh axes by `gdn2_jax.sharding.RULES`; nothing
+here knows of a mesh.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from gdn2_jax.ops import norm
+
+Initializer = Callable[..., Array]
+
+
+def xavier_uniform(gain: float, in_dims: int = 1) -> Initializer:
+  """U(-a, a) with a = gain * sqrt(6 / (fan_in + fan_out))."""
+  return _variance_scaling(gain**2, "fan_avg", in_dims)
+
+
+def fan_in_uniform(gain: float = 1.0, in_dims: int = 1) -> Initializer:
+  """U(-a, a) with a = gain / sqrt(fan_in), the default of torch's Linear."""
+  return _variance_scaling(gain**2 / 3.0, "fan_in", in_dims)
+
+
+def _variance_scaling(scale: float, mode: str, in_dims: int) -> Initializer:
+  def init(key, shape, dtype=jnp.float32):
+    in_axes = tuple(range(in_dims))
+    out_axes = tuple(range(in_dims, len(shape)))
+    draw = jax.nn.initializers.variance_scaling(
+      scale, mode, "uniform", in_axis=in_axes, out_axis=out_axes
+    )
+    return draw(key, shape, dtype)
+
+  return init
+
+
+class Linear(nn.Module):
+  """x[..., in...] times kernel[in..., out...], plus an optional bias.
+
+  Attributes:
+    features: sizes of the output axes.
+    axes: logical names of the kernel's axes, input axes first.
+    kernel_init: initializer that knows the number of input axes.
+    use_bias: whether to add a bias of shape `features`, zero at first.
+    dtype: dtype of the product; the parameters are cast to it.
+    param_dtype: dtype of the parameters.
+  """
+
+  features: tuple[int, ...]
+  axes: tuple[str, ...]
+  kernel_init: Initializer
+  use_bias: bool = False
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    in_dims = len(self.axes) - len(self.features)
+    kernel = self.param(
+      "kernel",
+      nn.with_logical_partitioning(self.kernel_init, self.axes),
+      (*x.shape[-in_dims:], *self.features),
+      jnp.dtype(self.param_dtype),
+    )
+    contract = (
+      tuple(range(x.ndim - in_dims, x.ndim)),
+      tuple(range(in_dims)),
+    )
+    y = jax.lax.dot_general(
+      x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ()))
+    )
+    if not self.use_bias:
+      return y
+    bias = self.param(
+      "bias",
+      nn.with_logical_partitioning(
+        nn.initializers.zeros_init(), self.axes[in_dims:]
+      ),
+      self.features,
+      jnp.dtype(self.param_dtype),
+    )
+    return y + bias.astype(self.dtype).reshape(
+      (1,) * (y.ndim - bias.ndim) + bias.shape
+    )
+
+
+class RMSNorm(nn.Module):
+  """Root-mean-square norm over the last axis with a learned weight."""
+
+  eps: float = 1e-5
+  param_dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+    weight = self.param(
+      "weight",
+      nn.with_logical_partitioning(nn.initializers.ones_init(), ("act_embed",)),
+      (x.shape[-1],),
+      jnp.dtype(self.param_dtype),
+    )
+    return norm.rms_norm(x, weight, eps=self.eps)
+
+
+class Embedding(nn.Module):
+  """Token table [VOCAB, D], N(0, 0.02); ids out of range give NaN."""
+
+  vocab_size: int
+  model_dim: int
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    table = self.param(
+      "table",
+      nn.with_logical_partitioning(
+        nn.initializers.normal(0.02), ("vocab", "embed")
+      ),
+      (self.vocab_size, self.model_dim),
+      jnp.dtype(self.param_dtype),
+    )
+    # Filling with NaN turns a token that is out of range into a loud failure
+    # where clamping would train on the wrong row.
+    return jnp.take(table.astype(self.dtype), tokens, axis=0, mode="fill")
+
+
+class SwiGLU(nn.Module):
+  """down(silu(gate x) * up x) of hidden width F = `dim`.
+
+  The initial `down` shrinks with the number of layers of the model.
+  """
+
+  dim: int
+  num_layers: int
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    width = (self.dim,)
+    gate = Linear(
+      width, ("embed", "mlp"), fan_in_uniform(), name="gate", **types
+    )(x)
+    up = Linear(width, ("embed", "mlp"), fan_in_uniform(), name="up", **types)(
+      x
+    )
+    h = nn.with_logical_constraint(
+      jax.nn.silu(gate) * up, ("batch", "length", "mlp")
+    )
+    shrink = fan_in_uniform(1.0 / math.sqrt(2.0 * self.num_layers))
+    return Linear(
+      (x.shape[-1],), ("mlp", "embed"), shrink, name="down", **types
+    )(h)

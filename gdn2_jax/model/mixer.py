@@ -1,0 +1,25 @@
+"""What a sequence mixer is: the one protocol behind every layer kind.
+
+    y, cache = mixer(x, segment_ids, cache)
+
+One call serves training (cache None in, None out), prefill (T tokens) and
+decoding (T = 1). A cache is an immutable pytree whose leaves have the batch
+axis first; its size does not depend on the tokens seen. Tokens with segment id
+0 leave the cache as it was.
+"""
+
+from typing import Any, Protocol
+
+from gdn2_jax.typing import Activations, SegmentIds
+
+Cache = Any  # GDN2Cache | AttentionCache
+
+
+class Mixer(Protocol):
+  """Maps activations to activations, carrying a cache across calls."""
+
+  def __call__(
+    self, x: Activations, segment_ids: SegmentIds | None, cache: Cache | None
+  ) -> tuple[Activations, Cache | None]:
+    """Mixes T tokens per row; see the module's docstring."""
+    ...
