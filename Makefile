@@ -1,0 +1,65 @@
+# make help lists the targets. Everything runs in .venv, made on first use.
+
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CONFIG ?= configs/tiny_cpu.py
+WORKDIR ?= runs/$(basename $(notdir $(CONFIG)))
+PROMPT ?= Return the
+WORKERS ?= 2
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train generate plan test lint format notebooks bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' \
+	  $(MAKEFILE_LIST)
+	@echo
+	@echo "  variables: CONFIG=$(CONFIG) WORKDIR=$(WORKDIR) ARGS='--flag=value'"
+
+setup: $(READY) ## create .venv and install the package with its test tools
+
+$(READY): pyproject.toml constraints.txt tools/find_python.sh
+	@python=$$(PYTHON="$(PYTHON)" tools/find_python.sh) || exit 1; \
+	echo "Setting up $(VENV) with $$python"; \
+	"$$python" -m venv $(VENV) || { \
+	  echo "$$python cannot make a virtual environment: install its venv" \
+	    "module (Debian: python3-venv), or name another PYTHON=..." >&2; \
+	  exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+train: $(READY) ## train, evaluate and sample the tiny model (CPU, ~5 minutes)
+	$(BIN)/python -m gdn2_jax.train --config=$(CONFIG) --workdir=$(WORKDIR) \
+	  $(ARGS)
+
+generate: $(READY) ## sample from the trained model: PROMPT="..."
+	$(BIN)/python -m gdn2_jax.generate --workdir=$(WORKDIR) \
+	  --prompt="$(PROMPT)" $(ARGS)
+
+plan: $(READY) ## parameters, memory and FLOPs of CONFIG, nothing allocated
+	$(BIN)/python -m gdn2_jax.plan --config=$(CONFIG) $(ARGS)
+
+test: $(READY) ## run the test suite
+	$(BIN)/python -m pytest -q -n $(WORKERS) --durations=10 $(ARGS)
+
+lint: $(READY) ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY) ## apply style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+notebooks: $(READY) ## run the notebooks top to bottom
+	$(BIN)/python -m pytest -q tests/test_notebooks.py $(ARGS)
+
+bench: $(READY) ## time the op against the token scan
+	$(BIN)/python -m gdn2_jax.bench op $(ARGS)
+
+clean: ## remove .venv and caches (runs/ stays)
+	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
