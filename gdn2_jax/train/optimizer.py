@@ -17,6 +17,9 @@ import optax
 
 DECAY_MASKS = ("all", "matrices")
 
+# A parameter with only these axes is one vector per head, not a matrix.
+_HEAD_AXES = {"heads", "kv_heads", "key_dim", "value_dim", "head_dim"}
+
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class OptimizerConfig:
@@ -106,25 +109,23 @@ def decay_mask(config: OptimizerConfig, boxed_params: Any) -> Any:
 
   Args:
     config: `decay_mask` is read.
-    boxed_params: parameters, or their shapes, boxed with axis names. A
-      parameter is a matrix if two or more of its axes are not "layers": the
-      axis that stacks scanned layers must not turn vectors into matrices.
+    boxed_params: parameters, or their shapes, boxed with axis names. Names
+      decide, not the number of axes: the axis that stacks scanned layers must
+      not turn a vector into a matrix, and dt_bias [H, K] is not one either.
 
   Returns:
     A tree of bool, one per parameter.
   """
 
-  def decays(leaf):
-    if config.decay_mask == "all":
-      return True
-    if isinstance(leaf, nn.meta.AxisMetadata):
-      return sum(name != "layers" for name in leaf.names) >= 2
-    return leaf.ndim >= 2
+  def decays(leaf: nn.LogicallyPartitioned) -> bool:
+    axes = [name for name in leaf.names if name != "layers"]
+    is_matrix = len(axes) >= 2 and not set(axes) <= _HEAD_AXES
+    return config.decay_mask == "all" or is_matrix
 
   return jax.tree.map(
     decays,
     boxed_params,
-    is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata),
+    is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
   )
 
 

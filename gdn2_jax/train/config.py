@@ -1,0 +1,255 @@
+"""TrainConfig: the experiment as one typed tree, its checks and its JSON.
+
+Every field is declared where it is read: the model's in model/, the data's in
+data/, and so on. A config file returns a TrainConfig; flags such as
+`--config.optimizer.lr=3e-4` change single fields of it; `validate` and
+`preflight` then refuse what cannot work, before anything is allocated.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from gdn2_jax.data.pipeline import DataConfig
+from gdn2_jax.eval.perplexity import EvalConfig
+from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.sharding import MeshConfig, check_divisible, mesh_shape
+from gdn2_jax.train import optimizer as optimizer_lib
+from gdn2_jax.train.checkpoint_config import CheckpointConfig
+from gdn2_jax.train.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class TrainConfig:
+  """One training run.
+
+  Attributes:
+    model: what is trained.
+    data: what it is trained on, the global batch size and the row length.
+    optimizer: AdamW and its schedule.
+    mesh: devices along each mesh axis.
+    checkpoint: when to save, how many to keep, what a resume may change.
+    eval: held-out loss during and after training.
+    num_steps: optimizer steps, one global batch each.
+    grad_accum: microbatches per batch; more of them need less memory.
+    seed: of the initial parameters.
+    log_every: steps between rows of metrics.jsonl.
+    max_skipped: batches in a row without a finite update before giving up.
+    compilation_cache: keep compiled programs in WORKDIR/.jax_cache, so that a
+      relaunch starts in seconds.
+  """
+
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  optimizer: OptimizerConfig = dataclasses.field(
+    default_factory=OptimizerConfig
+  )
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  checkpoint: CheckpointConfig = dataclasses.field(
+    default_factory=CheckpointConfig
+  )
+  eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+  num_steps: int = 1000
+  grad_accum: int = 1
+  seed: int = 0
+  log_every: int = 10
+  max_skipped: int = 10
+  compilation_cache: bool = True
+
+
+def validate(config: TrainConfig) -> None:
+  """Refuses values that make no sense on any machine.
+
+  Raises:
+    ValueError: naming the flag, its value and what was expected.
+  """
+  _check_types(config, "--config")
+  positive = ("num_steps", "grad_accum", "log_every", "max_skipped")
+  for name in positive:
+    _at_least(config, name, 1, "--config")
+  for name in ("seq_len", "batch_size"):
+    _at_least(config.data, name, 1, "--config.data")
+  _at_least(config.checkpoint, "keep", 1, "--config.checkpoint")
+  _at_least(config.checkpoint, "every_steps", 0, "--config.checkpoint")
+  _at_least(config.eval, "every_steps", 0, "--config.eval")
+  for name in ("batches", "batch_size"):
+    _at_least(config.eval, name, 1, "--config.eval")
+  for multiple in config.eval.length_multiples:
+    if multiple < 1:
+      raise ValueError(
+        f"--config.eval.length_multiples={config.eval.length_multiples}: "
+        "expected positive multiples of --config.data.seq_len"
+      )
+  config.model.validate("--config.model")
+  optimizer_lib.validate(config.optimizer)
+  if config.data.batch_size % config.grad_accum:
+    raise ValueError(
+      f"--config.grad_accum={config.grad_accum} does not divide "
+      f"--config.data.batch_size={config.data.batch_size}"
+    )
+
+
+def preflight(
+  config: TrainConfig, num_devices: int, num_processes: int = 1
+) -> None:
+  """Refuses a config that does not fit the machine; allocates nothing.
+
+  Args:
+    config: a validated config.
+    num_devices: devices of all processes.
+    num_processes: hosts that feed them.
+
+  Raises:
+    ValueError: naming the flag, the dimension and the mesh axis.
+  """
+  shape = mesh_shape(config.mesh, num_devices)
+  model, batch_size = config.model, config.data.batch_size
+  sizes = [
+    (
+      "--config.data.batch_size / --config.grad_accum",
+      "batch",
+      batch_size // config.grad_accum,
+    ),
+    ("--config.model.model_dim", "embed", model.model_dim),
+    ("--config.model.mlp_dim", "mlp", model.mlp_dim),
+    ("--config.model.vocab_size", "vocab", model.vocab_size),
+  ]
+  if "G" in model.pattern:
+    sizes += [
+      ("--config.model.gdn2.num_heads", "heads", model.gdn2.num_heads),
+      (
+        "--config.model.gdn2.num_value_heads",
+        "heads",
+        model.gdn2.value_heads,
+      ),
+    ]
+  if "S" in model.pattern:
+    path = "--config.model.attention"
+    sizes += [
+      (f"{path}.num_heads", "heads", model.attention.num_heads),
+      (f"{path}.num_kv_heads", "kv_heads", model.attention.kv_heads),
+    ]
+  check_divisible(shape, sizes)
+  if batch_size % num_processes:
+    raise ValueError(
+      f"--config.data.batch_size={batch_size} does not divide over "
+      f"{num_processes} processes"
+    )
+
+
+def _at_least(config: Any, name: str, least: int, path: str) -> None:
+  value = getattr(config, name)
+  if value < least:
+    raise ValueError(f"{path}.{name}={value}: expected {least} or more")
+
+
+def _check_types(config: Any, path: str) -> None:
+  """Config files are Python: nothing else stops a string where 3 belongs."""
+  hints = typing.get_type_hints(type(config))
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    where = f"{path}.{field.name}"
+    if dataclasses.is_dataclass(hints[field.name]):
+      if not isinstance(value, hints[field.name]):
+        raise ValueError(f"{where}: expected a {hints[field.name].__name__}")
+      _check_types(value, where)
+    else:
+      _coerce(value, hints[field.name], where)
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+  """`value` as the type `hint`, without any lossy or surprising conversion."""
+  origin = typing.get_origin(hint)
+  if origin in (typing.Union, types.UnionType):
+    options = typing.get_args(hint)
+    if value is None and type(None) in options:
+      return None
+    (hint,) = (option for option in options if option is not type(None))
+    return _coerce(value, hint, where)
+  if origin is tuple and isinstance(value, (list, tuple)):
+    element = typing.get_args(hint)[0]
+    return tuple(
+      _coerce(v, element, f"{where}[{i}]") for i, v in enumerate(value)
+    )
+  if hint is float and type(value) is int:
+    return float(value)
+  expected = hint if origin is None else origin
+  # bool is an int to isinstance, but a flag is not a number.
+  if type(value) is not expected:
+    raise ValueError(
+      f"{where}={value!r}: expected {expected.__name__}, "
+      f"got {type(value).__name__}"
+    )
+  return value
+
+
+def config_to_json(config: TrainConfig) -> str:
+  """The resolved config as indented JSON, every field spelled out."""
+  return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def config_from_json(text: str) -> TrainConfig:
+  """The inverse of `config_to_json`.
+
+  Fields that the text leaves out take their defaults.
+
+  Raises:
+    ValueError: not JSON, an unknown field, or a value of another type.
+  """
+  try:
+    tree = json.loads(text)
+  except json.JSONDecodeError as e:
+    raise ValueError(f"config: not valid JSON: {e}") from e
+  return _from_dict(TrainConfig, tree, "config")
+
+
+def _from_dict(cls: type, tree: Any, path: str) -> Any:
+  if not isinstance(tree, dict):
+    raise ValueError(f"{path}={tree!r}: expected an object of {cls.__name__}")
+  hints = typing.get_type_hints(cls)
+  names = [field.name for field in dataclasses.fields(cls)]
+  unknown = sorted(set(tree) - set(names))
+  if unknown:
+    raise ValueError(
+      f"{path}.{unknown[0]}: unknown field; {cls.__name__} has "
+      + ", ".join(names)
+    )
+  values = {}
+  for name, value in tree.items():
+    hint, where = hints[name], f"{path}.{name}"
+    if dataclasses.is_dataclass(hint):
+      values[name] = _from_dict(hint, value, where)
+    else:
+      values[name] = _coerce(value, hint, where)
+  return cls(**values)
+
+
+def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+  """Lines "field: old -> new" for the fields in which two configs differ.
+
+  Args:
+    old: nested dicts, from JSON or dataclasses.asdict.
+    new: the same, of the other config.
+    path: prefix of the field names.
+  """
+  if isinstance(old, dict) and isinstance(new, dict):
+    for name in sorted(old | new):
+      child = f"{path}.{name}" if path else name
+      yield from differences(old.get(name), new.get(name), child)
+    return
+  as_lists = [list(x) if isinstance(x, tuple) else x for x in (old, new)]
+  if as_lists[0] != as_lists[1]:
+    yield f"{path}: {old!r} -> {new!r}"
+
+
+def describe_fields(config: Any, path: str = "--config") -> Iterator[str]:
+  """Lines "--config.field=default" for every field, depth first."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from describe_fields(value, f"{path}.{field.name}")
+    else:
+      yield f"{path}.{field.name}={value!r}"

@@ -1,0 +1,130 @@
+"""What training carries from step to step, and how it is born sharded."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from gdn2_jax.sharding import shardings_of
+from gdn2_jax.train import optimizer as optimizer_lib
+
+
+class TrainState(struct.PyTreeNode):
+  """The whole state of a run; the data position is `step`.
+
+  Attributes:
+    step: batches consumed, including the skipped ones.
+    params: float32 parameters.
+    opt_state: optax state; its own count leaves skipped batches out.
+    skipped: batches whose update was not finite and therefore not applied.
+    skipped_in_a_row: the same, since the last update that was applied.
+  """
+
+  step: Int[Array, ""]
+  params: Any
+  opt_state: Any
+  skipped: Int[Array, ""]
+  skipped_in_a_row: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+  """Everything known about the state before any of it is allocated.
+
+  Attributes:
+    optimizer: the transformation that made opt_state.
+    abstract: TrainState of jax.ShapeDtypeStruct that carry their shardings.
+    shardings: TrainState of jax.sharding.NamedSharding.
+  """
+
+  optimizer: optax.GradientTransformation
+  abstract: TrainState
+  shardings: TrainState
+
+
+def _is_box(leaf: Any) -> bool:
+  return isinstance(leaf, nn.meta.AxisMetadata)
+
+
+def unbox_abstract(tree: Any) -> Any:
+  """Drops axis names without constraining values that do not exist yet."""
+  return jax.tree.map(
+    lambda leaf: leaf.unbox(apply_constraint=False) if _is_box(leaf) else leaf,
+    tree,
+    is_leaf=_is_box,
+  )
+
+
+def _boxed_params(model: nn.Module, key: Array) -> Any:
+  tokens = jnp.zeros((1, 2), jnp.int32)
+  return model.init(key, tokens)["params"]
+
+
+def _fresh_state(model, optimizer, key) -> TrainState:
+  params = _boxed_params(model, key)
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    skipped=jnp.zeros((), jnp.int32),
+    skipped_in_a_row=jnp.zeros((), jnp.int32),
+  )
+
+
+def abstract_params(model: nn.Module, mesh: Mesh | None = None) -> Any:
+  """Parameters as jax.ShapeDtypeStruct, with the shardings of a given mesh."""
+  boxed = jax.eval_shape(lambda: _boxed_params(model, jax.random.key(0)))
+  shapes = unbox_abstract(boxed)
+  return (
+    shapes
+    if mesh is None
+    else _with_shardings(shapes, shardings_of(boxed, mesh))
+  )
+
+
+def _with_shardings(shapes: Any, shardings: Any) -> Any:
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    shardings,
+  )
+
+
+def plan_state(
+  model: nn.Module,
+  config: optimizer_lib.OptimizerConfig,
+  num_steps: int,
+  mesh: Mesh,
+) -> Blueprint:
+  """Shapes, dtypes and shardings of the state; allocates nothing."""
+  boxed_params = jax.eval_shape(lambda: _boxed_params(model, jax.random.key(0)))
+  mask = optimizer_lib.decay_mask(config, boxed_params)
+  optimizer = optimizer_lib.make_optimizer(config, num_steps, mask)
+  boxed = jax.eval_shape(
+    lambda: _fresh_state(model, optimizer, jax.random.key(0))
+  )
+  shardings = shardings_of(boxed, mesh)
+  return Blueprint(
+    optimizer=optimizer,
+    abstract=_with_shardings(unbox_abstract(boxed), shardings),
+    shardings=shardings,
+  )
+
+
+def init_state(model: nn.Module, blueprint: Blueprint, seed: int) -> TrainState:
+  """A fresh state, created in shards: no device ever holds all of it.
+
+  Call it under `gdn2_jax.sharding.use_mesh`.
+  """
+
+  def init():
+    key = jax.random.key(seed)
+    return nn.unbox(_fresh_state(model, blueprint.optimizer, key))
+
+  return jax.jit(init, out_shardings=blueprint.shardings)()
