@@ -162,14 +162,14 @@ class Checkpointer:
   """
 
   def __init__(self, directory: str | os.PathLike, config: CheckpointConfig):
-    self._directory = pathlib.Path(directory).absolute()
+    self.directory = pathlib.Path(directory).absolute()
     if jax.process_index() == 0:
-      self._directory.mkdir(parents=True, exist_ok=True)
+      self.directory.mkdir(parents=True, exist_ok=True)
       self._discard_uncommitted()
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices("checkpoint directory is clean")
     self._manager = ocp.CheckpointManager(
-      self._directory,
+      self.directory,
       options=ocp.CheckpointManagerOptions(
         max_to_keep=config.keep,
         cleanup_tmp_directories=True,
@@ -181,20 +181,20 @@ class Checkpointer:
 
   def _discard_uncommitted(self) -> None:
     """Orbax would count such a step as the latest and refuse older saves."""
-    committed = set(committed_steps(self._directory))
-    for path in self._directory.iterdir():
+    committed = set(committed_steps(self.directory))
+    for path in self.directory.iterdir():
       if _is_step(path) and int(path.name) not in committed:
         shutil.rmtree(path)
     self._empty_trash()
 
   def _empty_trash(self) -> None:
     if jax.process_index() == 0:
-      for path in (self._directory / _TRASH).glob("*"):
+      for path in (self.directory / _TRASH).glob("*"):
         shutil.rmtree(path, ignore_errors=True)
 
   def latest_step(self) -> int | None:
     """The newest complete checkpoint, or None."""
-    return max(committed_steps(self._directory), default=None)
+    return max(committed_steps(self.directory), default=None)
 
   def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
     """Copies the state off the devices, then writes in the background.

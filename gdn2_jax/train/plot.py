@@ -32,15 +32,15 @@ def plot_loss(
 
   Args:
     path: of the PNG.
-    rows: of metrics.jsonl; "train" rows need loss, "eval" rows loss_1x.
+    rows: of metrics.jsonl; training rows need loss, the others loss_1x.
     baselines: name -> nats per token, drawn as horizontal lines.
   """
   # Imported late: a fit of fonts takes seconds and most steps draw nothing.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  train = _points(rows, "train", "loss")
-  validation = _points(rows, "eval", "loss_1x")
+  train = _points(rows, ("train",), "loss")
+  validation = _points(rows, ("eval", "final"), "loss_1x")
   figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
   FigureCanvasAgg(figure)
   axes = figure.add_subplot()
@@ -69,11 +69,11 @@ def plot_loss(
   figure.savefig(path)
 
 
-def _points(rows, kind: str, name: str) -> np.ndarray:
+def _points(rows, kinds: tuple[str, ...], name: str) -> np.ndarray:
   points = [
     (row["step"], row[name])
     for row in rows
-    if row["kind"] == kind and row.get(name) is not None
+    if row["kind"] in kinds and row.get(name) is not None
   ]
   return np.asarray(points, float).reshape(-1, 2)
 

@@ -1,9 +1,9 @@
 """What a run leaves behind for people: metrics.jsonl, TensorBoard, versions.
 
-metrics.jsonl has one JSON object per line, {"step": ..., "kind": "train" or
-"eval", ...}; numbers that are not finite are written as null. Each line is
-flushed, and on a resume the lines beyond the restored step are dropped, so
-that the file never holds a step twice.
+metrics.jsonl has one JSON object per line, {"step": ..., "kind": "train", "eval"
+or "final", ...}; numbers that are not finite are written as null. Each line is
+flushed, and on a resume the lines beyond the restored step are dropped, and
+so is the final one, so that the file never holds a row twice.
 """
 
 import json
@@ -39,6 +39,11 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     file.flush()
     os.fsync(file.fileno())
   temporary.replace(path)
+
+
+def write_json(path: pathlib.Path, tree: Any) -> None:
+  """Writes indented JSON in one step."""
+  write_atomically(path, json.dumps(tree, indent=2) + "\n")
 
 
 def probe(directory: pathlib.Path) -> None:
@@ -117,7 +122,11 @@ class Writer:
     root = pathlib.Path(workdir)
     path = root / "metrics.jsonl"
     if path.exists():
-      rows = [row for row in read_rows(path) if row["step"] <= first_step]
+      rows = [
+        row
+        for row in read_rows(path)
+        if row["step"] <= first_step and row["kind"] != "final"
+      ]
       text = "".join(json.dumps(row) + "\n" for row in rows)
       write_atomically(path, text)
     self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
