@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import override
 
 import tokenizers
@@ -45,11 +45,11 @@ class Tokenizer(abc.ABC):
     """Ids of a text, without any special token."""
 
   @abc.abstractmethod
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+  def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
     """`encode` of every text, in parallel where the backend can."""
 
   @abc.abstractmethod
-  def decode(self, ids: Sequence[int]) -> str:
+  def decode(self, ids: Iterable[int]) -> str:
     """Text of ids; special tokens give "", broken UTF-8 gives U+FFFD."""
 
   @abc.abstractmethod
@@ -81,7 +81,7 @@ class Tokenizer(abc.ABC):
     """Writes `to_json()` to a file, whole or not at all."""
     files.write_atomic(pathlib.Path(path), self.to_json().encode())
 
-  def _check_ids(self, ids: Sequence[int]) -> list[int]:
+  def _check_ids(self, ids: Iterable[int]) -> list[int]:
     checked = [int(token) for token in ids]
     for token in checked:
       if not 0 <= token < self.vocab_size:
@@ -103,11 +103,11 @@ class BytesTokenizer(Tokenizer):
     return list(_utf8(text))
 
   @override
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+  def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
     return [self.encode(text) for text in texts]
 
   @override
-  def decode(self, ids: Sequence[int]) -> str:
+  def decode(self, ids: Iterable[int]) -> str:
     kept = [token for token in self._check_ids(ids) if token < 256]
     return bytes(kept).decode("utf-8", "replace")
 
@@ -155,7 +155,7 @@ class BPETokenizer(Tokenizer):
     return self._backend.encode(text, add_special_tokens=False).ids
 
   @override
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+  def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
     texts = list(texts)
     for text in texts:
       _utf8(text)
@@ -163,7 +163,7 @@ class BPETokenizer(Tokenizer):
     return [item.ids for item in encoded]
 
   @override
-  def decode(self, ids: Sequence[int]) -> str:
+  def decode(self, ids: Iterable[int]) -> str:
     return self._backend.decode(self._check_ids(ids), skip_special_tokens=True)
 
   @override
