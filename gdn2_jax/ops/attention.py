@@ -8,21 +8,15 @@ time, forward and backward.
 """
 
 import ctypes.util
-import functools
 import importlib.util
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-# Legend: B batch, T queries, S keys, HK key heads, G query heads of a key
-# head (HQ = HK G), D head channels, N blocks, C queries of a block,
-# L keys that a block of queries reads.
-
-_MAX_BLOCK = 256
+from gdn2_jax.ops.attention_xla import blockwise_attention, product
 
 
 def _check_qkv(q, k, v, scale, rank):
@@ -82,173 +76,6 @@ def _check_segments(q, k, q_segment_ids, kv_segment_ids):
         f"{name}: expected integers of shape {x.shape[:2]}, got {ids.dtype} "
         f"of shape {ids.shape}"
       )
-
-
-def _block_size(time, window):
-  """A power of two, at most the window and no larger than T needs."""
-  block = 1
-  while block < min(time, window, _MAX_BLOCK):
-    block *= 2
-  return block
-
-
-def _pad_time(x, length):
-  widths = [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
-  return jnp.pad(x, widths)
-
-
-def _split_blocks(x, block, key_heads):
-  """[B, N C, HQ, ...] to [N, B, C, HK, G, ...]."""
-  batch, time, heads = x.shape[:3]
-  x = x.reshape(
-    (batch, time // block, block, key_heads, heads // key_heads, *x.shape[3:])
-  )
-  return jnp.moveaxis(x, 1, 0)
-
-
-def _join_blocks(x):
-  """[N, B, C, HK, G, ...] to [B, N C, HQ, ...]."""
-  x = jnp.moveaxis(x, 0, 1)
-  batch, blocks, block, key_heads, group = x.shape[:5]
-  return x.reshape((batch, blocks * block, key_heads * group, *x.shape[5:]))
-
-
-class _Plan:
-  """The static geometry of one call: which keys each block reads."""
-
-  def __init__(self, time, keys, window, block):
-    window = keys if window is None else min(window, keys)
-    self.window = window
-    self.block = block or _block_size(time, window)
-    self.blocks = -(-time // self.block)
-    self.time = self.blocks * self.block  # queries, padded at the end
-    self.context = keys - time
-    self.keys = self.context + self.time  # keys, padded at the end
-    self.span = min(self.keys, self.block + window - 1)
-
-  def start(self, index):
-    """First key that block `index` reads."""
-    end = self.context + (index + 1) * self.block
-    return jnp.maximum(end - self.span, 0)
-
-  def mask(self, index, q_ids, kv_ids):
-    """[B or 1, 1, 1, C, L]: may the query read the key."""
-    row = jnp.arange(self.block, dtype=jnp.int32).reshape((-1, 1))
-    column = jnp.arange(self.span, dtype=jnp.int32).reshape((1, -1))
-    row = row + self.context + index * self.block
-    column = column + self.start(index)
-    allowed = (column <= row) & (row - column < self.window)
-    allowed = allowed[None]
-    if q_ids is not None:
-      q_ids, kv_ids = q_ids[:, :, None], kv_ids[:, None, :]
-      allowed = allowed & (q_ids == kv_ids) & (q_ids != 0)
-    return allowed[:, None, None]
-
-  def take(self, x, index):
-    """The span of keys that block `index` reads, of [B, S, ...]."""
-    return lax.dynamic_slice_in_dim(x, self.start(index), self.span, axis=1)
-
-  def add(self, total, x, index):
-    """Adds to the span of block `index`, in place inside a loop."""
-    x = self.take(total, index) + x
-    return lax.dynamic_update_slice_in_dim(total, x, self.start(index), axis=1)
-
-
-def _blocks(plan, q, k, v, q_ids, kv_ids):
-  """Pads to whole blocks; per-block queries and ids, all keys and ids."""
-  q_blocks = _split_blocks(_pad_time(q, plan.time), plan.block, k.shape[2])
-  k, v = _pad_time(k, plan.keys), _pad_time(v, plan.keys)
-  if q_ids is None:
-    return q_blocks, k, v, None, None
-  id_blocks = _pad_time(q_ids, plan.time).reshape((-1, plan.blocks, plan.block))
-  kv_ids = _pad_time(kv_ids, plan.keys)
-  return q_blocks, k, v, jnp.moveaxis(id_blocks, 1, 0), kv_ids
-
-
-def _scores(plan, index, q, q_ids, k, kv_ids, scale):
-  """Masked scores [B, HK, G, C, L], -inf where the query may not look."""
-  dtype = jnp.promote_types(q.dtype, jnp.float32)
-  scores = jnp.einsum("bchgd,blhd->bhgcl", q, k, preferred_element_type=dtype)
-  kv_ids = None if q_ids is None else plan.take(kv_ids, index)
-  mask = plan.mask(index, q_ids, kv_ids)
-  return jnp.where(mask, scores * scale, -jnp.inf)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attention(q, k, v, q_ids, kv_ids, window, scale, block):
-  return _forward(q, k, v, q_ids, kv_ids, window, scale, block)[0]
-
-
-def _forward(q, k, v, q_ids, kv_ids, window, scale, block):
-  plan = _Plan(q.shape[1], k.shape[1], window, block)
-  q_blocks, k_all, v_all, id_blocks, kv_all = _blocks(
-    plan, q, k, v, q_ids, kv_ids
-  )
-
-  def body(_, xs):
-    index, q_block, ids = xs
-    k_span, v_span = plan.take(k_all, index), plan.take(v_all, index)
-    scores = _scores(plan, index, q_block, ids, k_span, kv_all, scale)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    top = jnp.where(top == -jnp.inf, 0, top)  # a query that sees no key
-    weights = jnp.exp(scores - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    total = jnp.where(total == 0, 1, total)
-    weights = (weights / total).astype(v.dtype)
-    out = jnp.einsum(
-      "bhgcl,blhd->bchgd", weights, v_span, preferred_element_type=top.dtype
-    )
-    lse = jnp.moveaxis((top + jnp.log(total))[..., 0], -1, 1)
-    return None, (out.astype(q.dtype), lse)
-
-  xs = jnp.arange(plan.blocks, dtype=jnp.int32), q_blocks, id_blocks
-  _, (out, lse) = lax.scan(body, None, xs)
-  out = _join_blocks(out)[:, : q.shape[1]]
-  return out, (q, k, v, q_ids, kv_ids, out, lse)
-
-
-def _backward(window, scale, block, residuals, d_out):
-  q, k, v, q_ids, kv_ids, out, lse = residuals
-  plan = _Plan(q.shape[1], k.shape[1], window, block)
-  q_blocks, k_all, v_all, id_blocks, kv_all = _blocks(
-    plan, q, k, v, q_ids, kv_ids
-  )
-  key_heads, dtype = k.shape[2], lse.dtype
-  # sum_j p_ij dp_ij, without the scores: it is o_i . do_i
-  delta = jnp.sum(out.astype(dtype) * d_out.astype(dtype), axis=-1)
-
-  def body(carry, xs):
-    index, q_block, ids, lse_block, d_block, delta_block = xs
-    k_span, v_span = plan.take(k_all, index), plan.take(v_all, index)
-    scores = _scores(plan, index, q_block, ids, k_span, kv_all, scale)
-    weights = jnp.exp(scores - jnp.moveaxis(lse_block, 1, -1)[..., None])
-    product = functools.partial(jnp.einsum, preferred_element_type=dtype)
-    d_weights = product("bchgd,blhd->bhgcl", d_block, v_span)
-    d_weights = d_weights - jnp.moveaxis(delta_block, 1, -1)[..., None]
-    d_scores = (weights * d_weights * scale).astype(q.dtype)
-    d_v = product("bhgcl,bchgd->blhd", weights.astype(q.dtype), d_block)
-    d_k = product("bhgcl,bchgd->blhd", d_scores, q_block)
-    d_q = product("bhgcl,blhd->bchgd", d_scores, k_span).astype(q.dtype)
-    d_k_all, d_v_all = carry
-    return (plan.add(d_k_all, d_k, index), plan.add(d_v_all, d_v, index)), d_q
-
-  xs = (
-    jnp.arange(plan.blocks, dtype=jnp.int32),
-    q_blocks,
-    id_blocks,
-    lse,
-    _split_blocks(_pad_time(d_out, plan.time), plan.block, key_heads),
-    _split_blocks(_pad_time(delta, plan.time), plan.block, key_heads),
-  )
-  zeros = jnp.zeros(k_all.shape, dtype)
-  (d_k, d_v), d_q = lax.scan(body, (zeros, zeros), xs)
-  d_q = _join_blocks(d_q)[:, : q.shape[1]]
-  keys = k.shape[1]
-  d_k, d_v = d_k[:, :keys].astype(k.dtype), d_v[:, :keys].astype(v.dtype)
-  return d_q, d_k, d_v, None, None
-
-
-_attention.defvjp(_forward, _backward)
 
 
 def _cudnn_found():
@@ -352,7 +179,9 @@ def sliding_window_attention(
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
       )
-  return _attention(q, k, v, q_segment_ids, kv_segment_ids, window, scale, None)
+  return blockwise_attention(
+    q, k, v, q_segment_ids, kv_segment_ids, window, scale
+  )
 
 
 def attention_step(
@@ -368,7 +197,7 @@ def attention_step(
   Args:
     q: [B, HQ, D], HQ a multiple of HKV.
     k: [B, S, HKV, D].
-    v: [B, S, HKV, D].
+    v: [B, S, HKV, D], finite in every slot.
     valid: [B, S], the keys the query may see; with none, the row gives 0.
     scale: multiplies the scores; None for D^-0.5.
 
@@ -379,22 +208,21 @@ def attention_step(
     ValueError: a shape or dtype does not fit.
   """
   _check_qkv(q, k, v, scale, rank=3)
-  if valid.shape != k.shape[:2] or valid.dtype != np.bool_:
+  if valid.shape != k.shape[:2] or valid.dtype != jnp.bool_:
     raise ValueError(
       f"valid: expected booleans of shape {k.shape[:2]}, got {valid.dtype} of "
       f"shape {valid.shape}"
     )
   scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
   batch, heads, channels = q.shape
-  dtype = jnp.promote_types(q.dtype, jnp.float32)
   q = q.reshape((batch, k.shape[2], heads // k.shape[2], channels))
-  scores = jnp.einsum("bhgd,bshd->bhgs", q, k, preferred_element_type=dtype)
+  scores = product("bhgd,bshd->bhgs", q, k) * scale
   valid = valid[:, None, None, :]
-  scores = jnp.where(valid, scores * scale, -jnp.inf)
+  scores = jnp.where(valid, scores, -jnp.inf)
   top = jnp.max(scores, axis=-1, keepdims=True)
   top = jnp.where(top == -jnp.inf, 0, top)
   weights = jnp.exp(scores - lax.stop_gradient(top))
   total = jnp.sum(weights, axis=-1, keepdims=True)
   weights = (weights / jnp.where(total == 0, 1, total)).astype(v.dtype)
-  out = jnp.einsum("bhgs,bshd->bhgd", weights, v, preferred_element_type=dtype)
+  out = product("bhgs,bshd->bhgd", weights, v)
   return out.reshape((batch, heads, channels)).astype(q.dtype)

@@ -60,9 +60,17 @@ def _join_time(x, time):
   return x.reshape((x.shape[0], -1, *x.shape[3:]))[:, :time]
 
 
+def _product(equation, x, y):
+  """An einsum accumulated in float32, with float32 inputs never rounded."""
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  precision = lax.Precision.HIGHEST if x.dtype == dtype else None
+  return jnp.einsum(
+    equation, x, y, precision=precision, preferred_element_type=dtype
+  )
+
+
 def _logits(hidden, head):
-  dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-  return jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=dtype)
+  return _product("btd,dv->btv", hidden, head)
 
 
 def _is_target(targets, logits):
@@ -111,14 +119,9 @@ def _backward(chunk, z_loss, residuals, d_nll):
       _is_target(target_chunk, logits), d_logits - 1, d_logits
     )
     d_logits = (d_logits * d_chunk[:, :, None]).astype(hidden.dtype)
-    d_hidden = jnp.einsum("btv,dv->btd", d_logits, narrow_head)
-    d_head = d_head + jnp.einsum(
-      "btd,btv->dv",
-      hidden_chunk,
-      d_logits,
-      preferred_element_type=d_head.dtype,
-    )
-    return d_head, d_hidden
+    d_hidden = _product("btv,dv->btd", d_logits, narrow_head)
+    d_head = d_head + _product("btd,btv->dv", hidden_chunk, d_logits)
+    return d_head, d_hidden.astype(hidden.dtype)
 
   xs = (
     _split_time(hidden, chunk),
@@ -126,9 +129,10 @@ def _backward(chunk, z_loss, residuals, d_nll):
     lse,
     _split_time(d_nll, chunk),
   )
-  d_head = jnp.zeros(head.shape, lse.dtype)
+  # zeros_like, so that under shard_map the carry varies as its updates do.
+  d_head = jnp.zeros_like(lse, shape=head.shape)
   d_head, d_hidden = lax.scan(body, d_head, xs)
-  d_hidden = _join_time(d_hidden, hidden.shape[1]).astype(hidden.dtype)
+  d_hidden = _join_time(d_hidden, hidden.shape[1])
   return d_hidden, d_head.astype(head.dtype), None
 
 
@@ -146,7 +150,7 @@ def cross_entropy(
   """Negative log-likelihood of every target, in nats.
 
   The products run in hidden.dtype with float32 accumulation, the softmax in
-  float32 (float64 for float64 hidden). The backward pass recomputes the logits
+  float32. The backward pass recomputes the logits
   of a chunk from the saved logsumexp and sums the gradient of the head in
   float32.
 
@@ -161,11 +165,16 @@ def cross_entropy(
     z_loss: coefficient of the squared logsumexp.
 
   Returns:
-    [B, T] float32. Padding is not masked: multiply by the loss mask.
+    [B, T] float32 (float64 for float64 hidden). Padding is not masked:
+    multiply by the loss mask.
 
   Raises:
     ValueError: a shape, a dtype, chunk or z_loss does not fit.
   """
   _check(hidden, head, targets, chunk, z_loss)
   chunk = min(chunk, max(1, hidden.shape[1]))
+  # Under shard_map over sequences the head is the same on every device and
+  # hidden is not: adding a zero that varies as hidden does lets the backward
+  # pass sum the gradient of the head over devices. XLA drops the addition.
+  head = head + jnp.zeros_like(hidden, head.dtype, shape=(1, 1))
   return _cross_entropy(hidden, head, targets, chunk, float(z_loss))

@@ -56,6 +56,9 @@ def _taps(past_x, kernel, bias, ids):
   dtype = jnp.promote_types(past_x.dtype, jnp.float32)
   taps = kernel.astype(dtype).reshape((width, 1, 1, channels))
   reach = None if ids is None else _reach(ids, width)
+  if ids is not None:
+    # A masked product still has NaN gradients where padding holds NaN.
+    past_x = jnp.where((ids != 0)[:, :, None], past_x, 0)
   y = None
   for tap in range(width):
     term = taps[tap] * past_x[:, tap : tap + time].astype(dtype)

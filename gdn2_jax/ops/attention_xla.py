@@ -1,0 +1,226 @@
+"""Blockwise causal attention in XLA, with a hand-written backward pass.
+
+A scan over blocks of queries; every block reads the one span of keys that its
+queries may see. With weights P = softmax(scale Q K^T) of a block,
+
+    O = P V
+    dV += P^T dO,  dS = scale * P * (dO V^T - rowsum(dO * O))
+    dQ = dS K,     dK += dS^T Q
+
+The backward pass recomputes P from the saved logsumexp, so the scores of one
+block are the largest temporary of either pass.
+
+Legend: B batch, T queries, S keys, HK key heads, G query heads of a key head
+(HQ = HK G), D head channels, N blocks, C queries of a block, L keys of a span.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_MAX_BLOCK = 256  # a window of 2048 then reads 12% more keys than it must
+
+
+class _Plan:
+  """The static geometry of a call: which span of keys each block reads."""
+
+  def __init__(self, q, k, window, block):
+    time, keys = q.shape[1], k.shape[1]
+    self.window = keys if window is None else min(window, keys)
+    self.block = block or _block_size(time, self.window)
+    self.blocks = -(-time // self.block)
+    self.time = self.blocks * self.block  # queries, padded at the end
+    self.context = keys - time
+    self.keys = self.context + self.time  # keys, padded at the end
+    self.span = min(self.keys, self.block + self.window - 1)
+
+  def start(self, index):
+    """First key that block `index` reads."""
+    end = self.context + (index + 1) * self.block
+    return jnp.maximum(end - self.span, 0)
+
+  def mask(self, index, q_ids, kv_ids):
+    """[B or 1, 1, 1, C, L]: may the query see the key."""
+    row = jnp.arange(self.block, dtype=jnp.int32).reshape((-1, 1))
+    column = jnp.arange(self.span, dtype=jnp.int32).reshape((1, -1))
+    distance = self.context + index * self.block - self.start(index)
+    distance = distance + row - column
+    allowed = ((distance >= 0) & (distance < self.window))[None]
+    if q_ids is not None:
+      q_ids, kv_ids = q_ids[:, :, None], kv_ids[:, None, :]
+      allowed = allowed & (q_ids == kv_ids) & (q_ids != 0)
+    return allowed[:, None, None]
+
+  def take(self, x, index):
+    """The span of block `index`, of [B, S, ...]."""
+    return lax.dynamic_slice_in_dim(x, self.start(index), self.span, axis=1)
+
+  def add(self, total, x, index):
+    """Adds x to the span of block `index`; in place inside a loop."""
+    x = self.take(total, index) + x
+    return lax.dynamic_update_slice_in_dim(total, x, self.start(index), axis=1)
+
+  def blocks_first(self, x, key_heads=None):
+    """[B, T, ...] to [N, B, C, ...], HQ as HK, G where key_heads is given."""
+    x = _pad_time(x, self.time)
+    tail = x.shape[2:]
+    if key_heads is not None:
+      tail = (key_heads, tail[0] // key_heads, *tail[1:])
+    x = x.reshape((x.shape[0], self.blocks, self.block, *tail))
+    return jnp.moveaxis(x, 1, 0)
+
+
+def _block_size(time, window):
+  """A power of two, no larger than the window or than T needs."""
+  block = 1
+  while block < min(time, window, _MAX_BLOCK):
+    block *= 2
+  return block
+
+
+def _pad_time(x, length):
+  widths = [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
+  return jnp.pad(x, widths)
+
+
+def _join_blocks(x_NBCHGD, time):
+  """[N, B, C, HK, G, D] to [B, T, HQ, D]."""
+  x = jnp.moveaxis(x_NBCHGD, 0, 1)
+  batch, blocks, block, key_heads, group, channels = x.shape
+  x = x.reshape((batch, blocks * block, key_heads * group, channels))
+  return x[:, :time]
+
+
+def _layout(plan, q, k, v, q_ids, kv_ids):
+  """Queries and their ids by block; keys, values and their ids padded."""
+  key_heads = k.shape[2]
+  if q_ids is not None:
+    # A weight of zero does not silence a NaN or inf left in padding.
+    q = jnp.where((q_ids != 0)[:, :, None, None], q, 0)
+    k = jnp.where((kv_ids != 0)[:, :, None, None], k, 0)
+    v = jnp.where((kv_ids != 0)[:, :, None, None], v, 0)
+    q_ids = plan.blocks_first(q_ids)
+    kv_ids = _pad_time(kv_ids, plan.keys)
+  q_NBCHGD = plan.blocks_first(q, key_heads)
+  return (
+    q_NBCHGD,
+    _pad_time(k, plan.keys),
+    _pad_time(v, plan.keys),
+    q_ids,
+    kv_ids,
+  )
+
+
+def product(equation, x, y):
+  """An einsum accumulated in float32, with float32 inputs never rounded."""
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  precision = lax.Precision.HIGHEST if x.dtype == dtype else None
+  return jnp.einsum(
+    equation, x, y, precision=precision, preferred_element_type=dtype
+  )
+
+
+def _scores(plan, index, q_BCHGD, k_BLHD, q_ids, kv_ids, scale):
+  """Scores [B, HK, G, C, L], -inf where the query may not look."""
+  scores = product("bchgd,blhd->bhgcl", q_BCHGD, k_BLHD) * scale
+  kv_ids = None if q_ids is None else plan.take(kv_ids, index)
+  return jnp.where(plan.mask(index, q_ids, kv_ids), scores, -jnp.inf)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def blockwise_attention(q, k, v, q_ids, kv_ids, window, scale, block=None):
+  """Attention of the arguments of `sliding_window_attention`, unchecked.
+
+  Args:
+    q: [B, T, HQ, D].
+    k: [B, S, HK, D], S >= T.
+    v: [B, S, HK, D].
+    q_ids: [B, T] segment ids or None.
+    kv_ids: [B, S] segment ids or None.
+    window: number of keys a query sees or None.
+    scale: multiplies the scores.
+    block: queries of a block; None for a power of two up to 256.
+
+  Returns:
+    [B, T, HQ, D] in q.dtype.
+  """
+  return _forward(q, k, v, q_ids, kv_ids, window, scale, block)[0]
+
+
+def _forward(q, k, v, q_ids, kv_ids, window, scale, block):
+  plan = _Plan(q, k, window, block)
+  q_blocks, k_all, v_all, id_blocks, kv_all = _layout(
+    plan, q, k, v, q_ids, kv_ids
+  )
+
+  def body(_, xs):
+    index, q_BCHGD, ids = xs
+    k_BLHD, v_BLHD = plan.take(k_all, index), plan.take(v_all, index)
+    scores = _scores(plan, index, q_BCHGD, k_BLHD, ids, kv_all, scale)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    top = jnp.where(top == -jnp.inf, 0, top)  # a query that sees no key
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    total = jnp.where(total == 0, 1, total)
+    weights = (weights / total).astype(v.dtype)
+    out_BCHGD = product("bhgcl,blhd->bchgd", weights, v_BLHD)
+    return None, (out_BCHGD.astype(q.dtype), top + jnp.log(total))
+
+  xs = jnp.arange(plan.blocks, dtype=jnp.int32), q_blocks, id_blocks
+  _, (out, lse_NBHGC1) = lax.scan(body, None, xs)
+  out = _join_blocks(out, q.shape[1])
+  return out, (q, k, v, q_ids, kv_ids, out, lse_NBHGC1)
+
+
+def _backward(window, scale, block, residuals, d_out):
+  q, k, v, q_ids, kv_ids, out, lse_NBHGC1 = residuals
+  plan = _Plan(q, k, window, block)
+  q_blocks, k_all, v_all, id_blocks, kv_all = _layout(
+    plan, q, k, v, q_ids, kv_ids
+  )
+
+  def body(carry, xs):
+    index, q_BCHGD, ids, lse_BHGC1, out_BCHGD, d_out_BCHGD = xs
+    k_BLHD, v_BLHD = plan.take(k_all, index), plan.take(v_all, index)
+    scores = _scores(plan, index, q_BCHGD, k_BLHD, ids, kv_all, scale)
+    weights = jnp.exp(scores - lse_BHGC1)
+    # rowsum(dO * O) = rowsum(P * dP), without another pass over the scores.
+    inner_BCHG = jnp.sum(
+      out_BCHGD.astype(weights.dtype) * d_out_BCHGD.astype(weights.dtype), -1
+    )
+    inner_BHGC1 = jnp.moveaxis(inner_BCHG, 1, -1)[..., None]
+    d_weights = product("bchgd,blhd->bhgcl", d_out_BCHGD, v_BLHD)
+    d_scores = weights * (d_weights - inner_BHGC1) * scale
+    d_scores, weights = d_scores.astype(q.dtype), weights.astype(q.dtype)
+    d_v_BLHD = product("bhgcl,bchgd->blhd", weights, d_out_BCHGD)
+    d_k_BLHD = product("bhgcl,bchgd->blhd", d_scores, q_BCHGD)
+    d_q_BCHGD = product("bhgcl,blhd->bchgd", d_scores, k_BLHD)
+    d_k, d_v = carry
+    carry = plan.add(d_k, d_k_BLHD, index), plan.add(d_v, d_v_BLHD, index)
+    return carry, d_q_BCHGD.astype(q.dtype)
+
+  xs = (
+    jnp.arange(plan.blocks, dtype=jnp.int32),
+    q_blocks,
+    id_blocks,
+    lse_NBHGC1,
+    plan.blocks_first(out, k.shape[2]),
+    plan.blocks_first(d_out, k.shape[2]),
+  )
+  # zeros_like, so that under shard_map the carry varies as its updates do.
+  zeros = jnp.zeros_like(k_all, lse_NBHGC1.dtype)
+  (d_k, d_v), d_q = lax.scan(body, (zeros, zeros), xs)
+  d_q = _join_blocks(d_q, q.shape[1])
+  keys = k.shape[1]
+  return (
+    d_q,
+    d_k[:, :keys].astype(k.dtype),
+    d_v[:, :keys].astype(v.dtype),
+    None,
+    None,
+  )
+
+
+blockwise_attention.defvjp(_forward, _backward)
