@@ -24,7 +24,7 @@ _LARGEST_BUFFER = 1 << 30
 
 
 @struct.dataclass
-class _Decoding:
+class Decoding:
   """Between two dispatches: `token` is chosen, but `state` has not read it.
 
   Attributes:
@@ -78,8 +78,8 @@ def generate(
   """
   _check_request(config, prompts, max_new_tokens, rng, sampler, stop_ids)
   keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(len(prompts)))
-  stops = jnp.asarray(stop_ids, jnp.int32)
-  carry = _read_prompts(params, config, prompts, keys, stops, sampler)
+  stops = _pad_stops(stop_ids)
+  carry = read_prompts(params, config, prompts, keys, stops, sampler)
   columns = [jax.device_get(carry.token)[:, None]]
   if max_new_tokens > 1:
     block, carry = decode_block(
@@ -135,10 +135,10 @@ def stream(
       f"tokens_per_dispatch: expected >= 1, got {tokens_per_dispatch}"
     )
   keys = jax.random.fold_in(rng, 0)[None]
-  stops = jnp.asarray(stop_ids, jnp.int32)
+  stops = _pad_stops(stop_ids)
 
   def blocks():
-    carry = _read_prompts(params, config, [prompt], keys, stops, sampler)
+    carry = read_prompts(params, config, [prompt], keys, stops, sampler)
     given = 0
     block = carry.token[:, None]
     while True:
@@ -175,7 +175,7 @@ def decode_block(params, carry, count, keys, stops, *, config, sampler, size):
     carry: where the rows are; donated.
     count: int32 scalar, not static: one program serves every count.
     keys: [B] typed keys.
-    stops: [S] int32 stop ids, S >= 0.
+    stops: [S] int32 stop ids; -1 is none.
     config: of the model.
     sampler: how a token is chosen.
     size: columns of the output buffer.
@@ -209,7 +209,7 @@ def _choose(logits, state, carry, keys, stops, sampler):
   step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, carry.index)
   token = sample(logits, step_keys, sampler)
   done = carry.done | (token[:, None] == stops[None]).any(axis=1)
-  return _Decoding(
+  return Decoding(
     state=state,
     token=token,
     done=done,
@@ -218,8 +218,17 @@ def _choose(logits, state, carry, keys, stops, sampler):
   )
 
 
-def _read_prompts(params, config, prompts, keys, stops, sampler):
-  """Prefills and chooses the first token of each row."""
+def read_prompts(params, config, prompts, keys, stops, sampler) -> Decoding:
+  """Prefills and chooses the first token of each row.
+
+  Args:
+    params: unboxed parameters.
+    config: of the model.
+    prompts: B non-empty lists of token ids.
+    keys: [B] typed keys, one per row.
+    stops: [S] int32 stop ids; -1 is none.
+    sampler: how a token is chosen.
+  """
   lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
   tokens = np.zeros((len(prompts), lengths.max()), np.int32)
   for row, prompt in zip(tokens, prompts, strict=True):
@@ -232,7 +241,7 @@ def _read_prompts(params, config, prompts, keys, stops, sampler):
 @functools.partial(jax.jit, static_argnames=("sampler",))
 def _first_token(logits, state: State, keys, stops, *, sampler):
   batch_size = logits.shape[0]
-  before = _Decoding(
+  before = Decoding(
     state=state,
     token=jnp.zeros((batch_size,), jnp.int32),
     done=jnp.zeros((batch_size,), bool),
@@ -240,6 +249,13 @@ def _first_token(logits, state: State, keys, stops, *, sampler):
     index=jnp.zeros((), jnp.int32),
   )
   return _choose(logits, state, before, keys, stops, sampler)
+
+
+def _pad_stops(stop_ids):
+  """int32, padded with -1 to a multiple of 8: few shapes, few programs."""
+  stops = np.full(8 * max(1, -(-len(stop_ids) // 8)), -1, np.int32)
+  stops[: len(stop_ids)] = stop_ids
+  return jnp.asarray(stops)
 
 
 def _check_request(config, prompts, max_new_tokens, rng, sampler, stop_ids):

@@ -1,0 +1,65 @@
+"""Tiny models of random weights, one for each pattern of mixers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from gdn2_jax.model.attention import AttentionConfig
+from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.model.gdn2 import GDN2Config
+from gdn2_jax.model.lm import LM
+
+VOCAB = 61
+WINDOW = 8
+LENGTH = 24  # tokens of the longest sequence any test feeds
+
+
+class Tiny:
+  """A config, its parameters, tokens [3, LENGTH] and their exact logits."""
+
+  def __init__(self, pattern: str):
+    self.config = ModelConfig(
+      vocab_size=VOCAB,
+      model_dim=32,
+      num_layers=len(pattern),
+      pattern=pattern,
+      gdn2=GDN2Config(num_heads=2, key_dim=16, value_dim=16),
+      attention=AttentionConfig(num_heads=2, head_dim=16, window=WINDOW),
+      mlp_dim=48,
+      dtype="float32",
+    )
+    rng = np.random.default_rng(0)
+    self.tokens = rng.integers(0, VOCAB, (3, LENGTH), dtype=np.int32)
+    init = jax.jit(LM(self.config).init)
+    variables = init(jax.random.key(0), jnp.asarray(self.tokens[:, :2]))
+    self.params = nn.unbox(variables)["params"]
+    self.logits = np.asarray(self.forward(self.params, self.tokens))
+
+  @functools.cached_property
+  def forward(self):
+    """The full forward pass, jitted: params, tokens -> logits."""
+    return jax.jit(lambda p, t: LM(self.config).apply({"params": p}, t)[0])
+
+
+@functools.cache
+def make_tiny(pattern: str) -> Tiny:
+  return Tiny(pattern)
+
+
+@pytest.fixture(params=["G", "S", "GS"])
+def tiny(request) -> Tiny:
+  return make_tiny(request.param)
+
+
+@pytest.fixture
+def hybrid() -> Tiny:
+  return make_tiny("GS")
+
+
+@pytest.fixture
+def recurrent() -> Tiny:
+  return make_tiny("G")
