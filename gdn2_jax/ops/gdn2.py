@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gdn2_jax.ops import gdn2_reference
+from gdn2_jax.ops import gdn2_reference, gdn2_xla
 
 Implementation = Literal["reference", "xla", "mosaic_gpu"]
 
@@ -30,7 +30,7 @@ _FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 def select_implementation() -> str:
   """Returns the name that `implementation=None` runs."""
-  return "reference"
+  return "xla"
 
 
 # The annotations are for the reader: a wrong shape must reach _check_inputs,
@@ -136,8 +136,14 @@ def gdn2_step(
   return o.reshape(v_shape), _unfold_state(state, state_shape)
 
 
-_SEQUENCE = {"reference": gdn2_reference.gdn2_reference}
-_STEP = {"reference": gdn2_reference.gdn2_step_reference}
+_SEQUENCE = {
+  "reference": gdn2_reference.gdn2_reference,
+  "xla": gdn2_xla.gdn2_xla,
+}
+_STEP = {
+  "reference": gdn2_reference.gdn2_step_reference,
+  "xla": gdn2_xla.gdn2_step_xla,
+}
 
 
 def _resolve(implementation):
