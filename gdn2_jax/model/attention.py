@@ -6,11 +6,11 @@ position mod window, so its size never grows. Keys are stored rotated.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Float, Int
 
 from gdn2_jax.model.layers import Linear, fan_in_uniform
 from gdn2_jax.ops.attention import attention_step, sliding_window_attention
@@ -74,15 +74,16 @@ class AttentionCache:
   """Keys and values of the last W = window tokens, in slots position mod W.
 
   Attributes:
-    k, v: rotated keys, and values.
-    positions: position of the token in each slot, -1 where empty.
-    next_position: position of the next token.
+    k, v: rotated keys, and values, [B, W, HKV, D].
+    positions: position of the token in each slot [B, W], -1 where empty.
+    next_position: position of the next token [B].
   """
 
-  k: Float[Array, "B W HKV D"]
-  v: Float[Array, "B W HKV D"]
-  positions: Int[Array, "B W"]
-  next_position: Int[Array, "B"]
+  # Any: tree transformations build caches of other things than arrays.
+  k: Any
+  v: Any
+  positions: Any
+  next_position: Any
 
 
 def init_attention_cache(

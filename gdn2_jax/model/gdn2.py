@@ -9,12 +9,12 @@ y = (rms_norm(o) * act(x W_g1 W_g2 + bias)) W_o
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Float
 
 from gdn2_jax.model.layers import Linear, fan_in_uniform, xavier_uniform
 from gdn2_jax.ops.gdn2 import gdn2, gdn2_step
@@ -97,14 +97,16 @@ class GDN2Cache:
   """What the mixer remembers: constant in the number of tokens seen.
 
   Attributes:
-    state: S, float32.
-    conv_q, conv_k, conv_v: last inputs of the short convolutions.
+    state: S [B, HV, K, V], float32.
+    conv_q, conv_k, conv_v: last inputs of the short convolutions,
+      [B, taps - 1, heads * channels].
   """
 
-  state: Float[Array, "B HV K V"]
-  conv_q: Float[Array, "B W-1 H*K"]
-  conv_k: Float[Array, "B W-1 H*K"]
-  conv_v: Float[Array, "B W-1 HV*V"]
+  # Any: tree transformations build caches of other things than arrays.
+  state: Any
+  conv_q: Any
+  conv_k: Any
+  conv_v: Any
 
 
 def init_gdn2_cache(config: GDN2Config, batch_size: int, dtype) -> GDN2Cache:

@@ -1,0 +1,53 @@
+"""Small models of every mixer kind, built once for the tests."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from gdn2_jax.model.attention import AttentionConfig
+from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.model.gdn2 import GDN2Config
+from gdn2_jax.model.lm import LM
+
+PATTERNS = ("G", "S")
+
+
+def small_config(pattern: str = "GS", **changes) -> ModelConfig:
+  """Two groups, grouped heads, a window far below the test's lengths."""
+  fields = {
+    "vocab_size": 61,
+    "model_dim": 32,
+    "num_layers": 2 * len(pattern),
+    "pattern": pattern,
+    "mlp_dim": 48,
+    "gdn2": GDN2Config(
+      num_heads=2, num_value_heads=4, key_dim=16, value_dim=24
+    ),
+    "attention": AttentionConfig(
+      num_heads=4, num_kv_heads=2, head_dim=8, window=7
+    ),
+    "dtype": "float32",
+    "loss_chunk": 16,
+  }
+  return ModelConfig(**(fields | changes))
+
+
+@functools.cache
+def small_model(pattern: str = "GS", **changes):
+  """(model, params, jitted apply) of `small_config`."""
+  model = LM(small_config(pattern, **changes))
+  tokens = jnp.zeros((1, 4), jnp.int32)
+  params = nn.unbox(jax.jit(model.init)(jax.random.key(0), tokens))["params"]
+
+  @jax.jit
+  def apply(tokens, segment_ids=None, cache=None):
+    return model.apply({"params": params}, tokens, segment_ids, cache)
+
+  return model, params, apply
+
+
+def tokens_of(batch: int, length: int, seed: int = 1):
+  """Random tokens [batch, length]."""
+  return jax.random.randint(jax.random.key(seed), (batch, length), 0, 61)
