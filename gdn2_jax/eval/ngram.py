@@ -5,13 +5,13 @@ bigram what one token of context buys. Both are normalised distributions over
 the whole vocabulary, fitted on the training tokens. NumPy only.
 """
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from gdn2_jax.eval import report
+from gdn2_jax.eval.report import LossReport, make_report
+from gdn2_jax.eval.targets import validation_batches
 
 
 class Unigram:
@@ -129,7 +129,7 @@ def ngram_baselines(
   batch_size: int = 64,
   rows: int | None = None,
   on_batch: Callable[[], object] | None = None,
-) -> list[report.LossReport]:
+) -> list[LossReport]:
   """Fits on the training tokens and scores the model's validation targets.
 
   Args:
@@ -153,8 +153,13 @@ def ngram_baselines(
   }
   nats = dict.fromkeys(predictors, 0.0)
   tokens = 0
-  batches = dataset.validation_batches(seq_len, batch_size)
-  for batch in first_rows(batches, rows):
+  batches = validation_batches(
+    dataset,
+    seq_len=seq_len,
+    batch_size=batch_size,
+    tokens=None if rows is None else rows * seq_len,
+  )
+  for batch in batches:
     scored = batch["loss_mask"] > 0
     contexts = batch["inputs"][scored].astype(np.int64)
     targets = batch["targets"][scored].astype(np.int64)
@@ -164,7 +169,7 @@ def ngram_baselines(
     if on_batch is not None:
       on_batch()
   return [
-    report.make_report(
+    make_report(
       name,
       nats=nats[name],
       tokens=tokens,
@@ -173,21 +178,6 @@ def ngram_baselines(
     )
     for name in predictors
   ]
-
-
-def first_rows(
-  batches: Iterable[dict[str, np.ndarray]], rows: int | None
-) -> Iterable[dict[str, np.ndarray]]:
-  """Yields batches until `rows` rows have been given, the last one cut."""
-  left = math.inf if rows is None else rows
-  for batch in batches:
-    if left <= 0:
-      return
-    size = len(batch["inputs"])
-    if size > left:
-      batch = {name: array[:left] for name, array in batch.items()}
-    left -= size
-    yield batch
 
 
 def _pair_keys(contexts, targets, vocab_size: int):

@@ -1,6 +1,21 @@
 """Held-out loss of a language model, at the training length and beyond."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdn2_jax.eval.report import LossReport, PositionLoss, make_report
+from gdn2_jax.eval.targets import validation_batches
+from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.model.lm import LM
+from gdn2_jax.sharding import batch_sharding, shards_of
+
+_FIRST_BUCKET = 32  # positions of the first bucket of the loss by position
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -18,3 +33,164 @@ class EvalConfig:
   batches: int = 16
   batch_size: int = 8
   length_multiples: tuple[int, ...] = (1, 2, 4)
+
+
+def evaluate_loss(
+  config: ModelConfig,
+  params: Any,
+  dataset: Any,
+  *,
+  seq_len: int,
+  batch_size: int,
+  tokens: int | None = None,
+  name: str = "model",
+  on_batch: Callable[[], object] | None = None,
+) -> LossReport:
+  """Mean loss over the unmasked validation targets, every one weighing 1.
+
+  Runs on the mesh that `gdn2_jax.sharding.use_mesh` installs, or on one
+  device. Losses are float32 per target and summed in float64.
+
+  Args:
+    config: of the model.
+    params: unboxed parameters, sharded in any way.
+    dataset: gives validation_batches and validation_bytes_per_token.
+    seq_len: tokens of a row.
+    batch_size: rows of a batch; changes memory and time, not the result.
+    tokens: score only the first so many tokens of the split; None = all.
+    name: row label of the report.
+    on_batch: called after each batch, for a progress bar.
+
+  Returns:
+    The report, with the loss by position.
+
+  Raises:
+    ValueError: a size below 1, or nothing to score.
+  """
+  batches = validation_batches(
+    dataset, seq_len=seq_len, batch_size=batch_size, tokens=tokens
+  )
+  nats_T, count_T = np.zeros(seq_len), np.zeros(seq_len, np.int64)
+  for batch in batches:
+    nll = _losses(config, params, batch)
+    scored = batch["loss_mask"] > 0
+    at = batch["positions"][scored]
+    nats_T += np.bincount(at, weights=nll[scored], minlength=seq_len)
+    count_T += np.bincount(at, minlength=seq_len)
+    if on_batch is not None:
+      on_batch()
+  return make_report(
+    name,
+    nats=float(nats_T.sum()),
+    tokens=int(count_T.sum()),
+    seq_len=seq_len,
+    bytes_per_token=dataset.validation_bytes_per_token,
+    by_position=_by_position(nats_T, count_T),
+  )
+
+
+def evaluate_lengths(
+  model_config: ModelConfig,
+  params: Any,
+  dataset: Any,
+  *,
+  seq_len: int,
+  config: EvalConfig,
+  on_batch: Callable[[], object] | None = None,
+) -> list[LossReport]:
+  """The loss with rows of 1x, 2x, 4x, ... the training length.
+
+  Every length scores the same targets: the first batches * batch_size *
+  seq_len tokens of the validation split. Only the context in front of them
+  differs, so a model that does not extrapolate shows as a higher loss.
+
+  Args:
+    model_config: of the model.
+    params: unboxed parameters, sharded in any way.
+    dataset: gives validation_batches and validation_bytes_per_token.
+    seq_len: the training length, 1x.
+    config: how much to score; batches=0 scores the whole split.
+    on_batch: called after each batch.
+
+  Returns:
+    One report per multiple, named "model 1x (256)" and so on.
+
+  Raises:
+    ValueError: a multiple below 1, or as `evaluate_loss`.
+  """
+  for multiple in config.length_multiples:
+    if multiple < 1:
+      raise ValueError(
+        f"length_multiples={config.length_multiples}: expected numbers >= 1"
+      )
+  return [
+    evaluate_loss(
+      model_config,
+      params,
+      dataset,
+      seq_len=multiple * seq_len,
+      batch_size=rows_per_batch(config, multiple),
+      tokens=scored_tokens(config, seq_len),
+      name=f"model {multiple}x ({multiple * seq_len})",
+      on_batch=on_batch,
+    )
+    for multiple in config.length_multiples
+  ]
+
+
+def scored_tokens(config: EvalConfig, seq_len: int) -> int | None:
+  """Tokens of the split that an evaluation scores; None = all."""
+  return config.batches * config.batch_size * seq_len or None
+
+
+def rows_per_batch(config: EvalConfig, multiple: int) -> int:
+  """Rows of a batch at a length multiple: as many tokens as at 1x."""
+  return max(1, config.batch_size // multiple)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _token_losses(params, inputs, targets, segment_ids, *, config):
+  nll = LM(config).apply(
+    {"params": params}, inputs, targets, segment_ids, method="token_losses"
+  )
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty:
+    # Every process reads all of it.
+    spec = jax.sharding.PartitionSpec()
+    nll = jax.lax.with_sharding_constraint(nll, spec)
+  return nll.astype(jnp.float32)
+
+
+def _losses(config, params, batch) -> np.ndarray:
+  """[B, T] nats of every target, masked ones included."""
+  rows = len(batch["inputs"])
+  mesh = jax.sharding.get_mesh()
+  parts = 1 if mesh.empty else shards_of("batch", mesh.shape)
+  padding = -rows % parts
+  arrays = [
+    np.pad(batch[name], ((0, padding), (0, 0)))
+    for name in ("inputs", "targets", "segment_ids")
+  ]
+  # Explicit, because a training loop forbids implicit transfers.
+  arrays = jax.device_put(arrays, None if mesh.empty else batch_sharding(mesh))
+  return jax.device_get(_token_losses(params, *arrays, config=config))[:rows]
+
+
+def _by_position(nats_T, count_T) -> tuple[PositionLoss, ...]:
+  """Buckets [0, 32), [32, 64), [64, 128), ... that hold any target."""
+  buckets = []
+  start, stop = 0, _FIRST_BUCKET
+  while start < len(nats_T):
+    stop = min(stop, len(nats_T))
+    tokens = int(count_T[start:stop].sum())
+    if tokens:
+      buckets.append(
+        PositionLoss(
+          start=start,
+          stop=stop,
+          nats_per_token=float(nats_T[start:stop].sum()) / tokens,
+          tokens=tokens,
+        )
+      )
+    start, stop = stop, 2 * stop
+  return tuple(buckets)

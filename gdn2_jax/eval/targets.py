@@ -1,0 +1,62 @@
+"""Which validation targets are scored: one rule for models and baselines.
+
+The validation split is one stream of tokens, cut into rows. A limit is a
+number of tokens of that stream, so that rows of any length score the same
+text.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+Batch = dict[str, np.ndarray]
+
+
+def validation_batches(
+  dataset, *, seq_len: int, batch_size: int, tokens: int | None = None
+) -> Iterator[Batch]:
+  """The validation split in order, masked beyond its first `tokens` tokens.
+
+  Args:
+    dataset: gives validation_batches(seq_len, batch_size): dicts of arrays
+      [batch_size, seq_len], in the order of the text.
+    seq_len: tokens of a row.
+    batch_size: rows of a batch.
+    tokens: tokens of the stream that count; None = all.
+
+  Returns:
+    Batches of one shape whose loss_mask is 0 beyond the limit; none that lies
+    beyond it altogether.
+
+  Raises:
+    ValueError: seq_len, batch_size or tokens below 1.
+  """
+  sizes = {"seq_len": seq_len, "batch_size": batch_size, "tokens": tokens}
+  for name, value in sizes.items():
+    if value is not None and value < 1:
+      raise ValueError(f"{name}={value}: expected >= 1")
+  return _batches(dataset, seq_len, batch_size, tokens)
+
+
+def _batches(dataset, seq_len, batch_size, tokens):
+  limit = math.inf if tokens is None else tokens
+  shape = (batch_size, seq_len)
+  first = 0
+  for batch in dataset.validation_batches(seq_len, batch_size):
+    if first >= limit:
+      return
+    assert batch["inputs"].shape == shape, batch["inputs"].shape
+    index = first + np.arange(batch_size * seq_len).reshape(shape)
+    mask = np.where(index < limit, batch["loss_mask"], 0)
+    yield batch | {"loss_mask": mask.astype(np.float32)}
+    first += batch_size * seq_len
+
+
+def num_batches(
+  dataset, *, seq_len: int, batch_size: int, tokens: int | None = None
+) -> int:
+  """How many batches `validation_batches` gives; for progress bars."""
+  pairs = max(len(dataset.validation_tokens()) - 1, 0)
+  pairs = pairs if tokens is None else min(pairs, tokens)
+  return math.ceil(math.ceil(pairs / seq_len) / batch_size)
