@@ -93,6 +93,11 @@ def train(
     dataset = open_dataset(config.data) if dataset is None else dataset
     _check_vocabulary(config, dataset)
     versions = writer_lib.versions()
+    say(_summary(config, versions))
+    throughput = Throughput(
+      config.data.batch_size * config.data.seq_len,
+      train_flops_per_token(config.model, config.data.seq_len),
+    )
 
     mesh = stack.enter_context(use_mesh(make_mesh(config.mesh)))
     model = LM(config.model)
@@ -104,7 +109,6 @@ def train(
       schedule=learning_rate(config.optimizer, config.num_steps),
       accumulate=config.grad_accum,
     )
-    say(_summary(config, versions))
 
     checkpointer = Checkpointer(root / "checkpoints", config.checkpoint)
     # A failed background save surfaces here, so the exit code shows it.
@@ -134,6 +138,7 @@ def train(
       checkpointer=checkpointer,
       meta=meta,
       writer=writer,
+      throughput=throughput,
       progress=progress,
       beat=lock.beat if lock else (lambda: None),
     )
@@ -165,16 +170,14 @@ def _run_steps(
   checkpointer: Checkpointer,
   meta: dict[str, Any],
   writer: writer_lib.Writer,
+  throughput: Throughput,
   progress: Progress,
   beat: Callable[[], None],
 ) -> Result:
   """The loop: dispatch a step, read the step before, save and evaluate."""
   reader = MetricsReader(
     writer,
-    Throughput(
-      config.data.batch_size * config.data.seq_len,
-      train_flops_per_token(config.model, config.data.seq_len),
-    ),
+    throughput,
     progress,
     log_every=config.log_every,
     max_skipped=config.max_skipped,

@@ -47,12 +47,13 @@ def plot_loss(
   if len(train):
     steps, losses = train.T
     axes.plot(steps, losses, color=_TRAIN, alpha=0.2, linewidth=0.8)
+    smoothed = smooth(losses, len(losses) / 50)
     axes.plot(
       steps,
-      smooth(losses, len(losses) / 50),
+      smoothed,
       color=_TRAIN,
       linewidth=1.8,
-      label=f"training, smoothed ({losses[-1]:.2f} at the end)",
+      label=f"training, smoothed ({smoothed[-1]:.3f} at the end)",
     )
   if len(validation):
     axes.plot(
@@ -96,6 +97,8 @@ def _draw_baselines(axes, baselines: Mapping[str, float]) -> None:
 
 
 def _style(axes) -> None:
+  from matplotlib.ticker import MaxNLocator
+
   axes.set_xlabel("step", color=_INK)
   axes.set_ylabel("loss (nats per token)", color=_INK)
   axes.set_title(
@@ -104,9 +107,20 @@ def _style(axes) -> None:
   axes.grid(axis="y", color=_GRID, linewidth=0.8)
   axes.set_axisbelow(True)
   axes.margins(x=0.01)
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   axes.tick_params(colors=_MUTED, length=0)
   for side in ("top", "right", "left"):
     axes.spines[side].set_visible(False)
   axes.spines["bottom"].set_color(_GRID)
   if axes.get_legend_handles_labels()[0]:
-    axes.legend(frameon=False, labelcolor=_INK, loc="upper right", fontsize=9)
+    # Above the axes: inside, it would cover a curve or a baseline sooner or
+    # later.
+    axes.legend(
+      frameon=False,
+      labelcolor=_INK,
+      fontsize=9,
+      ncols=2,
+      loc="lower right",
+      bbox_to_anchor=(1, 1),
+      borderaxespad=0.2,
+    )

@@ -1,9 +1,9 @@
 """What a run leaves behind for people: metrics.jsonl, TensorBoard, versions.
 
-metrics.jsonl has one JSON object per line, {"step": ..., "kind": "train", "eval"
-or "final", ...}; numbers that are not finite are written as null. Each line is
-flushed, and on a resume the lines beyond the restored step are dropped, and
-so is the final one, so that the file never holds a row twice.
+metrics.jsonl has one JSON object per line, {"step": ..., "kind": ...} with kind
+"train", "eval" or "final"; numbers that are not finite are written as null.
+Each line is flushed. On a resume the lines beyond the restored step are
+dropped, and so is the final one, so that the file never holds a row twice.
 """
 
 import json
