@@ -8,7 +8,7 @@ the whole vocabulary, fitted on the training tokens. NumPy only.
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 
 from gdn2_jax.eval.report import LossReport, make_report
 from gdn2_jax.eval.targets import validation_batches
@@ -25,13 +25,15 @@ class Unigram:
     ValueError: an id outside the vocabulary.
   """
 
-  def __init__(self, targets: Int[np.ndarray, " N"], vocab_size: int):
+  def __init__(self, targets: Integer[np.ndarray, " N"], vocab_size: int):
     _check_ids("targets", targets, vocab_size)
     counts = np.bincount(targets, minlength=vocab_size)
     self.probabilities = (counts + 1.0) / (len(targets) + vocab_size)
 
   def nll(
-    self, contexts: Int[np.ndarray, " N"], targets: Int[np.ndarray, " N"]
+    self,
+    contexts: Integer[np.ndarray, " N"],
+    targets: Integer[np.ndarray, " N"],
   ) -> Float[np.ndarray, " N"]:
     """Returns -ln p(target), [N] float64; the contexts are not used."""
     del contexts
@@ -56,8 +58,8 @@ class Bigram:
 
   def __init__(
     self,
-    contexts: Int[np.ndarray, " N"],
-    targets: Int[np.ndarray, " N"],
+    contexts: Integer[np.ndarray, " N"],
+    targets: Integer[np.ndarray, " M"],  # M != N is refused below
     vocab_size: int,
   ):
     _check_ids("contexts", contexts, vocab_size)
@@ -88,7 +90,9 @@ class Bigram:
     self._seen = (counts - discounts) / context_counts[u]
 
   def probability(
-    self, contexts: Int[np.ndarray, " N"], targets: Int[np.ndarray, " N"]
+    self,
+    contexts: Integer[np.ndarray, " N"],
+    targets: Integer[np.ndarray, " N"],
   ) -> Float[np.ndarray, " N"]:
     """Returns p(target | context), [N] float64."""
     p = self._backoff[contexts] * self._lower[targets]
@@ -100,15 +104,17 @@ class Bigram:
     return p
 
   def nll(
-    self, contexts: Int[np.ndarray, " N"], targets: Int[np.ndarray, " N"]
+    self,
+    contexts: Integer[np.ndarray, " N"],
+    targets: Integer[np.ndarray, " N"],
   ) -> Float[np.ndarray, " N"]:
     """Returns -ln p(target | context), [N] float64."""
     return -np.log(self.probability(contexts, targets))
 
 
 def training_pairs(
-  tokens: Int[np.ndarray, " N"], eos_id: int
-) -> tuple[Int[np.ndarray, " P"], Int[np.ndarray, " P"]]:
+  tokens: Integer[np.ndarray, " N"], eos_id: int
+) -> tuple[Integer[np.ndarray, " P"], Integer[np.ndarray, " P"]]:
   """Returns the (context, target) pairs that lie inside one document.
 
   Args:
