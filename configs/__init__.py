@@ -1,0 +1,1 @@
+"""Experiments: one file each, returning a TrainConfig from get_config()."""

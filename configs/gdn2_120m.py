@@ -1,0 +1,32 @@
+"""A 121M hybrid for one GPU: a replication that fits in a day.
+
+Claim: the size at which independent replications compare GDN-2 with a
+transformer; 2.5B tokens are 20 a parameter.
+Cost: 2.5B tokens, about 1.4e18 FLOPs.
+Data: a folder of packed rows, tokenised with a 32,000-entry tokenizer.
+
+  python -m gdn2_jax.train --config=configs/gdn2_120m.py \
+      --workdir=runs/gdn2_120m
+"""
+
+from configs import gdn2_1p3b
+from gdn2_jax.train.config import TrainConfig
+
+
+def get_config() -> TrainConfig:
+  config = gdn2_1p3b.get_config()
+  config.model.pattern = "GS"
+  config.model.model_dim = 768
+  config.model.num_layers = 12
+  config.model.mlp_dim = 1344
+  config.model.gdn2.num_heads = 6
+  config.model.attention.num_heads = 6
+  config.model.attention.window = 1024
+  config.model.remat = "none"
+  config.data.seq_len = 2048
+  config.data.batch_size = 64
+  config.grad_accum = 4
+  config.optimizer.lr = 1e-3
+  config.optimizer.final_lr = 1e-4
+  config.num_steps = round(2.5e9 / (64 * 2048))
+  return config
