@@ -1,0 +1,117 @@
+"""Continues a prompt with a trained model, printing the text as it comes.
+
+  python -m gdn2_jax.generate --workdir=runs/tiny --prompt="Return the"
+  python -m gdn2_jax.generate --workdir=runs/tiny --prompt="def " --greedy
+  python -m gdn2_jax.generate --workdir=runs/tiny --prompt="Return the" \
+    --temperature=0.7 --top_k=50 --top_p=0.9 --max_new_tokens=400 --seed=3
+
+The workdir is that of `python -m gdn2_jax.train`; --step picks one of its
+checkpoints, by default the newest. The text ends at the end of a document or
+after --max_new_tokens. The same flags give the same text. Speed is reported
+on standard error. Exit status: 0 done, 1 refused (the reason is on standard
+error).
+"""
+
+import sys
+import time
+
+import jax
+from absl import app, flags
+
+from gdn2_jax.inference import GREEDY, Sampler, TextStream, stream
+from gdn2_jax.train.checkpoint import Run, load_run
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
+_PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+  "max_new_tokens", 128, "Tokens to add at most, >= 1."
+)
+_TEMPERATURE = flags.DEFINE_float(
+  "temperature", 0.8, "Below 1 sharpens, above 1 flattens; 0 is --greedy."
+)
+_TOP_K = flags.DEFINE_integer(
+  "top_k", 0, "Draw among so many most probable tokens only; 0 = all."
+)
+_TOP_P = flags.DEFINE_float(
+  "top_p",
+  0.95,
+  "Draw among the most probable tokens that together reach this probability "
+  "only; 1 = all.",
+)
+_GREEDY = flags.DEFINE_bool(
+  "greedy", False, "Always take the most probable token."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws, 0 to 2**32 - 1.")
+_STEP = flags.DEFINE_integer(
+  "step", None, "Which checkpoint; by default the newest."
+)
+
+_TOKENS_PER_DISPATCH = 8
+
+
+def main(argv: list[str]) -> None:
+  """Entry point: checks the command line, loads the run, streams text."""
+  if len(argv) > 1:
+    raise app.UsageError(
+      f"unexpected argument {argv[1]!r}; flags start with --, as in "
+      '--prompt="Return the"'
+    )
+  try:
+    sampler = _sampler()
+    run = load_run(_WORKDIR.value, _STEP.value)
+    ids = run.tokenizer.encode(_PROMPT.value)
+    tokens = stream(
+      run.params,
+      run.config.model,
+      ids,
+      _MAX_NEW_TOKENS.value,
+      rng=jax.random.key(_SEED.value),
+      sampler=sampler,
+      stop_ids=(run.tokenizer.eos_id,),
+      tokens_per_dispatch=_TOKENS_PER_DISPATCH,
+    )
+  except (ValueError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)
+  _print(run, _PROMPT.value, tokens, len(ids))
+
+
+def _sampler() -> Sampler:
+  """The sampler of the flags, after checking what costs nothing to check."""
+  if not _WORKDIR.value:
+    raise ValueError("--workdir is missing, e.g. --workdir=runs/tiny")
+  if not _PROMPT.value:
+    raise ValueError('--prompt is missing or empty, e.g. --prompt="Return the"')
+  if _MAX_NEW_TOKENS.value < 1:
+    raise ValueError(f"--max_new_tokens={_MAX_NEW_TOKENS.value}: expected >= 1")
+  if not 0 <= _SEED.value < 2**32:
+    raise ValueError(f"--seed={_SEED.value}: expected 0 to 2**32 - 1")
+  sampler = Sampler(
+    temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value
+  )
+  return GREEDY if _GREEDY.value else sampler
+
+
+def _print(run: Run, prompt: str, tokens, prompt_tokens: int) -> None:
+  """Prints prompt and continuation, then the speed on standard error."""
+  print(prompt, end="", flush=True)
+  text = TextStream(run.tokenizer.decode)
+  start, times = time.perf_counter(), []
+  for token in tokens:
+    times.append(time.perf_counter() - start)
+    print(text.push(token), end="", flush=True)
+  print(text.flush(), flush=True)
+
+  report = f"step {run.step}, {prompt_tokens} prompt tokens"
+  if times:
+    report += f", first token after {times[0]:.2f} s with compilation"
+  # The first dispatch of the decoder compiles it: measure from its last token.
+  warm = 1 + _TOKENS_PER_DISPATCH
+  if len(times) > warm:
+    speed = (len(times) - warm) / (times[-1] - times[warm - 1])
+    report += f", then {speed:.1f} tokens/s"
+  print(f"[{report}, {len(times)} tokens]", file=sys.stderr)
+
+
+if __name__ == "__main__":
+  app.run(main)
