@@ -16,6 +16,7 @@ from typing import Literal, no_type_check
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.ops import gdn2_reference, gdn2_xla
@@ -83,6 +84,9 @@ def gdn2(
   compute_dtype = _compute_dtype(q, k, v, g, b, w)
   state = _check_state(state, q, v, compute_dtype)
   segment_ids = _check_segment_ids(segment_ids, q.shape[:2])
+  q, k, v, g, b, w, state, segment_ids = _vary_together(
+    (q, k, v, g, b, w, state, segment_ids)
+  )
   v_shape, state_shape, H = v.shape, state.shape, q.shape[2]
   v, w = _fold_values(v, H), _fold_values(w, H)
   state = _fold_state(state, H)
@@ -129,6 +133,7 @@ def gdn2_step(
   if state is None:
     raise ValueError("gdn2_step: state: got None, expected [B, HV, K, V]")
   state = _check_state(state, q, v, _compute_dtype(q, k, v, g, b, w))
+  q, k, v, g, b, w, state = _vary_together((q, k, v, g, b, w, state))
   v_shape, state_shape, H = v.shape, state.shape, q.shape[1]
   v, w = _fold_values(v, H), _fold_values(w, H)
   state = _fold_state(state, H)
@@ -239,6 +244,25 @@ def _check_segment_ids(segment_ids, shape):
     got = f"{segment_ids.dtype} {tuple(segment_ids.shape)}"
     raise _bad("segment_ids", got, expected)
   return jnp.asarray(segment_ids)
+
+
+def _vary_together(arrays):
+  """Under shard_map, marks every array as varying over the same mesh axes.
+
+  A loop carries its state, and a gradient its cotangent, with the axes of all
+  inputs together; zeros made here, or an input that is replicated, have fewer.
+  """
+
+  def varying(x):
+    return jax.typeof(x).manual_axis_type.varying
+
+  axes = frozenset().union(*(varying(x) for x in arrays if x is not None))
+  return [
+    x
+    if x is None
+    else lax.pcast(x, tuple(sorted(axes - varying(x), key=str)), to="varying")
+    for x in arrays
+  ]
 
 
 # The value heads that share a key head see the same keys, decays and erases:

@@ -71,7 +71,7 @@ def gdn2_xla(
     segment_ids: Segments, 0 for padding, or None.
     scale: Factor on the output.
     chunk_size: Tokens of a chunk, a power of two; None is the default of the
-      backend. A sequence shorter than it takes the next power of two.
+      backend. A shorter sequence takes the largest one that fits.
 
   Returns:
     o in the dtype of v, and the final state.
@@ -81,7 +81,7 @@ def gdn2_xla(
     raise ValueError(
       f"gdn2_xla: chunk_size: got {chunk_size}, expected a power of two"
     )
-  C = min(C, 1 << (q.shape[1] - 1).bit_length())
+  C = min(C, 1 << (q.shape[1].bit_length() - 1))  # one full chunk or more
   segments = None
   if segment_ids is not None:
     starts = gdn2_segments.segment_starts(segment_ids)
