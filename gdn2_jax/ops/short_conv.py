@@ -55,21 +55,22 @@ def _taps(past_x, kernel, bias, ids):
   time = past_x.shape[1] - width + 1
   dtype = jnp.promote_types(past_x.dtype, jnp.float32)
   taps = kernel.astype(dtype).reshape((width, 1, 1, channels))
-  reach = None if ids is None else _reach(ids, width)
-  if ids is not None:
-    # A masked product still has NaN gradients where padding holds NaN.
-    past_x = jnp.where((ids != 0)[:, :, None], past_x, 0)
-  y = None
-  for tap in range(width):
-    term = taps[tap] * past_x[:, tap : tap + time].astype(dtype)
-    if reach is not None:
-      term = jnp.where(reach[width - 1 - tap][:, :, None], term, 0)
-    y = term if y is None else y + term
+  # Every product meets a running sum, never another product: compilers fuse
+  # it into one multiply-add, and which of two products they would fuse
+  # depends on T. Hence the sum starts at a zero that they cannot fold.
+  start = taps[0] - taps[0]
   if bias is not None:
-    bias = bias.astype(dtype).reshape((1, 1, channels))
-    y = y + bias
+    start = bias.astype(dtype).reshape((1, 1, channels))
+  reach = None if ids is None else _reach(ids, width)
+  y = jnp.broadcast_to(start, (past_x.shape[0], time, channels))
+  for tap in range(width):
+    x = past_x[:, tap : tap + time].astype(dtype)
     if reach is not None:
-      y = jnp.where(reach[0][:, :, None], y, 0)
+      # The input is masked, not the product: padding may hold NaN.
+      x = jnp.where(reach[width - 1 - tap][:, :, None], x, 0)
+    y = y + taps[tap] * x
+  if reach is not None:
+    y = jnp.where(reach[0][:, :, None], y, 0)
   return y.astype(past_x.dtype)
 
 
@@ -120,8 +121,9 @@ def short_conv(
   """Causal depthwise convolution with carried inputs and segment resets.
 
   Taps never cross the border of a segment. The first segment of a call
-  continues `state`; running a sequence in pieces and carrying the state gives
-  the same bits as running it whole.
+  continues `state`; running a sequence in pieces and carrying the state sums
+  the same terms in the same order, so it gives the same bits as running it
+  whole (measured on CPU from 8 channels up; fewer may differ by a rounding).
 
   Padding (id 0) may stand between segments or at the end of a row; its output
   is 0 and it enters no state. Padding inside a segment cuts it in two, and
