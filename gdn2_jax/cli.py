@@ -1,0 +1,91 @@
+"""What the absl entry points share: one-line errors and strict arguments."""
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+from absl import app, logging
+
+
+def fail(message: str) -> NoReturn:
+  """Prints one line to stderr and exits with code 1."""
+  print(f"error: {message}", file=sys.stderr, flush=True)
+  sys.exit(1)
+
+
+def refuse_positional(argv: Sequence[str], example: str) -> None:
+  """Raises UsageError for `flag=value` written without its dashes.
+
+  Args:
+    argv: what absl left over, the program's name first.
+    example: a flag of this program as it should be written.
+  """
+  if len(argv) > 1:
+    raise app.UsageError(
+      f"unexpected argument {argv[1]!r}; flags start with --, as in {example}"
+    )
+
+
+def is_ours(error: BaseException) -> bool:
+  """Whether our code refused something, rather than some library."""
+  innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
+  return innermost.f_globals.get("__name__", "").startswith("gdn2_jax.")
+
+
+@contextlib.contextmanager
+def one_line_errors(*more: type[Exception]) -> Iterator[None]:
+  """Turns refusals of bad input into one line and exit code 1.
+
+  A ValueError or FileNotFoundError that our code raised is a message to the
+  user; one out of a library is a bug and keeps its traceback.
+
+  Args:
+    *more: other exceptions that are messages, wherever they come from.
+  """
+  try:
+    yield
+  except more as e:
+    fail(str(e))
+  except (ValueError, OSError) as e:
+    if not is_ours(e):
+      raise
+    fail(str(e))
+
+
+def read_config(flag: Any, example: str = "configs/tiny_cpu.py") -> Any:
+  """The TrainConfig behind a config-file flag, or a one-line failure."""
+  # Not at the top: `--help` of programs without a config needs no JAX.
+  from gdn2_jax.train.config import TrainConfig
+
+  config = flag.value
+  if config is None:
+    fail(f"--config is missing, e.g. --config={example}; see --help")
+  try:
+    if isinstance(config, TrainConfig):
+      return config
+    config.num_steps  # noqa: B018, tells why the file could not be read
+  except OSError as e:
+    fail(f"--config: {e}")
+  fail(
+    f"--config: get_config() returned {type(config).__name__}, expected "
+    "TrainConfig"
+  )
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  """Flag errors as one line; ml_collections raises some as bare KeyError."""
+  # Orbax tells the story of every file it writes at level INFO. Set before
+  # parsing, so that --verbosity still has the last word.
+  logging.set_verbosity(logging.WARNING)
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (KeyError, OSError, TypeError, ValueError) as e:
+    fail(str(e.args[0] if e.args else e))
+
+
+def run(main: Callable[[list[str]], Any], help_text: str) -> None:
+  """app.run with one-line flag errors; `help_text` opens --help."""
+  sys.modules["__main__"].__doc__ = help_text.replace("%", "%%")
+  app.run(main, flags_parser=_parse_flags)

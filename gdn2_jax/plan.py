@@ -1,0 +1,229 @@
+r"""Says what a config costs before anything is allocated.
+
+  python -m gdn2_jax.plan --config=configs/gdn2_1p3b.py
+  python -m gdn2_jax.plan --config=configs/gdn2_1p3b.py --devices=8 \
+    --config.mesh.fsdp=-1 --json
+
+Parameters, state bytes of a sequence and FLOPs are counted; the memory of a
+training step per device is read off the compiled program, which runs on no
+data. It is compiled for the CPU backend with as many stand-in devices as the
+mesh has: arguments (parameters, optimizer state, batch) are exact for any
+backend, temporaries (activations) are a guide to those of a GPU.
+"""
+
+import json
+import math
+import time
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from gdn2_jax import cli
+from gdn2_jax.data.pipeline import DataConfig
+from gdn2_jax.model.accounting import (
+  count_parameters,
+  forward_flops_per_token,
+  state_bytes,
+  train_flops_per_token,
+)
+from gdn2_jax.model.config import KINDS
+from gdn2_jax.model.lm import LM
+from gdn2_jax.sharding import batch_sharding, make_mesh, mesh_shape, use_mesh
+from gdn2_jax.train.config import TrainConfig, preflight, validate
+from gdn2_jax.train.optimizer import learning_rate
+from gdn2_jax.train.state import plan_state
+from gdn2_jax.train.step import make_train_step
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config file: Python with get_config() -> TrainConfig."
+)
+_DEVICES = flags.DEFINE_integer(
+  "devices",
+  None,
+  "Devices to plan for; by default as many as the mesh names.",
+  lower_bound=1,
+)
+_JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead.")
+_COMPILE = flags.DEFINE_bool(
+  "compile", True, "Compile the training step for its memory."
+)
+
+_BATCH_DTYPES = {
+  "inputs": "int32",
+  "targets": "int32",
+  "segment_ids": "int32",
+  "loss_mask": "float32",
+}
+
+
+def plan(
+  config: TrainConfig, num_devices: int, compile_step: bool = True
+) -> dict[str, Any]:
+  """All figures of a config as one JSON-ready dict.
+
+  Args:
+    config: the experiment; nothing of its data is read.
+    num_devices: devices of the mesh. To compile, JAX must have that many.
+    compile_step: whether to compile the step for its memory.
+
+  Raises:
+    ValueError: naming the flag that is wrong or does not fit the devices.
+  """
+  validate(config)
+  preflight(config, num_devices)
+  model, seq_len = config.model, config.data.seq_len
+  count = count_parameters(model)
+  tokens = config.num_steps * config.data.batch_size * seq_len
+  by_kind = state_bytes(model)
+  train_flops = train_flops_per_token(model, seq_len)
+  figures = {
+    "parameters": {
+      "blocks": count.blocks,
+      "embedding": count.embedding,
+      "head": count.head,
+      "final_norm": count.final_norm,
+      "total": count.total,
+    },
+    "state_bytes_per_sequence": {
+      "total": sum(by_kind.values()),
+      **{KINDS[kind]: size for kind, size in by_kind.items()},
+    },
+    "flops_per_token": {
+      "forward": forward_flops_per_token(model, seq_len),
+      "train": train_flops,
+    },
+    "run": {
+      "steps": config.num_steps,
+      "tokens_per_step": config.data.batch_size * seq_len,
+      "tokens": tokens,
+      "flops": tokens * train_flops,
+    },
+    "mesh": mesh_shape(config.mesh, num_devices),
+  }
+  if compile_step:
+    figures["memory_per_device"] = _step_memory(config, num_devices)
+  return figures
+
+
+def _step_memory(config: TrainConfig, num_devices: int) -> dict[str, Any]:
+  """Bytes of the compiled training step; nothing is allocated."""
+  devices = jax.devices()[:num_devices]
+  with use_mesh(make_mesh(config.mesh, devices)) as mesh:
+    model = LM(config.model)
+    blueprint = plan_state(model, config.optimizer, config.num_steps, mesh)
+    schedule = learning_rate(config.optimizer, config.num_steps)
+    step = make_train_step(
+      model,
+      blueprint,
+      mesh,
+      schedule=schedule,
+      accumulate=config.grad_accum,
+    )
+    start = time.perf_counter()
+    compiled = step.lower(
+      blueprint.abstract, _abstract_batch(config.data, mesh)
+    ).compile()
+    seconds = time.perf_counter() - start
+  stats = compiled.memory_analysis()
+  sizes = {
+    name: _shard_bytes(getattr(blueprint.abstract, name))
+    for name in ("params", "opt_state")
+  }
+  # Outputs that reuse the donated arguments' memory are counted once.
+  outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+  total = stats.argument_size_in_bytes + outputs + stats.temp_size_in_bytes
+  return {
+    "parameters": sizes["params"],
+    "optimizer": sizes["opt_state"],
+    "arguments": stats.argument_size_in_bytes,
+    "temporaries": stats.temp_size_in_bytes,
+    "total": total,
+    "compiled_for": devices[0].platform,
+    "compile_seconds": round(seconds, 1),
+  }
+
+
+def _abstract_batch(data: DataConfig, mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  shape = (data.batch_size, data.seq_len)
+  sharding = batch_sharding(mesh)
+  return {
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    for name, dtype in _BATCH_DTYPES.items()
+  }
+
+
+def _shard_bytes(tree: Any) -> int:
+  """Bytes of one device's shards of a tree of abstract arrays."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
+
+
+def format_plan(figures: dict[str, Any]) -> str:
+  """The figures as text for a terminal."""
+  parameters, run = figures["parameters"], figures["run"]
+  flops = figures["flops_per_token"]
+  lines = ["parameters"]
+  lines += [f"  {name:<26}{n:>16,}" for name, n in parameters.items()]
+  lines.append("state of one sequence, whatever its length")
+  lines += [
+    f"  {name:<26}{_bytes(n):>16}"
+    for name, n in figures["state_bytes_per_sequence"].items()
+  ]
+  lines += [
+    "FLOPs per token",
+    f"  {'forward':<26}{flops['forward'] / 1e9:>13.4g} GF",
+    f"  {'forward and backward':<26}{flops['train'] / 1e9:>13.4g} GF",
+    "run",
+    f"  {'steps':<26}{run['steps']:>16,}",
+    f"  {'tokens per step':<26}{run['tokens_per_step']:>16,}",
+    f"  {'tokens':<26}{run['tokens']:>16.4g}",
+    f"  {'FLOPs':<26}{run['flops']:>16.3g}",
+  ]
+  memory = figures.get("memory_per_device")
+  if memory:
+    mesh = " x ".join(f"{a}={n}" for a, n in figures["mesh"].items())
+    lines.append(
+      f"memory per device, mesh {mesh}, compiled for "
+      f"{memory['compiled_for']} in {memory['compile_seconds']} s"
+    )
+    lines += [
+      f"  {label:<26}{_bytes(memory[name]):>16}"
+      for name, label in {
+        "parameters": "parameters",
+        "optimizer": "optimizer state",
+        "temporaries": "activations, temporaries",
+        "total": "total",
+      }.items()
+    ]
+  return "\n".join(lines)
+
+
+def _bytes(n: int) -> str:
+  for unit in ("B", "KiB", "MiB"):
+    if n < 1024:
+      return f"{n:,.4g} {unit}"
+    n /= 1024
+  return f"{n:,.4g} GiB"
+
+
+def main(argv: list[str]) -> None:
+  """Entry point: prints the plan of --config."""
+  cli.refuse_positional(argv, "--config.model.num_layers=12")
+  config = cli.read_config(_CONFIG)
+  with cli.one_line_errors():
+    mesh = config.mesh
+    named = math.prod(n for n in (mesh.data, mesh.fsdp, mesh.tensor) if n > 0)
+    num_devices = _DEVICES.value or named
+    # Stand-ins on the CPU: planning for eight GPUs takes none.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", num_devices)
+    figures = plan(config, num_devices, _COMPILE.value)
+  print(json.dumps(figures, indent=2) if _JSON.value else format_plan(figures))
+
+
+if __name__ == "__main__":
+  cli.run(main, __doc__)

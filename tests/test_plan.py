@@ -1,0 +1,108 @@
+"""The planner: exact counts, memory read off a compiled step."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from gdn2_jax.plan import format_plan, plan
+from tests.model.models import small_config
+
+
+def tiny():
+  config = importlib.import_module("configs.tiny_cpu").get_config()
+  config.model = small_config("GS", vocab_size=64, model_dim=32)
+  config.data.seq_len, config.data.batch_size = 32, 8
+  return config
+
+
+def test_arguments_are_exact_and_sharded():
+  config = tiny()
+  one = plan(config, 1)
+  count = one["parameters"]["total"]
+  memory = one["memory_per_device"]
+  assert memory["parameters"] == 4 * count
+  # Two float32 moments a parameter, and the counters of the optimizer.
+  assert 8 * count <= memory["optimizer"] <= 8 * count + 64
+  batch = 8 * 32 * 4 * 4
+  counters = memory["arguments"] - 12 * count - batch
+  assert 0 <= counters <= 128
+  assert memory["temporaries"] > 0
+  config.mesh.fsdp = 2
+  two = plan(config, 2)
+  assert two["memory_per_device"]["parameters"] < 0.6 * memory["parameters"]
+
+
+def test_accumulation_needs_less_memory():
+  config = tiny()
+  config.data.batch_size = 64
+  whole = plan(config, 1)["memory_per_device"]["temporaries"]
+  config.grad_accum = 8
+  assert plan(config, 1)["memory_per_device"]["temporaries"] < 0.7 * whole
+
+
+def test_flops_are_six_per_parameter_and_the_mixers():
+  config = tiny()
+  figures = plan(config, 1, compile_step=False)
+  counts = figures["parameters"]
+  matmul = 6 * (counts["total"] - counts["embedding"])
+  # Two recurrences: 7 K V per value head; two windows of 7 in 32 tokens, in
+  # which token t sees min(t + 1, 7) keys.
+  recurrence = 7 * 16 * 24 * 4
+  seen = sum(min(t + 1, 7) for t in range(32)) / 32
+  attention = 4 * 8 * 4 * seen
+  want = matmul + 3 * 2 * (recurrence + attention)
+  assert figures["flops_per_token"]["train"] == pytest.approx(want)
+
+
+def test_mesh_that_does_not_fit_is_refused():
+  config = tiny()
+  config.mesh.tensor = 3
+  with pytest.raises(ValueError, match=r"mesh\.tensor=3"):
+    plan(config, 2, compile_step=False)
+
+
+def test_text_names_every_section():
+  text = format_plan(plan(tiny(), 1))
+  for word in ("blocks", "optimizer state", "FLOPs per token", "activations"):
+    assert word in text
+
+
+def test_command_line_prints_json():
+  out = subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "gdn2_jax.plan",
+      "--config=configs/gdn2_1p3b.py",
+      "--json",
+      "--nocompile",
+    ],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  figures = json.loads(out.stdout)
+  assert figures["parameters"]["blocks"] == 1302638112
+
+
+def test_command_line_refuses_positional_arguments():
+  out = subprocess.run(
+    [sys.executable, "-m", "gdn2_jax.plan", "config=configs/tiny_cpu.py"],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert out.returncode == 1
+  assert "unexpected argument 'config=configs/tiny_cpu.py'" in out.stderr
+
+
+def test_the_planner_allocates_no_parameters():
+  """Planning the 1.3B model leaves no large array behind."""
+  config = importlib.import_module("configs.gdn2_1p3b").get_config()
+  before = sum(a.nbytes for a in jax.live_arrays())
+  plan(config, 1, compile_step=False)
+  assert sum(a.nbytes for a in jax.live_arrays()) - before < 1e6
