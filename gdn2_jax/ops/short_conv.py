@@ -63,8 +63,10 @@ def _taps(past_x, kernel, bias, ids):
     start = bias.astype(dtype).reshape((1, 1, channels))
   reach = None if ids is None else _reach(ids, width)
   y = jnp.broadcast_to(start, (past_x.shape[0], time, channels))
+  # Widened before it is shifted, so that its gradient sums in float32 too.
+  wide_x = past_x.astype(dtype)
   for tap in range(width):
-    x = past_x[:, tap : tap + time].astype(dtype)
+    x = wide_x[:, tap : tap + time]
     if reach is not None:
       # The input is masked, not the product: padding may hold NaN.
       x = jnp.where(reach[width - 1 - tap][:, :, None], x, 0)
