@@ -48,7 +48,7 @@ def init_state(config: ModelConfig, batch_size: int) -> State:
 def prefill(
   params: Any,
   tokens: Int[Array | np.ndarray, "B T"],
-  lengths: Int[Array | np.ndarray, " B"],
+  lengths: Int[Array | np.ndarray, " rows"],  # B, checked with the rest
   state: State,
   *,
   config: ModelConfig,
