@@ -1,4 +1,4 @@
-"""Continues a prompt with a trained model, printing the text as it comes.
+r"""Continues a prompt with a trained model, printing the text as it comes.
 
   python -m gdn2_jax.generate --workdir=runs/tiny --prompt="Return the"
   python -m gdn2_jax.generate --workdir=runs/tiny --prompt="def " --greedy
@@ -97,9 +97,12 @@ def _print(run: Run, prompt: str, tokens, prompt_tokens: int) -> None:
   print(prompt, end="", flush=True)
   text = TextStream(run.tokenizer.decode)
   start, times = time.perf_counter(), []
-  for token in tokens:
-    times.append(time.perf_counter() - start)
-    print(text.push(token), end="", flush=True)
+  try:
+    for token in tokens:
+      times.append(time.perf_counter() - start)
+      print(text.push(token), end="", flush=True)
+  except KeyboardInterrupt:
+    pass  # enough read: end the text here, and still say how fast it was
   print(text.flush(), flush=True)
 
   report = f"step {run.step}, {prompt_tokens} prompt tokens"
