@@ -140,7 +140,9 @@ def _backward(inputs, states, segments, do, dstate, scale, C):
 
   def one_chunk(carry, xs):
     dS, grads = carry
-    start, S = xs
+    # S is also needed transposed; without the barrier XLA gathers it from the
+    # stack of states element by element.
+    start, S = lax.optimization_barrier(xs)
     chunk = _read_inputs(inputs, segments, start, C, scale, S.dtype)
     dO = _read(do, start, C, S.dtype)
     if segments is not None:
@@ -229,7 +231,11 @@ def _chunk_vjp(
     k_out * dk_out,
     (tree.prefix * de_in, tree.prefix * dq_in, tree.suffix * dk_out),
   )
-  dS = decay[..., None] * dS + matmul(transpose(rows(e_in, q_in)), dzO)
+  dS = (
+    decay[..., None] * dS
+    + matmul(transpose(q_in), dO)
+    - matmul(transpose(e_in), dz)
+  )
   return dS, (dq, dk + de * b, dz * w, dg, de * k, dz * v)
 
 
