@@ -76,16 +76,20 @@ def inputs(time=T, keys=T, dtype="float32", batch=B, heads=(HQ, HKV), width=D):
   ]
 
 
-def run(q, k, v, d_out, window, q_ids=None, kv_ids=None, **kwargs):
-  ids = {}
-  if q_ids is not None:
-    ids = {
-      "q_segment_ids": jnp.asarray(q_ids, jnp.int32),
-      "kv_segment_ids": jnp.asarray(kv_ids, jnp.int32),
-    }
+@functools.partial(jax.jit, static_argnums=4, static_argnames="options")
+def run(q, k, v, d_out, window, q_ids=None, kv_ids=None, options=()):
+  """Output and dq, dk, dv."""
 
   def attend(q, k, v):
-    return sliding_window_attention(q, k, v, window=window, **ids, **kwargs)
+    return sliding_window_attention(
+      q,
+      k,
+      v,
+      window=window,
+      q_segment_ids=q_ids,
+      kv_segment_ids=kv_ids,
+      **dict(options),
+    )
 
   out, vjp = jax.vjp(attend, q, k, v)
   return out, *vjp(d_out)
@@ -155,7 +159,7 @@ def test_bfloat16(peak):
 
 def test_scale_multiplies_the_scores():
   q, k, v, d_out = inputs()
-  out = run(q, k, v, d_out, 5, scale=0.7)[0]
+  out = run(q, k, v, d_out, 5, options=(("scale", 0.7),))[0]
   exact = oracle(np.float64(q) * 0.7 * D**0.5, k, v, d_out, 5)[0]
   assert rel_rms(out, exact) < 1e-6
 
@@ -270,9 +274,9 @@ def test_shard_map_over_sequences():
   mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
   data = PartitionSpec("data")
   sharded = jax.shard_map(
-    functools.partial(run, window=5), mesh=mesh, in_specs=data, out_specs=data
+    lambda *args: run(*args, 5), mesh=mesh, in_specs=data, out_specs=data
   )
-  for x, want in zip(sharded(*args), run(*args, 5), strict=True):
+  for x, want in zip(jax.jit(sharded)(*args), run(*args, 5), strict=True):
     assert rel_rms(x, np.asarray(want, np.float64)) < 5e-7
 
 
@@ -310,7 +314,7 @@ def test_cudnn_is_as_exact_as_xla(window):
   q, k, v, d_out = inputs(512, 512, "bfloat16", heads=(4, 2), width=64)
   exact = oracle(q, k, v, d_out, window)
   results = {
-    name: run(q, k, v, d_out, window, implementation=name)
+    name: run(q, k, v, d_out, window, options=(("implementation", name),))
     for name in ("xla", "cudnn")
   }
   for i, name in enumerate(NAMES):
