@@ -140,9 +140,10 @@ def _backward(inputs, states, segments, do, dstate, scale, C):
 
   def one_chunk(carry, xs):
     dS, grads = carry
+    start, S = xs
     # S is also needed transposed; without the barrier XLA gathers it from the
     # stack of states element by element.
-    start, S = lax.optimization_barrier(xs)
+    S = lax.optimization_barrier(S)
     chunk = _read_inputs(inputs, segments, start, C, scale, S.dtype)
     dO = _read(do, start, C, S.dtype)
     if segments is not None:
