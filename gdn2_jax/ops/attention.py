@@ -48,7 +48,7 @@ def _check_qkv(q, k, v, scale, rank):
     raise ValueError(f"scale: expected a positive number, got {scale}")
 
 
-def _check_window(q, k, window):
+def _check_options(q, k, window, implementation):
   time, keys = q.shape[1], k.shape[1]
   if time < 1 or keys < time:
     raise ValueError(
@@ -57,6 +57,10 @@ def _check_window(q, k, window):
     )
   if window is not None and window < 1:
     raise ValueError(f"window: expected None or at least 1, got {window}")
+  if implementation not in (None, "xla", "cudnn"):
+    raise ValueError(
+      f"implementation: expected 'xla', 'cudnn' or None, got {implementation!r}"
+    )
 
 
 def _check_segments(q, k, q_segment_ids, kv_segment_ids):
@@ -182,12 +186,8 @@ def sliding_window_attention(
     NotImplementedError: the named implementation cannot run this call.
   """
   _check_qkv(q, k, v, scale, rank=4)
-  _check_window(q, k, window)
+  _check_options(q, k, window, implementation)
   _check_segments(q, k, q_segment_ids, kv_segment_ids)
-  if implementation not in (None, "xla", "cudnn"):
-    raise ValueError(
-      f"implementation: expected 'xla', 'cudnn' or None, got {implementation!r}"
-    )
   scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
   if implementation != "xla":
     reason = cudnn_unsupported_reason(q, k, q_segment_ids)
