@@ -12,12 +12,14 @@ on standard error. Exit status: 0 done, 1 refused (the reason is on standard
 error).
 """
 
+import pathlib
 import sys
 import time
 
 import jax
-from absl import app, flags
+from absl import flags
 
+from gdn2_jax import cli
 from gdn2_jax.inference import GREEDY, Sampler, TextStream, stream
 from gdn2_jax.train.checkpoint import Run, load_run
 
@@ -51,14 +53,11 @@ _TOKENS_PER_DISPATCH = 8
 
 def main(argv: list[str]) -> None:
   """Entry point: checks the command line, loads the run, streams text."""
-  if len(argv) > 1:
-    raise app.UsageError(
-      f"unexpected argument {argv[1]!r}; flags start with --, as in "
-      '--prompt="Return the"'
-    )
-  try:
+  cli.refuse_positional(argv, '--prompt="Return the"')
+  with cli.one_line_errors():
     sampler = _sampler()
     run = load_run(_WORKDIR.value, _STEP.value)
+    _use_compilation_cache()
     ids = run.tokenizer.encode(_PROMPT.value)
     tokens = stream(
       run.params,
@@ -70,9 +69,6 @@ def main(argv: list[str]) -> None:
       stop_ids=(run.tokenizer.eos_id,),
       tokens_per_dispatch=_TOKENS_PER_DISPATCH,
     )
-  except (ValueError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(1)
   _print(run, _PROMPT.value, tokens, len(ids))
 
 
@@ -90,6 +86,13 @@ def _sampler() -> Sampler:
     temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value
   )
   return GREEDY if _GREEDY.value else sampler
+
+
+def _use_compilation_cache() -> None:
+  """Compiles into the cache that training made, if it made one."""
+  cache = pathlib.Path(_WORKDIR.value) / ".jax_cache"
+  if cache.is_dir():
+    jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))
 
 
 def _print(run: Run, prompt: str, tokens, prompt_tokens: int) -> None:
@@ -117,4 +120,4 @@ def _print(run: Run, prompt: str, tokens, prompt_tokens: int) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main, __doc__)

@@ -93,8 +93,9 @@ def _main(module: str, commands: str) -> None:
   from absl import app
   from absl.testing import flagsaver
 
+  from gdn2_jax import cli
+
   entry = importlib.import_module(module)
-  sys.modules["__main__"].__doc__ = entry.__doc__
   app.define_help_flags()  # here, or the first flagsaver would remove them
   results = []
   for argv in json.loads(commands):
@@ -105,7 +106,8 @@ def _main(module: str, commands: str) -> None:
       flagsaver.flagsaver(),
     ):
       try:
-        app.run(entry.main, argv=[module, *argv])
+        sys.argv = [module, *argv]
+        cli.run(entry.main, entry.__doc__)
       except SystemExit as e:
         code = e.code or 0
       except Exception:

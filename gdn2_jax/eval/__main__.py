@@ -14,12 +14,12 @@ import dataclasses
 import json
 import os
 import pathlib
-import sys
 from typing import Any
 
 import tqdm
-from absl import app, flags
+from absl import flags
 
+from gdn2_jax import cli
 from gdn2_jax.data.pipeline import open_dataset
 from gdn2_jax.eval.ngram import ngram_baselines
 from gdn2_jax.eval.perplexity import (
@@ -56,12 +56,8 @@ _JSON = flags.DEFINE_string("json", None, "Also write the results here.")
 
 def main(argv: list[str]) -> None:
   """Entry point: checks the command line, loads the run, prints the table."""
-  if len(argv) > 1:
-    raise app.UsageError(
-      f"unexpected argument {argv[1]!r}; flags start with --, as in "
-      "--lengths=1,2,4"
-    )
-  try:
+  cli.refuse_positional(argv, "--lengths=1,2,4")
+  with cli.one_line_errors():
     _check_flags()
     mesh = make_mesh(MeshConfig(data=-1))
     run = load_run(_WORKDIR.value, _STEP.value, mesh=mesh)
@@ -70,9 +66,6 @@ def main(argv: list[str]) -> None:
       reports = _evaluate(run, dataset, _config(run.config.eval))
     if _JSON.value:
       _write_json(run, reports)
-  except (ValueError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(1)
   print(f"{_WORKDIR.value}, step {run.step}\n\n{format_table(reports)}")
   models = [report for report in reports if report.by_position]
   longest = max(models, key=lambda report: report.seq_len)
@@ -154,4 +147,4 @@ def _write_json(run: Run, reports: list[LossReport]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main, __doc__)
