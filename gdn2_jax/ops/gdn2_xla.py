@@ -22,6 +22,7 @@ is needed): with dR = M^T dO + (k*suffix) dS' and dz = A^T dR,
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ def gdn2_xla(
     raise ValueError(
       f"gdn2_xla: chunk_size: got {chunk_size}, expected a power of two"
     )
-  C = min(C, 1 << (q.shape[1].bit_length() - 1))  # one full chunk or more
+  C = min(C, 1 << (q.shape[1].bit_length() - 1))  # the last chunk ends at T
   segments = None
   if segment_ids is not None:
     starts = gdn2_segments.segment_starts(segment_ids)
@@ -97,10 +98,10 @@ def _sequence(q, k, v, g, b, w, state, segments, scale, C):
 
 def _sequence_fwd(q, k, v, g, b, w, state, segments, scale, C):
   inputs = (q, k, v, g, b, w)
-  o, final, starts = _forward(
+  o, final, states = _forward(
     inputs, state, segments, scale, C, keep_states=True
   )
-  return (o, final), (inputs, starts, segments)
+  return (o, final), (inputs, states, segments)
 
 
 def _sequence_bwd(scale, C, residuals, cotangents):
@@ -116,53 +117,44 @@ _sequence.defvjp(_sequence_fwd, _sequence_bwd)
 def _forward(inputs, state, segments, scale, C, *, keep_states=False):
   """Runs the chunks; also returns the states at chunk starts if kept."""
   v = inputs[2]
-  num_full = v.shape[1] // C
 
-  def one_chunk(carry, start):
+  def one_chunk(carry, n):
     S, o = carry
-    chunk = _read_inputs(inputs, segments, start, C, scale, S.dtype)
-    S_next, o_BHCV = _chunk(S, *chunk)
-    return (S_next, _write(o, o_BHCV, start)), S if keep_states else None
+    at = _locate(n, v.shape[1], C, segments)
+    S_next, o_BHCV = _chunk(S, *_read_inputs(inputs, at, scale, S.dtype))
+    return (S_next, _write(o, o_BHCV, at)), S if keep_states else None
 
+  N = -(-v.shape[1] // C)
   carry = (state, jnp.zeros_like(v))
-  carry, states = lax.scan(one_chunk, carry, jnp.arange(num_full) * C)
-  states = (states,)
-  if v.shape[1] % C:
-    carry, tail_state = one_chunk(carry, num_full * C)
-    states = (*states, tail_state)
-  state, o = carry
+  (state, o), states = lax.scan(one_chunk, carry, jnp.arange(N))
   return o, state, states
 
 
 def _backward(inputs, states, segments, do, dstate, scale, C):
   """Runs the chunks backward from the states at their starts."""
-  num_full = do.shape[1] // C
 
   def one_chunk(carry, xs):
     dS, grads = carry
-    start, S = xs
+    n, S = xs
     # S is also needed transposed; without the barrier XLA gathers it from the
     # stack of states element by element.
     S = lax.optimization_barrier(S)
-    chunk = _read_inputs(inputs, segments, start, C, scale, S.dtype)
-    dO = _read(do, start, C, S.dtype)
-    if segments is not None:
-      dO = jnp.where(_read_mask(segments[1], start, C), dO, 0)
-    dS, (dq, *others) = _chunk_vjp(dS, dO, S, *chunk)
-    chunk_grads = (dq * scale, *others)
+    at = _locate(n, do.shape[1], C, segments)
+    dO = _read(do, at, S.dtype)
+    dS, (dq, *others) = _chunk_vjp(
+      dS, dO, S, *_read_inputs(inputs, at, scale, S.dtype)
+    )
     if segments is not None:
       # Padding was replaced by zeros on the way in: no gradient passes.
-      valid = _read_mask(segments[1], start, C)
-      chunk_grads = (jnp.where(valid, x, 0) for x in chunk_grads)
+      dq, *others = (jnp.where(at.valid, x, 0) for x in (dq, *others))
     grads = tuple(
-      _write(x, dx, start) for x, dx in zip(grads, chunk_grads, strict=True)
+      _write(x, dx, at)
+      for x, dx in zip(grads, (dq * scale, *others), strict=True)
     )
     return (dS, grads), None
 
   carry = (dstate, tuple(jnp.zeros_like(x) for x in inputs))
-  if do.shape[1] % C:
-    carry, _ = one_chunk(carry, (num_full * C, states[1]))
-  xs = (jnp.arange(num_full) * C, states[0])
+  xs = (jnp.arange(states.shape[0]), states)
   (dstate, grads), _ = lax.scan(one_chunk, carry, xs, reverse=True)
   return grads, dstate
 
@@ -240,38 +232,59 @@ def _chunk_vjp(
   return dS, (dq, dk + de * b, dz * w, dg, de * k, dz * v)
 
 
-def _read_inputs(inputs, segments, start, C, scale, dtype):
-  """The six inputs of a chunk, [B, H, C, *], q scaled, segments applied."""
-  q, k, v, g, b, w = (_read(x, start, C, dtype) for x in inputs)
+class _Place(NamedTuple):
+  """Where a chunk lies; masks are [B or 1, 1, C, 1], or None if all True."""
+
+  start: Int[Array, ""]
+  size: int
+  fresh: Bool[Array, "1 1 C 1"] | None
+  valid: Bool[Array, "_ 1 C 1"] | None
+  restart: Bool[Array, "B 1 C 1"] | None
+
+
+def _locate(n, T, C, segments):
+  """The place of chunk n.
+
+  Where C does not divide T the last chunk ends at T and so overlaps the one
+  before it. The tokens seen before are not fresh: they are read as padding,
+  and not written.
+  """
+  start = jnp.minimum(n * C, T - C)
+  fresh = valid = restart = None
+  if T % C:
+    fresh = (start + jnp.arange(C) >= n * C)[None, None, :, None]
+    valid = fresh
   if segments is not None:
-    # Zeros leave the state alone, whatever stood in the padding; a decay of
-    # exp(-inf) = 0 restarts it.
-    valid = _read_mask(segments[1], start, C)
-    q, k, v, g, b, w = (jnp.where(valid, x, 0) for x in (q, k, v, g, b, w))
-    g = jnp.where(_read_mask(segments[0], start, C), -jnp.inf, g)
+    restart, valid = (
+      lax.dynamic_slice_in_dim(x, start, C, axis=1)[:, None, :, None]
+      for x in segments
+    )
+    valid = valid if fresh is None else valid & fresh
+  return _Place(start, C, fresh, valid, restart)
+
+
+def _read(x, at, dtype):
+  """The tokens of a chunk as [B, H, C, *]; zeros for padding."""
+  x = lax.dynamic_slice_in_dim(x, at.start, at.size, axis=1)
+  x = jnp.swapaxes(x, 1, 2).astype(dtype)
+  return x if at.valid is None else jnp.where(at.valid, x, 0)
+
+
+def _read_inputs(inputs, at, scale, dtype):
+  """The six inputs of a chunk, q scaled, the state restarting by its decay."""
+  q, k, v, g, b, w = (_read(x, at, dtype) for x in inputs)
+  if at.restart is not None:
+    g = jnp.where(at.valid & at.restart, -jnp.inf, g)
   return q * scale, k, v, g, b, w
 
 
-def _read(x, start, C, dtype):
-  """Tokens [start, start + C) as [B, H, C, *]; zeros after the end."""
-  if isinstance(start, int):  # the tail, shorter than a chunk
-    x = x[:, start:]
-    x = jnp.pad(x, ((0, 0), (0, C - x.shape[1]), (0, 0), (0, 0)))
-  else:
-    x = lax.dynamic_slice_in_dim(x, start, C, axis=1)
-  return jnp.swapaxes(x, 1, 2).astype(dtype)
-
-
-def _read_mask(mask, start, C):
-  return _read(mask[:, :, None, None], start, C, jnp.bool)
-
-
-def _write(x, chunk, start):
-  """Writes [B, H, C, *] to the tokens from start on, up to the end of x."""
+def _write(x, chunk, at):
+  """Writes [B, H, C, *] to the tokens of a chunk."""
   chunk = jnp.swapaxes(chunk, 1, 2).astype(x.dtype)
-  if isinstance(start, int):
-    chunk = chunk[:, : x.shape[1] - start]
-  return lax.dynamic_update_slice_in_dim(x, chunk, start, axis=1)
+  if at.fresh is not None:
+    old = lax.dynamic_slice_in_dim(x, at.start, at.size, axis=1)
+    chunk = jnp.where(jnp.swapaxes(at.fresh, 1, 2), chunk, old)
+  return lax.dynamic_update_slice_in_dim(x, chunk, at.start, axis=1)
 
 
 def gdn2_step_xla(
