@@ -1,0 +1,184 @@
+"""Gates of a language model over given tokens, and how long they remember."""
+
+import copy
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, Num
+
+from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.model.lm import LM
+
+_NAMES = ("q", "k", "v", "g", "b", "w", "o")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerGates:
+  """What one GDN-2 layer fed its recurrence, and what came out; float32.
+
+  Attributes:
+    layer: index of the layer in the model, from 0, attention layers counted.
+    q, k: queries and keys [B, T, H, K], l2-normalised.
+    v: values [B, T, HV, V].
+    g: log-decay [B, T, H, K], <= 0.
+    b: erase gate [B, T, H, K].
+    w: write gate [B, T, HV, V].
+    o: outputs of the recurrence [B, T, HV, V], before the gated norm.
+  """
+
+  layer: int
+  q: Float[np.ndarray, "B T H K"]
+  k: Float[np.ndarray, "B T H K"]
+  v: Float[np.ndarray, "B T HV V"]
+  g: Float[np.ndarray, "B T H K"]
+  b: Float[np.ndarray, "B T H K"]
+  w: Float[np.ndarray, "B T HV V"]
+  o: Float[np.ndarray, "B T HV V"]
+
+
+def collect_gates(
+  config: ModelConfig,
+  params: Any,
+  tokens: Int[Array | np.ndarray, "B T"],
+  segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
+) -> list[LayerGates]:
+  """Runs the model and keeps what every GDN-2 layer saw, in layer order.
+
+  Args:
+    config: of the model; layers may be scanned or not.
+    params: its parameters.
+    tokens: ids [B, T].
+    segment_ids: [B, T], as in `gdn2_jax.ops.gdn2.gdn2`; None is one document.
+
+  Raises:
+    ValueError: the pattern has no GDN-2 layer.
+  """
+  if "G" not in config.pattern:
+    raise ValueError(
+      f"config.pattern={config.pattern!r}: expected at least one layer G"
+    )
+  # A copy: the compiled program is found again by the config's hash.
+  seen = _intermediates(copy.deepcopy(config), params, tokens, segment_ids)
+  records = []
+  for group in range(config.num_groups):
+    for place, kind in enumerate(config.pattern):
+      if kind != "G":
+        continue
+      sown = _of_layer(seen, config, group, place)
+      layer = group * len(config.pattern) + place
+      records.append(LayerGates(layer=layer, **sown))
+  return records
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _intermediates(config, params, tokens, segment_ids):
+  _, seen = LM(config).apply(
+    {"params": params},
+    tokens,
+    segment_ids,
+    method="hidden",
+    mutable=["intermediates"],
+  )
+  return seen["intermediates"]
+
+
+def _of_layer(seen, config, group, place):
+  name = "groups" if config.scan_layers else f"group_{group}"
+  sown = seen[name][f"layer_{place}"]["mixer"]
+  arrays = {}
+  for symbol in _NAMES:
+    (value,) = sown[symbol]  # sow appends; a mixer runs once
+    if config.scan_layers:
+      value = value[group]
+    arrays[symbol] = np.asarray(value, np.float32)
+  return arrays
+
+
+def half_life(g: Num[Array | np.ndarray, "*any"]) -> np.ndarray:
+  """ln 2 / -g: tokens until a channel that decays by exp(g) is at one half.
+
+  The erase gate is not part of it: where a key comes back, what was stored
+  along it goes sooner.
+
+  Args:
+    g: log-decay per token, any shape, <= 0.
+
+  Returns:
+    Tokens, float64, of the same shape; inf where g is 0.
+
+  Raises:
+    ValueError: a positive or undefined entry.
+  """
+  g = np.asarray(g, np.float64)
+  if not np.all(g <= 0):
+    raise ValueError(f"g: a maximum of {g.max()}, expected log-decay <= 0")
+  with np.errstate(divide="ignore", over="ignore"):
+    # Not -g: that is -0.0 where g is 0, and the quotient -inf.
+    return math.log(2) / (0.0 - g)
+
+
+def effective_memory(
+  g: Float[Array | np.ndarray, "B T H K"],
+  segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
+) -> np.ndarray:
+  """Half-life of every head and channel over the tokens read [H, K].
+
+  Decays multiply, so the rate over a text is the mean of g: a channel that
+  keeps all of it on most tokens and clears itself on a few is short-lived,
+  whatever its median gate.
+
+  Args:
+    g: log-decay [B, T, H, K], <= 0.
+    segment_ids: [B, T]; padding (0) is left out of the mean.
+
+  Raises:
+    ValueError: no token to average over, or a positive entry.
+  """
+  g = np.asarray(g, np.float64)
+  real = np.ones(g.shape[:2], bool)
+  if segment_ids is not None:
+    real = np.asarray(segment_ids) != 0
+  if not real.any():
+    raise ValueError("segment_ids: all 0, expected at least one token")
+  return half_life(g[real].mean(0))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoupling:
+  """How far the gates of each value head are from one shared number [HV].
+
+  All three are 0 where b = w = beta, a scalar per token and head.
+
+  Attributes:
+    erase_spread: standard deviation of b over key channels, mean over tokens.
+    write_spread: standard deviation of w over value channels, likewise.
+    gap: |mean of b - mean of w|, mean over tokens.
+  """
+
+  erase_spread: Float[np.ndarray, "HV"]
+  write_spread: Float[np.ndarray, "HV"]
+  gap: Float[np.ndarray, "HV"]
+
+
+def decoupling(
+  b: Float[Array | np.ndarray, "B T H K"],
+  w: Float[Array | np.ndarray, "B T HV V"],
+) -> Decoupling:
+  """Measures how much of the freedom of separate gates is used.
+
+  Args:
+    b: erase gate [B, T, H, K].
+    w: write gate [B, T, HV, V], HV a multiple of H.
+  """
+  b, w = np.asarray(b, np.float64), np.asarray(w, np.float64)
+  repeats = w.shape[2] // b.shape[2]
+  b_mean = b.mean(-1).repeat(repeats, axis=2)
+  return Decoupling(
+    erase_spread=b.std(-1).mean((0, 1)).repeat(repeats),
+    write_spread=w.std(-1).mean((0, 1)),
+    gap=np.abs(b_mean - w.mean(-1)).mean((0, 1)),
+  )
