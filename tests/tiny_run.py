@@ -10,6 +10,7 @@ import sys
 import traceback
 
 import jax
+import jax.numpy as jnp
 
 from gdn2_jax.data.pipeline import DataConfig, open_dataset
 from gdn2_jax.eval.perplexity import EvalConfig
@@ -19,7 +20,8 @@ from gdn2_jax.model.lm import LM
 from gdn2_jax.sharding import MeshConfig, make_mesh, use_mesh
 from gdn2_jax.train.checkpoint import Checkpointer, make_meta
 from gdn2_jax.train.config import TrainConfig
-from gdn2_jax.train.state import init_state, plan_state
+from gdn2_jax.train.state import TrainState, plan_state
+from tests.random_params import random_params
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -33,7 +35,9 @@ def make_run(folder: pathlib.Path, step: int = 3) -> pathlib.Path:
       model_dim=16,
       num_layers=1,
       pattern="G",
-      gdn2=GDN2Config(num_heads=1, key_dim=16, value_dim=16),
+      gdn2=GDN2Config(
+        num_heads=1, key_dim=16, value_dim=16, implementation="reference"
+      ),
       mlp_dim=24,
       dtype="float32",
     ),
@@ -50,11 +54,20 @@ def make_run(folder: pathlib.Path, step: int = 3) -> pathlib.Path:
   dataset = open_dataset(config.data)
   workdir.mkdir()
   dataset.tokenizer.save(workdir / "tokenizer.json")
+  params = random_params(config.model)
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
   with use_mesh(mesh):
-    model = LM(config.model)
-    plan = plan_state(model, config.optimizer, config.num_steps, mesh)
-    state = init_state(model, plan, seed=0)
+    plan = plan_state(
+      LM(config.model), config.optimizer, config.num_steps, mesh
+    )
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(
+      step=zero + step,
+      params=params,
+      opt_state=plan.optimizer.init(params),
+      skipped=zero,
+      skipped_in_a_row=zero,
+    )
     saver = Checkpointer(workdir / "checkpoints", config.checkpoint)
     meta = make_meta(config, dataset.fingerprint, {}, state)
     saver.save(step, state, meta)

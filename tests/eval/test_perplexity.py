@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from gdn2_jax.eval.perplexity import EvalConfig, evaluate_lengths, evaluate_loss
 from gdn2_jax.eval.report import format_positions, format_table, make_report
@@ -17,13 +16,16 @@ from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.gdn2 import GDN2Config
 from gdn2_jax.model.lm import LM
 from gdn2_jax.sharding import MeshConfig, make_mesh, shardings_of, use_mesh
+from tests.random_params import random_params
 
 CONFIG = ModelConfig(
   vocab_size=30,
   model_dim=32,
   num_layers=2,
   pattern="GS",
-  gdn2=GDN2Config(num_heads=2, key_dim=16, value_dim=16),
+  gdn2=GDN2Config(
+    num_heads=2, key_dim=16, value_dim=16, implementation="reference"
+  ),
   attention=AttentionConfig(num_heads=2, head_dim=16, window=8),
   mlp_dim=48,
   dtype="float32",
@@ -34,10 +36,7 @@ RTOL = 2e-6
 
 @functools.cache
 def parameters():
-  init = jax.jit(LM(CONFIG).init)
-  return nn.unbox(init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))[
-    "params"
-  ]
+  return random_params(CONFIG)
 
 
 def numpy_loss(dataset, seq_len, batch_size):

@@ -160,10 +160,10 @@ def test_memory_does_not_grow_with_the_number_of_tokens(hybrid):
     ({"rng": jnp.zeros((2,), jnp.uint32)}, "rng"),
   ],
 )
-def test_bad_requests_are_refused_by_name(recurrent, change, message):
+def test_bad_requests_are_refused_by_name(attention, change, message):
   request = {
-    "params": recurrent.params,
-    "config": recurrent.config,
+    "params": attention.params,
+    "config": attention.config,
     "prompts": [[1, 2]],
     "max_new_tokens": 4,
     "rng": KEY,
@@ -172,15 +172,15 @@ def test_bad_requests_are_refused_by_name(recurrent, change, message):
     generate(**request)
 
 
-def test_stream_refuses_at_the_call(recurrent):
+def test_stream_refuses_at_the_call(attention):
   with pytest.raises(ValueError, match="tokens_per_dispatch"):
     stream(
-      recurrent.params,
-      recurrent.config,
+      attention.params,
+      attention.config,
       [1],
       4,
       rng=KEY,
       tokens_per_dispatch=0,
     )
   with pytest.raises(ValueError, match=r"prompts\[0\]"):
-    stream(recurrent.params, recurrent.config, [], 4, rng=KEY)
+    stream(attention.params, attention.config, [], 4, rng=KEY)

@@ -68,15 +68,13 @@ def test_ragged_batch_equals_each_prompt_alone(tiny):
 
 
 def test_chunked_prefill_equals_one_shot(tiny):
-  lengths = np.array([24, 10, 3], np.int32)
-  config, params = tiny.config, tiny.params
+  lengths = np.array([16, 10, 3], np.int32)
+  config, params, tokens = tiny.config, tiny.params, tiny.tokens[:, :16]
   start = init_state(config, 3)
-  whole, whole_state = prefill(
-    params, tiny.tokens, lengths, start, config=config
-  )
-  # Chunks of 8: a row ends in the first, in the second, and in the last one.
+  whole, whole_state = prefill(params, tokens, lengths, start, config=config)
+  # Chunks of 8: a row ends in the first, in the second, and at its end.
   parts, parts_state = prefill(
-    params, tiny.tokens, lengths, start, config=config, chunk_size=8
+    params, tokens, lengths, start, config=config, chunk_size=8
   )
   assert_close(parts, whole)
   np.testing.assert_array_equal(parts_state.position, lengths)
@@ -144,14 +142,14 @@ def test_decode_step_reuses_the_buffers_of_its_state(hybrid):
   assert old_shapes == jax.tree.map(lambda a: (a.shape, a.dtype), new)
 
 
-def test_few_programs_serve_many_prompt_lengths(recurrent):
+def test_few_programs_serve_many_prompt_lengths(attention):
   state_lib._prefill_chunk.clear_cache()
-  state = init_state(recurrent.config, 3)
-  tokens = np.tile(recurrent.tokens, (1, 4))
+  state = init_state(attention.config, 3)
+  tokens = np.tile(attention.tokens, (1, 4))
   for n in (1, 2, 9, 15, 16, 17, 24, 31, 32):
     lengths = np.array([n, n, 1], np.int32)
     prefill(
-      recurrent.params, tokens[:, :n], lengths, state, config=recurrent.config
+      attention.params, tokens[:, :n], lengths, state, config=attention.config
     )
   assert state_lib._prefill_chunk._cache_size() == 2
 
@@ -164,16 +162,16 @@ def test_buckets(size, largest, want):
   assert state_lib.bucket(size, largest) == want
 
 
-def test_prefill_works_inside_jit(recurrent):
+def test_prefill_works_inside_jit(attention):
   lengths = np.array([13, 6, 1], np.int32)
 
   @jax.jit
   def last_logits(params, tokens, lengths):
-    state = init_state(recurrent.config, 3)
-    return prefill(params, tokens, lengths, state, config=recurrent.config)[0]
+    state = init_state(attention.config, 3)
+    return prefill(params, tokens, lengths, state, config=attention.config)[0]
 
-  logits = last_logits(recurrent.params, recurrent.tokens[:, :13], lengths)
-  assert_close(logits, recurrent.logits[np.arange(3), lengths - 1])
+  logits = last_logits(attention.params, attention.tokens[:, :13], lengths)
+  assert_close(logits, attention.logits[np.arange(3), lengths - 1])
 
 
 @pytest.mark.parametrize(
@@ -189,15 +187,15 @@ def test_prefill_works_inside_jit(recurrent):
   ],
 )
 def test_bad_prefill_is_refused(
-  recurrent, tokens, lengths, chunk_size, message
+  attention, tokens, lengths, chunk_size, message
 ):
-  state = init_state(recurrent.config, 3)
+  state = init_state(attention.config, 3)
   with pytest.raises(ValueError, match=message):
     prefill(
-      recurrent.params,
+      attention.params,
       tokens,
       np.array(lengths, np.int32),
       state,
-      config=recurrent.config,
+      config=attention.config,
       chunk_size=chunk_size,
     )
