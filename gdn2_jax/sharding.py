@@ -102,9 +102,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
   return sizes
 
 
-def make_mesh(
-  config: MeshConfig, devices: Sequence[Any] | None = None
-) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   """The mesh (data, fsdp, tensor) over `devices`, by default all of them.
 
   Raises:
@@ -166,9 +164,7 @@ def check_divisible(
 
 def shardings_of(boxed: Any, mesh: Mesh) -> Any:
   """NamedSharding of every leaf of a tree boxed with logical axis names."""
-  return nn.logical_to_mesh_sharding(
-    nn.get_partition_spec(boxed), mesh, RULES
-  )
+  return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -20,18 +20,24 @@ Out of memory? `python -m gdn2_jax.plan --config=...` says what a config needs.
 import os
 import pathlib
 import sys
-import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
+from gdn2_jax import cli
 from gdn2_jax.data.tokenizer import load_tokenizer
 from gdn2_jax.inference import Sampler, generate
-from gdn2_jax.train.config import TrainConfig, describe_fields
+from gdn2_jax.train.config import (
+  TrainConfig,
+  describe_fields,
+  preflight,
+  validate,
+)
 from gdn2_jax.train.loop import train
 from gdn2_jax.train.metrics import DivergedError
+from gdn2_jax.train.writer import probe
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file: Python with get_config() -> TrainConfig."
@@ -56,47 +62,6 @@ out of device memory. To need less, in this order:
   --config.mesh.fsdp=-1          spread parameters over all devices
 `python -m gdn2_jax.plan --config=...` shows what a config needs.
 """
-
-
-def _fail(message: str) -> None:
-  print(f"error: {message}", file=sys.stderr, flush=True)
-  sys.exit(1)
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-  """Flag errors as one line; ml_collections raises some as bare KeyError."""
-  # Orbax tells the story of every file it writes at level INFO. Set before
-  # parsing, so that --verbosity still has the last word.
-  logging.set_verbosity(logging.WARNING)
-  try:
-    return app.parse_flags_with_usage(argv)
-  except (KeyError, OSError, TypeError, ValueError) as e:
-    _fail(str(e.args[0] if e.args else e))
-    raise AssertionError from e
-
-
-def _read_config() -> TrainConfig:
-  config = _CONFIG.value
-  if config is None:
-    _fail("--config is missing, e.g. --config=configs/tiny_cpu.py; see --help")
-  try:
-    is_config = isinstance(config, TrainConfig)
-    if not is_config:
-      config.num_steps  # noqa: B018, tells why the file could not be read
-  except OSError as e:
-    _fail(f"--config: {e}")
-  if not is_config:
-    _fail(
-      f"--config: get_config() returned {type(config).__name__}, expected "
-      "TrainConfig"
-    )
-  return config
-
-
-def _is_ours(error: ValueError) -> bool:
-  """Whether our code refused something, rather than some library."""
-  innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
-  return innermost.f_globals.get("__name__", "").startswith("gdn2_jax.")
 
 
 def _use_compilation_cache(workdir: pathlib.Path) -> None:
@@ -144,49 +109,40 @@ def _say(line: str) -> None:
   print(line, flush=True)
 
 
+def _explain_out_of_memory(config: TrainConfig, error: Exception) -> NoReturn:
+  print(str(error)[:2000], file=sys.stderr)
+  batch = config.data.batch_size
+  accum = min(2 * config.grad_accum, batch)
+  cli.fail(_OUT_OF_MEMORY.format(accum=accum, batch=max(batch // 2, 1)))
+
+
 def main(argv: list[str]) -> None:
   """Entry point: checks the command line, trains, explains failures."""
-  if len(argv) > 1:
-    raise app.UsageError(
-      f"unexpected argument {argv[1]!r}; flags start with --, as in "
-      "--config.num_steps=100"
-    )
-  config = _read_config()
+  cli.refuse_positional(argv, "--config.num_steps=100")
+  config = cli.read_config(_CONFIG)
   if not _WORKDIR.value:
-    _fail("--workdir is missing, e.g. --workdir=runs/tiny")
+    cli.fail("--workdir is missing, e.g. --workdir=runs/tiny")
   workdir = pathlib.Path(os.path.expanduser(_WORKDIR.value))
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
-  try:
+  with cli.one_line_errors(DivergedError):
+    validate(config)
+    preflight(config, jax.device_count(), jax.process_count())
+    probe(workdir)
     if config.compilation_cache:
       _use_compilation_cache(workdir)
-    _train(config, workdir)
-  except jax.errors.JaxRuntimeError as e:
-    if "RESOURCE_EXHAUSTED" not in str(e):
-      raise
-    print(str(e)[:2000], file=sys.stderr)
-    batch = config.data.batch_size
-    _fail(
-      _OUT_OF_MEMORY.format(
-        accum=min(2 * config.grad_accum, batch), batch=max(batch // 2, 1)
-      )
-    )
-  except DivergedError as e:
-    _fail(str(e))
-  except ValueError as e:
-    if not _is_ours(e):
-      raise
-    _fail(str(e))
+    try:
+      _train(config, workdir)
+    except jax.errors.JaxRuntimeError as e:
+      if "RESOURCE_EXHAUSTED" not in str(e):
+        raise
+      _explain_out_of_memory(config, e)
 
 
-def run() -> None:
-  """Parses flags and runs main; --help lists every config field."""
+def _help() -> str:
   fields = "\n".join(f"  {line}" for line in describe_fields(TrainConfig()))
-  sys.modules["__main__"].__doc__ = (
-    f"{__doc__}\nConfig fields and their defaults:\n{fields}\n"
-  ).replace("%", "%%")
-  app.run(main, flags_parser=_parse_flags)
+  return f"{__doc__}\nConfig fields and their defaults:\n{fields}\n"
 
 
 if __name__ == "__main__":
-  run()
+  cli.run(main, _help())

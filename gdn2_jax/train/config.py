@@ -75,8 +75,8 @@ def validate(config: TrainConfig) -> None:
   _at_least(config.checkpoint, "keep", 1, "--config.checkpoint")
   _at_least(config.checkpoint, "every_steps", 0, "--config.checkpoint")
   _at_least(config.eval, "every_steps", 0, "--config.eval")
-  for name in ("batches", "batch_size"):
-    _at_least(config.eval, name, 1, "--config.eval")
+  _at_least(config.eval, "batches", 0, "--config.eval")
+  _at_least(config.eval, "batch_size", 1, "--config.eval")
   for multiple in config.eval.length_multiples:
     if multiple < 1:
       raise ValueError(

@@ -49,7 +49,8 @@ def finish(
   baselines = ngram_baselines(
     dataset,
     seq_len=config.data.seq_len,
-    rows=config.eval.batches * config.eval.batch_size,
+    # No limit, like 0 batches for the model.
+    rows=config.eval.batches * config.eval.batch_size or None,
   )
   reports = [*model_rows, *baselines]
   writer_lib.write_json(

@@ -127,4 +127,11 @@ def init_state(model: nn.Module, blueprint: Blueprint, seed: int) -> TrainState:
     key = jax.random.key(seed)
     return nn.unbox(_fresh_state(model, blueprint.optimizer, key))
 
-  return jax.jit(init, out_shardings=blueprint.shardings)()
+  options = None
+  if jax.default_backend() == "cpu":
+    # Runs once and has thousands of unrolled random-bit operations: LLVM would
+    # optimise them for five times as long as all the rest takes.
+    options = {"xla_backend_optimization_level": 0}
+  return jax.jit(
+    init, out_shardings=blueprint.shardings, compiler_options=options
+  )()
