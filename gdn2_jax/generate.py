@@ -85,7 +85,7 @@ def _sampler() -> Sampler:
   sampler = Sampler(
     temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value
   )
-  return GREEDY if _GREEDY.value else sampler
+  return GREEDY if _GREEDY.value or sampler.temperature == 0 else sampler
 
 
 def _use_compilation_cache() -> None:

@@ -8,9 +8,9 @@ import pytest
 from gdn2_jax.inference import state as state_lib
 from gdn2_jax.inference.state import decode_step, init_state, prefill
 
-# Two float32 programs for the same logits: measured at most 5e-7 relative RMS
+# Two float32 programs for the same logits: measured at most 5.2e-7 relative RMS
 # over the three models here. The contract for logits is 1e-4.
-TOLERANCE = 2e-6
+TOLERANCE = 2 * 6e-7
 
 
 def assert_close(got, want):
