@@ -118,7 +118,7 @@ def half_life(g: Num[Array | np.ndarray, "*any"]) -> np.ndarray:
     raise ValueError(f"g: a maximum of {g.max()}, expected log-decay <= 0")
   with np.errstate(divide="ignore", over="ignore"):
     # Not -g: that is -0.0 where g is 0, and the quotient -inf.
-    return math.log(2) / (0.0 - g)
+    return np.asarray(math.log(2) / (0.0 - g))
 
 
 def effective_memory(

@@ -1,0 +1,39 @@
+"""The look that all figures of the analysis share."""
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK, MUTED, GRID = "#1f2328", "#59636e", "#e6e8eb"
+GREY, BLUE, VERMILION, GREEN = "#8c959f", "#0072b2", "#d55e00", "#009e73"
+# Told apart by every common form of colour blindness.
+SERIES = (BLUE, VERMILION, GREEN, "#cc79a7", "#56b4e9", "#e69f00")
+DASHED = (0, (4, 3))
+_DPI = 90  # keeps a notebook full of figures in the hundreds of kilobytes
+
+
+def new_figure(width: float, height: float, title: str) -> Figure:
+  """An empty figure of that many inches, its title at the top left."""
+  figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+  figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=12)
+  return figure
+
+
+def legend_below(figure: Figure, columns: int) -> None:
+  """All labelled lines and bars of the figure, outside the data."""
+  figure.legend(
+    loc="outside lower center",
+    ncols=columns,
+    frameon=False,
+    labelcolor=INK,
+    fontsize=9,
+  )
+
+
+def tidy(axes: Axes, grid: str) -> None:
+  """Grid along "x" or "y" behind the data, no frame, no tick marks."""
+  axes.grid(axis=grid, color=GRID, linewidth=0.8)
+  axes.set_axisbelow(True)
+  axes.tick_params(which="both", colors=MUTED, length=0, labelsize=8.5)
+  for side in ("top", "right", "left"):
+    axes.spines[side].set_visible(False)
+  axes.spines["bottom"].set_color(GRID)
