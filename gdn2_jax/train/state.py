@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from gdn2_jax.sharding import shardings_of
 from gdn2_jax.train import optimizer as optimizer_lib
@@ -17,6 +17,9 @@ from gdn2_jax.train import optimizer as optimizer_lib
 
 class TrainState(struct.PyTreeNode):
   """The whole state of a run; the data position is `step`.
+
+  Leaves are arrays, or their shapes, or their shardings; counters are int32
+  scalars.
 
   Attributes:
     step: batches consumed, including the skipped ones.
@@ -26,11 +29,11 @@ class TrainState(struct.PyTreeNode):
     skipped_in_a_row: the same, since the last update that was applied.
   """
 
-  step: Int[Array, ""]
+  step: Any
   params: Any
   opt_state: Any
-  skipped: Int[Array, ""]
-  skipped_in_a_row: Int[Array, ""]
+  skipped: Any
+  skipped_in_a_row: Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,7 +120,7 @@ def make_train_step(
   def train_step(state: TrainState, batch: Batch):
     loss, grads = loss_and_grads(model, state.params, batch, accumulate)
     grads = jax.lax.with_sharding_constraint(grads, blueprint.shardings.params)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = blueprint.optimizer.update(
       grads, state.opt_state, state.params
@@ -137,7 +137,7 @@ def make_train_step(
     metrics = {
       "loss": loss,
       "grad_norm": grad_norm,
-      "param_norm": optax.global_norm(new.params),
+      "param_norm": optax.tree.norm(new.params),
       "lr": schedule(state.step - state.skipped),
       "tokens": jnp.sum(batch["loss_mask"], dtype=jnp.float32),
       "skipped": new.skipped,
