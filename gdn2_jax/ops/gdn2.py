@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from gdn2_jax.ops import gdn2_reference, gdn2_xla
+from gdn2_jax.ops import gdn2_reference, gdn2_step_xla, gdn2_xla
 
 Implementation = Literal["reference", "xla", "mosaic_gpu"]
 
@@ -147,7 +147,7 @@ _SEQUENCE = {
 }
 _STEP = {
   "reference": gdn2_reference.gdn2_step_reference,
-  "xla": gdn2_xla.gdn2_step_xla,
+  "xla": gdn2_step_xla.gdn2_step_xla,
 }
 
 
@@ -203,8 +203,11 @@ def _check_inputs(q, k, v, g, b, w, *, time_axis):
       )
   arrays = {name: jnp.asarray(x) for name, x in arrays.items()}
   g = arrays["g"]
-  if not isinstance(g, jax.core.Tracer) and bool(jnp.any(g > 0)):
-    raise _bad("g", f"a maximum of {float(g.max())}", "log-decay <= 0")
+  if not isinstance(g, jax.core.Tracer):
+    with jax.ensure_compile_time_eval():  # g may be a constant of a jit
+      largest = float(g.max())
+    if largest > 0:
+      raise _bad("g", f"a maximum of {largest}", "log-decay <= 0")
   return tuple(arrays.values())
 
 

@@ -285,30 +285,3 @@ def _write(x, chunk, at):
     old = lax.dynamic_slice_in_dim(x, at.start, at.size, axis=1)
     chunk = jnp.where(jnp.swapaxes(at.fresh, 1, 2), chunk, old)
   return lax.dynamic_update_slice_in_dim(x, chunk, at.start, axis=1)
-
-
-def gdn2_step_xla(
-  q: Float[Array, "B H K"],
-  k: Float[Array, "B H K"],
-  v: Float[Array, "B H V"],
-  g: Float[Array, "B H K"],
-  b: Float[Array, "B H K"],
-  w: Float[Array, "B H V"],
-  state: Float[Array, "B H K V"],
-  scale: float,
-) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
-  """One token of Eq. 10 that reads the state once for erase and output.
-
-  With alpha = exp(g) and e = b*k, S'^T q = S^T (alpha*q) + (q.k) u where
-  u = w*v - S^T (alpha*e), so that both products come from the old state.
-  """
-  out_dtype = v.dtype
-  q, k, v, g, b, w = (x.astype(state.dtype) for x in (q, k, v, g, b, w))
-  q = q * scale
-  alpha = jnp.exp(g)
-  eq = jnp.stack([alpha * b * k, alpha * q], axis=-2)
-  eq_S = matmul(eq, state)
-  u = w * v - eq_S[..., 0, :]
-  o = eq_S[..., 1, :] + (q * k).sum(-1, keepdims=True) * u
-  state = alpha[..., None] * state + k[..., None] * u[..., None, :]
-  return o.astype(out_dtype), state
