@@ -1,1 +1,1 @@
-"""Benchmarks: what the project claims to be fast, measured."""
+"""Benchmarks: `python -m gdn2_jax.bench op`. They check before they time."""

@@ -1,0 +1,64 @@
+"""Compiles functions and times them fairly: interleaved, medians, CPU time."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+  """A compiled function with what its compilation cost.
+
+  Attributes:
+    call: The executable.
+    compile_s: Seconds of tracing, lowering and compiling.
+    temp_bytes: Temporaries of one execution, outputs not counted.
+  """
+
+  call: Callable[..., Any]
+  compile_s: float
+  temp_bytes: int
+
+
+def clock() -> Callable[[], float]:
+  """Seconds: of this process on CPU, where others may share the cores."""
+  if jax.default_backend() == "cpu":
+    return time.process_time
+  return time.perf_counter
+
+
+def compile_function(
+  function: Callable[..., Any], args: Sequence[Any], **jit_options: Any
+) -> Compiled:
+  """Compiles a function for these arguments."""
+  now = clock()
+  start = now()
+  call = jax.jit(function, **jit_options).lower(*args).compile()
+  seconds = now() - start
+  memory = call.memory_analysis()
+  return Compiled(
+    call=call, compile_s=seconds, temp_bytes=memory.temp_size_in_bytes
+  )
+
+
+def race(
+  functions: dict[str, Compiled], args: Sequence[Any], rounds: int
+) -> dict[str, float]:
+  """Median seconds of each function, in rounds that take turns.
+
+  Every timed call follows an untimed one of the same function, so that none
+  pays for the memory that another one left behind.
+  """
+  now = clock()
+  times = {name: [] for name in functions}
+  for _ in range(rounds):
+    for name, function in functions.items():
+      jax.block_until_ready(function.call(*args))
+      start = now()
+      jax.block_until_ready(function.call(*args))
+      times[name].append(now() - start)
+  return {name: statistics.median(x) for name, x in times.items()}
