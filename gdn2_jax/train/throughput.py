@@ -64,7 +64,7 @@ class Throughput:
       share of the bfloat16 peak) where that is known.
     """
     since, now = self._since, self._clock()
-    self.restart(step)
+    self._since = (step, now)
     if since is None or step <= since[0] or now <= since[1]:
       return {}
     step_s = (now - since[1]) / (step - since[0])
