@@ -224,7 +224,7 @@ def _source_docstrings(source: bytes) -> Iterator[tuple[str, str]]:
     pending += reversed(inner)  # a stack: source order comes out
 
 
-def _extension_docstrings() -> dict[str, list[tuple[str, str]]]:
+def _extension_docstrings() -> dict[str, list[list[str]]]:
   # -I also drops PYTHONOPTIMIZE, so -OO callers get the same text.
   command = [sys.executable, "-I", "-S", extension_docs.__file__]
   done = subprocess.run(command, capture_output=True, check=True)
@@ -232,7 +232,7 @@ def _extension_docstrings() -> dict[str, list[tuple[str, str]]]:
 
 
 def _join_docstrings(
-  docstrings: Iterable[tuple[str, str]], seen: set[str]
+  docstrings: Iterable[Sequence[str]], seen: set[str]
 ) -> str:
   parts = []
   for name, text in docstrings:

@@ -14,7 +14,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable
-from typing import override
+from typing import SupportsIndex, override
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -49,11 +49,11 @@ class Tokenizer(abc.ABC):
     """`encode` of every text, in parallel where the backend can."""
 
   @abc.abstractmethod
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[SupportsIndex]) -> str:
     """Text of ids; special tokens give "", broken UTF-8 gives U+FFFD."""
 
   @abc.abstractmethod
-  def token_bytes(self, token_id: int) -> bytes:
+  def token_bytes(self, token_id: SupportsIndex) -> bytes:
     """The UTF-8 bytes one id stands for, b"" for special tokens."""
 
   @abc.abstractmethod
@@ -81,7 +81,7 @@ class Tokenizer(abc.ABC):
     """Writes `to_json()` to a file, whole or not at all."""
     files.write_atomic(pathlib.Path(path), self.to_json().encode())
 
-  def _check_ids(self, ids: Iterable[int]) -> list[int]:
+  def _check_ids(self, ids: Iterable[SupportsIndex]) -> list[int]:
     checked = [int(token) for token in ids]
     for token in checked:
       if not 0 <= token < self.vocab_size:
@@ -107,12 +107,12 @@ class BytesTokenizer(Tokenizer):
     return [self.encode(text) for text in texts]
 
   @override
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[SupportsIndex]) -> str:
     kept = [token for token in self._check_ids(ids) if token < 256]
     return bytes(kept).decode("utf-8", "replace")
 
   @override
-  def token_bytes(self, token_id: int) -> bytes:
+  def token_bytes(self, token_id: SupportsIndex) -> bytes:
     (token_id,) = self._check_ids([token_id])
     return bytes([token_id]) if token_id < 256 else b""
 
@@ -163,11 +163,11 @@ class BPETokenizer(Tokenizer):
     return [item.ids for item in encoded]
 
   @override
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[SupportsIndex]) -> str:
     return self._backend.decode(self._check_ids(ids), skip_special_tokens=True)
 
   @override
-  def token_bytes(self, token_id: int) -> bytes:
+  def token_bytes(self, token_id: SupportsIndex) -> bytes:
     (token_id,) = self._check_ids([token_id])
     if token_id in self._added:
       added = self._added[token_id]
