@@ -4,8 +4,6 @@ The token scan stands in for the chunkwise recurrence: it compiles in half the
 time, and nothing here depends on which one runs.
 """
 
-import dataclasses
-
 import jax
 import pytest
 
@@ -101,8 +99,3 @@ def compiled_programs(tmp_path_factory):
   from jax.experimental.compilation_cache import compilation_cache
 
   compilation_cache.reset_cache()
-
-
-@pytest.fixture
-def replace():
-  return dataclasses.replace

@@ -1,7 +1,10 @@
 """Saving, keeping, refusing and loading checkpoints, without a training run."""
 
+import contextlib
 import json
+import resource
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -110,24 +113,35 @@ def test_a_step_is_not_saved_twice(tmp_path):
   checkpointer.close()
 
 
-def test_failed_save_surfaces_at_close_and_is_not_the_latest(
-  tmp_path, monkeypatch
-):
+@contextlib.contextmanager
+def no_file_larger_than(size: int):
+  """As a full disk: writes beyond `size` fail, with an error not a signal."""
+  old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, old_handler)
+
+
+def test_failed_save_surfaces_and_never_becomes_the_latest(tmp_path):
+  state = make_state(1, size=1 << 18)
+  noise = jax.random.normal(jax.random.key(0), (1 << 18,))
   checkpointer = open_at(tmp_path)
-  checkpointer.save(1, make_state(1), {})
+  checkpointer.save(1, state, {})
   checkpointer.wait()
-
-  def fail(*args, **kwargs):
-    raise OSError("disk full")
-
-  monkeypatch.setattr(
-    checkpointer._manager._checkpointer, "wait_until_finished", fail
-  )
-  with pytest.raises(OSError, match="disk full"):
-    checkpointer.save(2, make_state(2), {})
-    checkpointer.close()
-  monkeypatch.undo()
-  assert checkpointer.latest_step() in (1, 2)
+  with no_file_larger_than(1 << 16):
+    with pytest.raises(Exception, match=r"(?i)too large|errno.*27"):
+      checkpointer.save(2, state.replace(params={"x": noise}), {})
+      checkpointer.close()
+  assert committed_steps(tmp_path) == [1]
+  checkpointer = open_at(tmp_path)
+  assert checkpointer.latest_step() == 1
+  restored = checkpointer.restore(1, abstract_of(state))
+  checkpointer.close()
+  np.testing.assert_array_equal(restored.params["x"], state.params["x"])
 
 
 @pytest.fixture

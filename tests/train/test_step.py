@@ -12,6 +12,7 @@ from gdn2_jax.train.loop import put_batch
 from gdn2_jax.train.optimizer import learning_rate
 from gdn2_jax.train.state import TrainState, init_state, plan_state
 from gdn2_jax.train.step import make_train_step, masked_mean, split_microbatches
+from tests.train.conftest import make_config
 
 ONE = MeshConfig()
 
@@ -59,8 +60,6 @@ class Trainer:
 
 @pytest.fixture(scope="module")
 def module_config(cache_dir):
-  from tests.train.conftest import make_config
-
   return make_config(cache_dir)
 
 

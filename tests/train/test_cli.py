@@ -1,0 +1,170 @@
+"""The real command: kills, signals, relaunches and refused command lines."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from gdn2_jax.train.checkpoint import committed_steps
+from gdn2_jax.train.writer import read_rows
+from tests.tiny_run import ROOT, run_many
+
+_CONFIG = """
+from gdn2_jax.sharding import MeshConfig
+from tests.train.conftest import make_config
+
+def get_config():
+  config = make_config({cache_dir!r})
+  config.mesh = MeshConfig()
+  config.num_steps = 400
+  config.checkpoint.every_steps = 20
+  return config
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(cache_dir, tmp_path_factory):
+  path = tmp_path_factory.mktemp("config") / "tiny.py"
+  path.write_text(_CONFIG.format(cache_dir=cache_dir))
+  return path
+
+
+class Launch:
+  """`python -m gdn2_jax.train` on one CPU device, running."""
+
+  def __init__(self, config_file, workdir):
+    self.workdir = workdir
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    self._process = subprocess.Popen(
+      [
+        *(sys.executable, "-m", "gdn2_jax.train"),
+        *(f"--config={config_file}", f"--workdir={workdir}"),
+      ],
+      cwd=ROOT,
+      env=env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+
+  def at_step(self, step: int, number: signal.Signals) -> None:
+    """Sends a signal once the metrics of `step` are on disk."""
+    path = self.workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while self._process.poll() is None and time.monotonic() < deadline:
+      if path.exists() and f'"step": {step},' in path.read_text():
+        self._process.send_signal(number)
+        return
+      time.sleep(0.01)
+    raise AssertionError(self.end())
+
+  def end(self) -> tuple[int, str]:
+    """Exit code and all output."""
+    try:
+      out, _ = self._process.communicate(timeout=200)
+    except subprocess.TimeoutExpired:
+      self._process.kill()
+      raise
+    return self._process.returncode, out
+
+
+def train_rows(workdir):
+  return [
+    (row["step"], row["loss"], row["grad_norm"])
+    for row in read_rows(workdir / "metrics.jsonl")
+    if row["kind"] == "train"
+  ]
+
+
+def arrays(workdir):
+  step = workdir / "checkpoints" / "400"
+  with ocp.StandardCheckpointer() as reader:
+    trees = [reader.restore(step / item) for item in ("params", "optimizer")]
+  return jax_leaves(trees)
+
+
+def jax_leaves(tree):
+  import jax
+
+  return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_killed_runs_resume_bit_for_bit(config_file, tmp_path):
+  straight, killed = tmp_path / "straight", tmp_path / "killed"
+  code, out = Launch(config_file, straight).end()
+  assert code == 0, out
+  assert "sample:\nReturn the" in out
+  assert f"gdn2_jax.generate --workdir={straight}" in out
+  assert os.stat(straight / ".jax_cache").st_mode & 0o077 == 0
+  killed.mkdir()
+  shutil.copytree(straight / ".jax_cache", killed / ".jax_cache")
+
+  run = Launch(config_file, killed)
+  run.at_step(70, signal.SIGTERM)
+  code, out = run.end()
+  assert code == 0, out
+  saved = int(re.search(r"SIGTERM: saved step (\d+), stopping", out)[1])
+  assert 70 <= saved < 400
+  assert committed_steps(killed / "checkpoints")[-1] == saved
+
+  run = Launch(config_file, killed)
+  run.at_step(saved + 75, signal.SIGKILL)
+  code, out = run.end()
+  assert code == -signal.SIGKILL
+  assert f"resumed from step {saved}" in out
+
+  code, out = Launch(config_file, killed).end()
+  assert code == 0, out
+  resumed = int(re.search(r"resumed from step (\d+)", out)[1])
+  assert saved < resumed < 400
+  assert train_rows(killed) == train_rows(straight)
+  for x, y in zip(arrays(killed), arrays(straight), strict=True):
+    assert x.dtype == y.dtype
+    assert x.tobytes() == y.tobytes()
+
+
+def test_refused_command_lines(config_file, tmp_path):
+  base = [f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]
+  cases = {
+    "error: Field lrr not found": [*base, "--config.optimizer.lrr=1"],
+    "invalid literal for int() with base 10: 'x'": [
+      *base,
+      "--config.num_steps=x",
+    ],
+    "could not convert string to float: 'fast'": [
+      *base,
+      "--config.optimizer.lr=fast",
+    ],
+    "unexpected argument 'config.num_steps=3'": [*base, "config.num_steps=3"],
+    "error: --config.grad_accum=3 does not divide": [
+      *base,
+      "--config.grad_accum=3",
+    ],
+    "error: --config.optimizer.lr=-1.0: expected a positive": [
+      *base,
+      "--config.optimizer.lr=-1",
+    ],
+    "error: --config is missing": [base[1]],
+    "error: --workdir is missing": [base[0]],
+    "No such file or directory: 'nowhere.py'": [
+      "--config=nowhere.py",
+      base[1],
+    ],
+    "cannot write there": [base[0], f"--workdir={config_file}/run"],
+  }
+  results = run_many("gdn2_jax.train.__main__", list(cases.values()))
+  for message, result in zip(cases, results, strict=True):
+    shown = result["out"] + result["err"]
+    assert result["code"] == 1, (message, shown)
+    assert message in shown
+    assert "Traceback" not in shown
+  # Nothing was made for a command line that was refused.
+  assert not (tmp_path / "run").exists()
