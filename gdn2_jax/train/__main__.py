@@ -87,7 +87,9 @@ def _sample(
     sampler=Sampler(temperature=0.8, top_p=0.95),
     stop_ids=(tokenizer.eos_id,),
   )
-  return prompt + tokenizer.decode(tokens)
+  # A vocabulary rounded up for the hardware has ids that no text maps to.
+  known = [token for token in tokens if token < tokenizer.vocab_size]
+  return prompt + tokenizer.decode(known)
 
 
 def _train(config: TrainConfig, workdir: pathlib.Path) -> None:
