@@ -107,7 +107,7 @@ def _style(axes) -> None:
   axes.grid(axis="y", color=_GRID, linewidth=0.8)
   axes.set_axisbelow(True)
   axes.margins(x=0.01)
-  axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
   axes.tick_params(colors=_MUTED, length=0)
   for side in ("top", "right", "left"):
     axes.spines[side].set_visible(False)
