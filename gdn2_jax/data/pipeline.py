@@ -22,8 +22,14 @@ from gdn2_jax.data import files, packing
 from gdn2_jax.data import tokenizer as tokenization
 from gdn2_jax.data.rows import PackedRows, check_batch, padding_row
 
-__all__ = ["DataConfig", "Dataset", "TrainBatches", "check_batch"]
-__all__ += ["open_dataset", "validate"]
+__all__ = [
+  "DataConfig",
+  "Dataset",
+  "TrainBatches",
+  "check_batch",
+  "open_dataset",
+  "validate",
+]
 
 Batch = dict[str, np.ndarray]
 
