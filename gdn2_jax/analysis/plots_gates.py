@@ -24,7 +24,7 @@ _LABEL_CHARS = 12
 
 @dataclasses.dataclass(frozen=True)
 class _Panel:
-  """One heat map: values [rows, tokens], or a list of such to be stacked."""
+  """One heat map: values [rows, tokens]."""
 
   title: str
   colors: str
@@ -212,7 +212,15 @@ def _draw(figure: Figure, axes: Axes, panel: _Panel) -> None:
     interpolation="nearest",
   )
   axes.set_title(panel.title, color=style.INK, fontsize=10, loc="left")
-  bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=10, extend="both")
+  below = panel.values.min() < panel.norm.vmin
+  above = panel.values.max() > panel.norm.vmax
+  bar = figure.colorbar(
+    image,
+    ax=axes,
+    pad=0.01,
+    aspect=10,
+    extend=("neither", "min", "max", "both")[below + 2 * above],
+  )
   if isinstance(panel.norm, LogNorm):
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))

@@ -38,6 +38,7 @@ def states_over_time(
   for column, (name, trace) in enumerate(states.items()):
     x = every * np.arange(1, len(trace) + 1)
     without = state_norm(carried[name])
+    apart = x > min(borders, default=np.inf)  # the same line until then
     panels = (state_norm(trace), effective_rank(trace))
     for axes, values in zip(grid[:, column], panels, strict=True):
       for head, y in enumerate(values.T):
@@ -45,7 +46,9 @@ def states_over_time(
         label = f"head {head}" if column == 0 and values is panels[0] else None
         axes.plot(x, y, color=color, linewidth=1.5, label=label)
         if values is panels[0]:
-          axes.plot(x, without[:, head], ":", color=color, linewidth=1.2)
+          axes.plot(
+            x[apart], without[apart, head], ":", color=color, linewidth=1.2
+          )
       for border in borders:
         axes.axvline(border, color=style.INK, lw=0.9, linestyle=style.DASHED)
       style.tidy(axes, "y")

@@ -8,7 +8,7 @@ GREY, BLUE, VERMILION, GREEN = "#8c959f", "#0072b2", "#d55e00", "#009e73"
 # Told apart by every common form of colour blindness.
 SERIES = (BLUE, VERMILION, GREEN, "#cc79a7", "#56b4e9", "#e69f00")
 DASHED = (0, (4, 3))
-_DPI = 90  # keeps a notebook full of figures in the hundreds of kilobytes
+_DPI = 80  # keeps a notebook full of figures in the hundreds of kilobytes
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
@@ -26,6 +26,7 @@ def legend_below(figure: Figure, columns: int) -> None:
     frameon=False,
     labelcolor=INK,
     fontsize=9,
+    markerscale=1.8,
   )
 
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from gdn2_jax.analysis.gates import (
   collect_gates,
@@ -15,9 +14,9 @@ from gdn2_jax.analysis.gates import (
   effective_memory,
   half_life,
 )
-from gdn2_jax.model.lm import LM
 from gdn2_jax.ops.gdn2 import gdn2
 from tests.model.models import small_config, tokens_of
+from tests.random_params import random_params
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [1] * 8], np.int32)
 SYMBOLS = ("q", "k", "v", "g", "b", "w", "o")
@@ -25,14 +24,7 @@ SYMBOLS = ("q", "k", "v", "g", "b", "w", "o")
 
 @functools.cache
 def parameters(pattern="GS"):
-  """Arrays of the model's shapes; compiling its initialisation takes long."""
-  model = LM(small_config(pattern))
-  shapes = jax.eval_shape(model.init, jax.random.key(0), tokens_of(1, 4))
-  rng = np.random.default_rng(0)
-  return jax.tree.map(
-    lambda a: jnp.asarray(0.3 * rng.normal(size=a.shape), a.dtype),
-    nn.unbox(shapes)["params"],
-  )
+  return random_params(small_config(pattern))
 
 
 @functools.cache
