@@ -106,7 +106,7 @@ def test_n07_the_same_inputs_give_the_same_bits(rng):
 def test_n08_the_inverse_is_exact_for_correlated_keys(C, erase, rng):
   k = numerics.unit(np.ones((1, 1, C, 16)) + 0.1 * rng.normal(size=(C, 16)))
   k = jnp.asarray(k, jnp.float32)
-  tree = chunk_tree(jnp.ones_like(k), erase * k, k, k)
+  tree = jax.jit(chunk_tree)(jnp.ones_like(k), erase * k, k, k)
   A = np.asarray(tree.A[0, 0], np.float64)
   k64 = np.asarray(k[0, 0], np.float64)
   T = np.tril(erase * k64 @ k64.T, -1)

@@ -65,6 +65,7 @@ def test_deltanet_is_the_delta_rule(rng):
     *(jnp.asarray(case[n]) for n in "qkv"),
     beta=scalars["beta"],
     state=jnp.asarray(case["initial_state"]),
+    implementation="reference",
   )
   numerics.assert_close(
     {"o": o, "final_state": state}, {"o": exact, "final_state": s}
@@ -101,6 +102,7 @@ def test_mamba2(rng):
     g=scalars["g"],
     dt=scalars["dt"],
     state=jnp.asarray(case["initial_state"]),
+    implementation="reference",
   )
   numerics.assert_close({"o": o, "final_state": state}, exact)
 
@@ -121,6 +123,7 @@ def test_mamba3_in_two_calls(rng):
       **{n: scalars[n][:, tokens] for n in ("g", "dt", "lam")},
       previous=previous,
       state=state,
+      implementation="reference",
     )
     previous = k[:, -1], v[:, -1]
     outputs.append(o)
@@ -133,10 +136,13 @@ def test_mamba3_writes_nothing_across_a_restart(rng):
   case, scalars = make(rng)
   ids = np.repeat([[1, 2]], 20, axis=1).repeat(2, axis=0).astype(np.int32)
   arrays = [jnp.asarray(case[n]) for n in "qkv"]
-  options = {n: scalars[n] for n in ("g", "dt", "lam")}
-  packed, _ = variants.mamba3(*arrays, **options, segment_ids=ids)
+  gates = {n: scalars[n] for n in ("g", "dt", "lam")}
+  options = {"implementation": "reference"}
+  packed, _ = variants.mamba3(*arrays, **gates, segment_ids=ids, **options)
   alone, _ = variants.mamba3(
-    *(x[:, 20:] for x in arrays), **{n: x[:, 20:] for n, x in options.items()}
+    *(x[:, 20:] for x in arrays),
+    **{n: x[:, 20:] for n, x in gates.items()},
+    **options,
   )
   numerics.assert_close({"o": packed[:, 20:]}, {"o": alone})
 
