@@ -14,7 +14,7 @@ _HOME = {
 }
 
 __version__ = "0.1.0"
-__all__ = ["LM", "ModelConfig", "__version__", "gdn2", "gdn2_step"]  # noqa: F822
+__all__ = ["LM", "ModelConfig", "__version__", "gdn2", "gdn2_step"]
 
 
 def __getattr__(name: str):

@@ -12,6 +12,7 @@ on standard error. Exit status: 0 done, 1 refused (the reason is on standard
 error).
 """
 
+import dataclasses
 import pathlib
 import sys
 import time
@@ -20,7 +21,7 @@ import jax
 from absl import flags
 
 from gdn2_jax import cli
-from gdn2_jax.inference import GREEDY, Sampler, TextStream, stream
+from gdn2_jax.inference import Sampler, TextStream, stream
 from gdn2_jax.train.checkpoint import Run, load_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
@@ -57,6 +58,7 @@ def main(argv: list[str]) -> None:
   with cli.one_line_errors():
     sampler = _sampler()
     run = load_run(_WORKDIR.value, _STEP.value)
+    sampler = dataclasses.replace(sampler, vocab_size=run.tokenizer.vocab_size)
     _use_compilation_cache()
     ids = run.tokenizer.encode(_PROMPT.value)
     tokens = stream(
@@ -82,10 +84,11 @@ def _sampler() -> Sampler:
     raise ValueError(f"--max_new_tokens={_MAX_NEW_TOKENS.value}: expected >= 1")
   if not 0 <= _SEED.value < 2**32:
     raise ValueError(f"--seed={_SEED.value}: expected 0 to 2**32 - 1")
-  sampler = Sampler(
-    temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value
+  return Sampler(
+    temperature=0.0 if _GREEDY.value else _TEMPERATURE.value,
+    top_k=_TOP_K.value,
+    top_p=_TOP_P.value,
   )
-  return GREEDY if _GREEDY.value or sampler.temperature == 0 else sampler
 
 
 def _use_compilation_cache() -> None:

@@ -26,6 +26,8 @@ class Sampler:
       at least 1e-6, below which float32 logits / temperature may overflow.
     top_k: ranks kept; 0 keeps all.
     top_p: in (0, 1]; 1 keeps all.
+    vocab_size: ids from here on are never drawn; 0 draws from all. A model's
+      vocabulary may be rounded up past its tokenizer's.
 
   Raises:
     ValueError: a value outside its range.
@@ -34,6 +36,7 @@ class Sampler:
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
+  vocab_size: int = 0
 
   def __post_init__(self):
     if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:
@@ -47,9 +50,19 @@ class Sampler:
       )
     if not 0 < self.top_p <= 1:
       raise ValueError(f"top_p: expected 0 < top_p <= 1, got {self.top_p}")
+    if self.vocab_size < 0:
+      raise ValueError(
+        f"vocab_size: expected an integer >= 0 (0 = all), got {self.vocab_size}"
+      )
 
   def check(self, vocab_size: int) -> None:
-    """Raises ValueError if top_k is larger than the vocabulary."""
+    """Raises ValueError if the model's vocabulary is too small for this."""
+    if self.vocab_size > vocab_size:
+      raise ValueError(
+        f"sampler.vocab_size: expected at most the model's {vocab_size}, got "
+        f"{self.vocab_size}"
+      )
+    vocab_size = self.vocab_size or vocab_size
     if self.top_k > vocab_size:
       raise ValueError(
         f"top_k: expected at most the vocabulary size {vocab_size}, got "
@@ -104,20 +117,26 @@ def sample(
     ValueError: top_k is larger than VOCAB.
   """
   if sampler.temperature == 0:
-    return jnp.argmax(logits.astype(jnp.float32), axis=-1).astype(jnp.int32)
+    known = _known(logits, sampler)
+    return jnp.argmax(known, axis=-1).astype(jnp.int32)
   values_BR, ids_BR = _ranked(logits, sampler)
   ranks_B = jax.vmap(jax.random.categorical)(keys, values_BR)
   chosen_B1 = jnp.take_along_axis(ids_BR, ranks_B[:, None], axis=1)
   return chosen_B1[:, 0].astype(jnp.int32)
 
 
+def _known(logits, sampler):
+  """float32 logits of the ids that may be drawn."""
+  sampler.check(logits.shape[-1])
+  return logits[:, : sampler.vocab_size or None].astype(jnp.float32)
+
+
 def _ranked(
   logits: Float[Array, "B VOCAB"], sampler: Sampler
 ) -> tuple[Float[Array, "B R"], Int[Array, "B R"]]:
   """Returns kept logits / temperature (-inf if dropped) and their ids."""
+  logits = _known(logits, sampler)
   vocab_size = logits.shape[-1]
-  sampler.check(vocab_size)
-  logits = logits.astype(jnp.float32)
   if sampler.temperature == 0:
     best_B1 = jnp.argmax(logits, axis=-1, keepdims=True)
     return jnp.take_along_axis(logits, best_B1, axis=1), best_B1

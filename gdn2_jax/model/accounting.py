@@ -8,8 +8,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import linen as nn
 
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.lm import LM, init_cache
@@ -46,10 +44,11 @@ def abstract_params(config: ModelConfig):
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
   """Counts parameters from shapes."""
-  params = nn.unbox(abstract_params(config))
+  # The leaves of a box are those of its value: there is nothing to unbox,
+  # which a mesh would not allow for shapes.
   sizes = {
-    name: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
-    for name, tree in params.items()
+    name: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    for name, tree in abstract_params(config).items()
   }
   embedding, head = sizes.pop("embedding"), sizes.pop("head")
   final_norm = sizes.pop("final_norm")

@@ -14,9 +14,8 @@ from flax import struct
 
 from gdn2_jax.model.layers import Linear, fan_in_uniform
 from gdn2_jax.ops.attention import attention_step, sliding_window_attention
-from gdn2_jax.ops.gdn2_segments import reset_counts
 from gdn2_jax.ops.rope import apply_rope
-from gdn2_jax.ops.segments import run_positions
+from gdn2_jax.ops.segments import reset_counts, segment_positions
 from gdn2_jax.typing import Activations, SegmentIds
 
 
@@ -182,7 +181,7 @@ def _runs_and_positions(x, segment_ids, cache):
   if segment_ids is None:
     return None, first[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
   runs = jnp.where(segment_ids != 0, reset_counts(segment_ids) + 1, 0)
-  return runs, run_positions(segment_ids, first)
+  return runs, segment_positions(segment_ids, first)
 
 
 def _chronological(cache):

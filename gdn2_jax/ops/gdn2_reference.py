@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from gdn2_jax.ops import gdn2_segments
+from gdn2_jax.ops.segments import drop_padding, segment_starts
 
 _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
@@ -52,8 +52,8 @@ def gdn2_reference(
   if segment_ids is not None:
     # A padding token (all zero, g = 0) leaves S alone and reads zero; a decay
     # of exp(-inf) = 0 is a restart.
-    q, k, v, g, b, w = gdn2_segments.drop_padding(segment_ids, q, k, v, g, b, w)
-    starts = gdn2_segments.segment_starts(segment_ids)[:, :, None, None]
+    q, k, v, g, b, w = drop_padding(segment_ids, q, k, v, g, b, w)
+    starts = segment_starts(segment_ids)[:, :, None, None]
     g = jnp.where(starts, -jnp.inf, g)
   xs = tuple(jnp.moveaxis(x, 1, 0) for x in (q * scale, k, v, g, b, w))
   state, o = lax.scan(_token_BH, state, xs)

@@ -29,7 +29,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from gdn2_jax.ops import gdn2_segments
 from gdn2_jax.ops.gdn2_xla_tree import (
   chunk_tree,
   chunk_tree_vjp,
@@ -37,6 +36,7 @@ from gdn2_jax.ops.gdn2_xla_tree import (
   rows,
   transpose,
 )
+from gdn2_jax.ops.segments import segment_starts
 
 # (starts, valid): where the state restarts, and which tokens are not padding.
 Segments = tuple[Bool[Array, "B T"], Bool[Array, "B T"]]
@@ -85,7 +85,7 @@ def gdn2_xla(
   C = min(C, 1 << (q.shape[1].bit_length() - 1))  # the last chunk ends at T
   segments = None
   if segment_ids is not None:
-    starts = gdn2_segments.segment_starts(segment_ids)
+    starts = segment_starts(segment_ids)
     segments = (starts, segment_ids != 0)
   return _sequence(q, k, v, g, b, w, state, segments, scale, C)
 

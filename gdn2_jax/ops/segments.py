@@ -1,35 +1,62 @@
-"""Runs of a packed row: where state restarts, and where a token stands.
+"""Packed rows: where state restarts, and where a token stands in its segment.
 
-Segment ids are any integers; 0 is padding. A run is a maximal stretch of
-tokens with one id, padding in between not counted: where the id of a token
-differs from that of the last token that was not padding, a new run starts. Two
-runs with the same id are two runs.
+A row of segment_ids holds one id per token. 0 is padding, transparent to the
+recurrence wherever it stands. A token whose id differs from that of the last
+token before it that is not padding starts from a zero state, also where an
+earlier segment had the same id. The first segment of a row continues the
+incoming state.
 """
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
-from gdn2_jax.ops.gdn2_segments import reset_counts
+
+def segment_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+  """True where the state restarts from zero before the token is read."""
+  T = segment_ids.shape[1]
+  valid_BT = segment_ids != 0
+  index_BT = jnp.where(valid_BT, jnp.arange(T)[None], -1)
+  # Index of the last valid token strictly before t, -1 where there is none.
+  last_BT = lax.cummax(index_BT, axis=1)
+  last_BT = jnp.pad(last_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+  before_BT = jnp.take_along_axis(segment_ids, jnp.maximum(last_BT, 0), axis=1)
+  return valid_BT & (last_BT >= 0) & (before_BT != segment_ids)
 
 
-def run_positions(
+def reset_counts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+  """Number of restarts up to and including each token.
+
+  Two tokens share a state exactly where their counts are equal.
+  """
+  return jnp.cumsum(segment_starts(segment_ids), axis=1, dtype=jnp.int32)
+
+
+def segment_positions(
   segment_ids: Int[Array, "B T"], first: Int[Array, "B"]
 ) -> Int[Array, "B T"]:
-  """Position of each token in its run, padding not counted.
+  """Position of each token in its segment, padding not counted.
 
   Args:
-    segment_ids: ids, 0 for padding.
-    first: position of the first token of the first run, that is, the tokens
-      that an incoming state has already seen.
+    segment_ids: Segments, 0 for padding.
+    first: Position of the first token of the first segment: the number of
+      tokens that the incoming state has already seen.
 
   Returns:
-    Positions from 0 (from `first` in the first run); padding repeats the
+    Positions from 0 (from `first` in the first segment); padding repeats the
     position before it.
   """
-  run = reset_counts(segment_ids)
-  count = jnp.cumsum(segment_ids != 0, axis=1, dtype=jnp.int32)
-  starts = (segment_ids != 0) & (run != jnp.pad(run[:, :-1], ((0, 0), (1, 0))))
-  before = jax.lax.cummax(jnp.where(starts, count - 1, 0), axis=1)
-  offset = jnp.where(run == 0, first[:, None], 0)
-  return jnp.maximum(count - 1 - before, 0) + offset
+  starts_BT = segment_starts(segment_ids)
+  count_BT = jnp.cumsum(segment_ids != 0, axis=1, dtype=jnp.int32)
+  before_BT = lax.cummax(jnp.where(starts_BT, count_BT - 1, 0), axis=1)
+  is_first_BT = jnp.cumsum(starts_BT, axis=1) == 0
+  offset_BT = jnp.where(is_first_BT, first[:, None], 0)
+  return jnp.maximum(count_BT - 1 - before_BT, 0) + offset_BT
+
+
+def drop_padding(
+  segment_ids: Int[Array, "B T"], *arrays: Float[Array, "B T _ _"]
+) -> tuple[Float[Array, "B T _ _"], ...]:
+  """Zeroes every array at padding tokens, whatever stood there (also NaN)."""
+  valid = (segment_ids != 0)[:, :, None, None]
+  return tuple(jnp.where(valid, x, jnp.zeros((), x.dtype)) for x in arrays)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gdn2_jax.ops.gdn2 import gdn2
-from gdn2_jax.ops.gdn2_segments import segment_starts
+from gdn2_jax.ops.segments import segment_starts
 
 Scalar = Float[Array, "B T H"]
 

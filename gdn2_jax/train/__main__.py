@@ -84,12 +84,12 @@ def _sample(
     [tokenizer.encode(prompt)],
     64,
     rng=jax.random.key(config.seed),
-    sampler=Sampler(temperature=0.8, top_p=0.95),
+    sampler=Sampler(
+      temperature=0.8, top_p=0.95, vocab_size=tokenizer.vocab_size
+    ),
     stop_ids=(tokenizer.eos_id,),
   )
-  # A vocabulary rounded up for the hardware has ids that no text maps to.
-  known = [token for token in tokens if token < tokenizer.vocab_size]
-  return prompt + tokenizer.decode(known)
+  return prompt + tokenizer.decode(tokens)
 
 
 def _train(config: TrainConfig, workdir: pathlib.Path) -> None:

@@ -123,3 +123,27 @@ def test_bad_values_are_refused_by_name(name, value):
 def test_top_k_above_the_vocabulary_is_refused():
   with pytest.raises(ValueError, match=r"top_k.*31"):
     filter_logits(jnp.zeros((1, 30)), Sampler(top_k=31))
+
+
+@pytest.mark.parametrize(
+  "sampler",
+  [
+    Sampler(vocab_size=3),
+    Sampler(vocab_size=3, top_p=0.9),
+    Sampler(vocab_size=3, temperature=0.0),
+  ],
+)
+def test_ids_past_the_vocabulary_are_never_drawn(sampler):
+  logits = jnp.asarray([[1.0, 2.0, 0.0, 9.0, 9.0]] * 64)
+  keys = jax.random.split(jax.random.key(0), 64)
+  assert sample(logits, keys, sampler).max() < 3
+  kept = filter_logits(logits, sampler)
+  assert kept.shape == logits.shape
+  assert np.isneginf(kept[:, 3:]).all() and np.isfinite(kept[:, 1]).all()
+
+
+def test_vocabulary_past_the_models_is_refused():
+  with pytest.raises(ValueError, match=r"sampler\.vocab_size"):
+    Sampler(vocab_size=9).check(8)
+  with pytest.raises(ValueError, match="top_k"):
+    Sampler(vocab_size=3, top_k=4).check(8)

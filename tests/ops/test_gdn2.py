@@ -57,7 +57,7 @@ def test_decay_and_erase(g, b, implementation, rng):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("T", [1, 2, 63, 64, 1000])
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 1000])
 def test_lengths(T, implementation, rng):
   case = numerics.make_case(rng, T=T, H=1, g=(-1.0, 0.0))
   actual = numerics.evaluate(numerics.op(implementation), case)
