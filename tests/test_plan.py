@@ -14,7 +14,8 @@ from tests.model.models import small_config
 
 def tiny():
   config = importlib.import_module("configs.tiny_cpu").get_config()
-  config.model = small_config("GS", vocab_size=64, model_dim=32)
+  config.model = small_config("GS", vocab_size=64)
+  config.model.gdn2.implementation = "reference"  # compiles faster
   config.data.seq_len, config.data.batch_size = 32, 8
   return config
 

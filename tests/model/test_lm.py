@@ -116,8 +116,7 @@ def test_scan_equals_unrolled(pattern):
   jax.tree.map(close, got_cache, want_cache)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_no_gradient(remat):
+def test_remat_changes_no_gradient():
   _, params, _ = small_model("GS")
   tokens = tokens_of(2, 17)
 
@@ -130,7 +129,9 @@ def test_remat_changes_no_gradient(remat):
 
     return jax.jit(jax.grad(loss))(params)
 
-  jax.tree.map(close, grads(remat), grads("none"))
+  want = grads("none")
+  for remat in ("dots", "full"):
+    jax.tree.map(close, grads(remat), want)
 
 
 def test_token_losses_equal_those_of_the_logits():
