@@ -1,6 +1,7 @@
 """What the absl entry points share: one-line errors and strict arguments."""
 
 import contextlib
+import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,12 @@ def refuse_positional(argv: Sequence[str], example: str) -> None:
     raise app.UsageError(
       f"unexpected argument {argv[1]!r}; flags start with --, as in {example}"
     )
+
+
+def python_command() -> str:
+  """How to call this Python from here, as in `.venv/bin/python`."""
+  path, here = pathlib.Path(sys.executable), pathlib.Path.cwd()
+  return str(path.relative_to(here)) if path.is_relative_to(here) else "python"
 
 
 def is_ours(error: BaseException) -> bool:

@@ -98,13 +98,21 @@ def _train(config: TrainConfig, workdir: pathlib.Path) -> None:
     return
   text = _sample(config, result.state.params, workdir, _PROMPT.value)
   if jax.process_index() == 0:
-    _say(f"\nsample:\n{text}\n\nnext:")
-    _say(
-      f'  python -m gdn2_jax.generate --workdir={workdir} --prompt="..."\n'
-      f"  python -m gdn2_jax.eval --workdir={workdir}\n"
-      f"  tensorboard --logdir={workdir / 'tensorboard'}\n"
-      f"  loss curve: {workdir / 'loss.png'}"
-    )
+    _say(f"\nsample:\n{text}\n\nnext:\n{_next_commands(workdir)}")
+
+
+def _next_commands(workdir: pathlib.Path) -> str:
+  python = cli.python_command()
+  return "\n".join(
+    [
+      f'  {python} -m gdn2_jax.generate --workdir={workdir} --prompt="..."',
+      f"  {python} -m gdn2_jax.eval --workdir={workdir} --lengths=1,2,4,8",
+      f"  {python} -m gdn2_jax.train --help",
+      f"  tensorboard --logdir={workdir / 'tensorboard'}"
+      "    (pip install tensorboard)",
+      f"  loss curve: {workdir / 'loss.png'}",
+    ]
+  )
 
 
 def _say(line: str) -> None:
