@@ -128,7 +128,7 @@ def test_n09_repeated_keys_do_not_amplify_errors(b, rng):
   # With b = 2 and g = 0 the state along k never decays, and because every
   # chunk is the same chunk, T rounds the same way each time: errors add up
   # instead of averaging. An entry of T is a dot product of K terms of one
-  # sign; each of the log2(K) levels of its sum errs by half an ulp of 2 at most.
+  # sign; each of the log2(K) levels of its sum errs by half an ulp of 2.
   levels = np.log2(case["k"].shape[-1])
   drift = 4096 * levels * float(np.finfo(np.float32).eps)
   bound = numerics.FLOAT32_BOUND if b == 1 else drift
