@@ -1,8 +1,7 @@
-"""A 121M hybrid for one GPU: a replication that fits in a day.
+"""A 124M hybrid for one GPU.
 
-Claim: the size at which independent replications compare GDN-2 with a
-transformer; 2.5B tokens are 20 a parameter.
-Cost: 2.5B tokens, about 1.4e18 FLOPs.
+Claim: large enough to compare architectures; 2.5B tokens are 20 a parameter.
+Cost: 2.5B tokens, 1.6e18 FLOPs (4.4 hours at 100 TFLOP/s; not run yet).
 Data: a folder of packed rows, tokenised with a 32,000-entry tokenizer.
 
   python -m gdn2_jax.train --config=configs/gdn2_120m.py \

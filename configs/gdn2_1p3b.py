@@ -1,9 +1,9 @@
 """The paper's recurrent 1.3B model: 18 GDN-2 layers.
 
 Claim: 1,302,638,112 block parameters (1,450,096,416 with embedding, head and
-final norm at a vocabulary of 32,000), those of the paper's Table 1 model; a
-state of 19 MB a sequence, whatever its length.
-Cost: 100B tokens, about 8.6e20 FLOPs.
+final norm at a vocabulary of 32,000), exactly those of the public
+configuration; a state of 19.5 MB a sequence, whatever its length.
+Cost: 100B tokens, 8.4e20 FLOPs.
 Memory: a step is eight microbatches; for more or fewer devices change
 --config.grad_accum, and ask gdn2_jax.plan first.
 Data: a folder of packed rows, tokenised with a 32,000-entry Llama tokenizer.

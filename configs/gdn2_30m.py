@@ -2,7 +2,8 @@
 
 Claim: trains without any download, on the corpus that ships with Python; give
 it a folder of packed rows to learn more than Python's documentation.
-Cost: 65M tokens, about 1.2e16 FLOPs: minutes on one GPU, days on a CPU.
+Cost: 66M tokens, 1.3e16 FLOPs (1.5 days at 100 GFLOP/s, a CPU core; not run
+yet).
 
   python -m gdn2_jax.train --config=configs/gdn2_30m.py --workdir=runs/gdn2_30m
 """

@@ -3,7 +3,7 @@
 Claim: 1,300,314,384 block parameters (1,447,772,688 with embedding, head and
 final norm); nine GDN-2 layers and nine attention layers with a window of 2,048
 tokens; the state of a sequence stops growing at the window.
-Cost: 100B tokens, about 8.6e20 FLOPs; the paper reports 38,000 tokens/s on one
+Cost: 100B tokens, 8.7e20 FLOPs; the paper reports 38,000 tokens/s on one
 H100 at 2,048 x 8 tokens (its Figure 2).
 
   python -m gdn2_jax.train --config=configs/gdn2_swa_1p3b.py \
