@@ -1,0 +1,210 @@
+"""Building blocks that the chunk kernels share.
+
+C = 64 tokens are a chunk: the rows of one wgmma. A warpgroup works on tiles of
+64 channels. Legend: r, s rows (tokens) of a chunk, i a token whose log-decay
+is summed.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gdn2_jax.pallas import target
+
+C = 64  # tokens of a chunk
+TILE = 64  # channels of a tile: one 128-byte row of 16-bit numbers
+LEVELS = 6  # log2(C)
+ROWS = plgpu.Layout.WGMMA
+
+# exp of anything below is exactly 0 in float32, and so is that of every sum
+# it is part of (all terms are <= 0). Sums are formed by matrix products, in
+# which -inf would give 0 * inf.
+LOG_ZERO = -1e4
+
+# Kinds of token.
+PADDING, TOKEN, RESTART = 0, 1, 2
+
+
+def smem(shape: tuple[int, ...], dtype: Any) -> Any:
+  """Shared memory that TMA and wgmma read: 8 rows by 128 bytes, swizzled."""
+  columns = 128 // jnp.dtype(dtype).itemsize
+  return plgpu.SMEM(
+    shape,
+    dtype,
+    transforms=(
+      plgpu.TilingTransform((8, columns)),
+      plgpu.SwizzleTransform(128),
+    ),
+  )
+
+
+def load(ref: Any) -> Any:
+  """A tile of 64 rows into registers, in the layout of wgmma's results."""
+  return plgpu.load(ref, layout=ROWS)
+
+
+def load_global(ref: Any) -> Any:
+  """A tile from global memory into registers, for what is read once."""
+  return plgpu.load(ref, layout=ROWS, optimized=False)
+
+
+def store_global(ref: Any, x: Any) -> None:
+  """A tile from registers into global memory, for what is written once."""
+  if hasattr(plgpu, "store"):
+    plgpu.store(ref, x, optimized=False)
+  else:  # jax 0.11
+    ref[...] = x
+
+
+def in_rows(x: Any) -> Any:
+  """Pins x to the layout of wgmma's results; loops carry nothing else."""
+  return plgpu.layout_cast(x, ROWS)
+
+
+def transposed(ref: Any) -> Any:
+  """The transposed view of a tile, as an operand of `dot`."""
+  return ref.transpose((1, 0))
+
+
+def dot(acc: Any, *operands: tuple[Any, Any]) -> Any:
+  """acc + sum of a @ b; a in registers or shared memory, b in shared memory.
+
+  The interpreter has no wgmma on registers, and what it reads through wgmma
+  is not looked at for races: there, operands are read as ordinary memory.
+  """
+  if target.is_interpreted():
+    for a, b in operands:
+      acc += jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
+    return acc
+
+  def accumulate(acc_ref):
+    for a, b in operands:
+      plgpu.wgmma(acc_ref, a, b)
+
+  return pl.run_state(accumulate)(plgpu.ACC.init(acc))
+
+
+def zeros(rows: int = C, columns: int = TILE) -> Any:
+  """An accumulator."""
+  return in_rows(jnp.zeros((rows, columns), jnp.float32))
+
+
+def split(x: Any, dtype: Any) -> tuple[Any, Any]:
+  """x as hi + lo of a 16-bit type: with both, products keep ~16 bits."""
+  hi = x.astype(dtype)
+  return hi, (x - hi.astype(jnp.float32)).astype(dtype)
+
+
+def store_split(x: Any, hi_ref: Any, lo_ref: Any) -> None:
+  """Stores hi and lo of x as operands of `dot`; commit_smem is the caller's."""
+  hi_ref[...], lo_ref[...] = split(x, hi_ref.dtype)
+
+
+def split_pairs(a: tuple[Any, Any], b: tuple[Any, Any]) -> list[Any]:
+  """The products of (a_hi + a_lo) (b_hi + b_lo) but the smallest."""
+  return [(a[0], b[0]), (a[0], b[1]), (a[1], b[0])]
+
+
+def iotas() -> tuple[Any, Any]:
+  """Row and column numbers of a [C, C] tile."""
+  iota = functools.partial(
+    plgpu.broadcasted_iota, jnp.int32, (C, C), layout=ROWS
+  )
+  return iota(0), iota(1)
+
+
+def row_iota() -> Any:
+  """Row numbers of a [C, TILE] tile."""
+  return plgpu.broadcasted_iota(jnp.int32, (C, TILE), 0, layout=ROWS)
+
+
+def loop(count: int, body: Any, init: Any) -> Any:
+  """lax.fori_loop with an int32 index, whether or not x64 is on."""
+  return lax.fori_loop(jnp.int32(0), jnp.int32(count), body, init)
+
+
+def level_half(level: Any) -> Any:
+  """Rows of half a block at a level: 32, 16, ..., 1."""
+  return lax.shift_right_logical(jnp.int32(C // 2), level)
+
+
+def level_span(half: Any) -> Any:
+  """M [r, i]: what a row's decay at a level sums, as booleans.
+
+  A block of 2*half rows is cut at its middle. A row r of the second half sums
+  the log-decays from the middle to r, a row s of the first half those after s
+  up to the middle: exp of the two together is the decay from s to r.
+  """
+  r, i = iotas()
+  same_half = (r ^ i) < half
+  return same_half & (((r & half) != 0) == (i <= r))
+
+
+def prefix_span() -> Any:
+  """M [r, i] = i <= r: the decay from the start of the chunk to r."""
+  r, i = iotas()
+  return i <= r
+
+
+def suffix_span() -> Any:
+  """M [s, i] = i > s: the decay from s to the end of the chunk."""
+  s, i = iotas()
+  return i > s
+
+
+def level_pairs(half: Any) -> Any:
+  """[r, s] whose decay the level gives: both rows in one block."""
+  r, s = iotas()
+  return (r ^ s) < 2 * half
+
+
+def decay(span: Any, g_hi: Any, g_lo: Any) -> Any:
+  """exp of the log-decays summed over `span` [C, C]: in [0, 1].
+
+  Sums of terms of one sign: nothing cancels, nothing overflows.
+  """
+  m = jnp.where(span, 1.0, 0.0).astype(g_hi.dtype)
+  return jnp.exp(dot(zeros(), (m, g_hi), (m, g_lo)))
+
+
+def of_rows(vector: Any, shape: tuple[int, int] = (C, TILE)) -> Any:
+  """Broadcasts one number per row, held in ROWS.reduce(1), over columns."""
+  return lax.broadcast_in_dim(vector, shape, [0])
+
+
+def of_columns(vector: Any, shape: tuple[int, int] = (C, TILE)) -> Any:
+  """Broadcasts one number per column, held in ROWS.reduce(0), over rows."""
+  return lax.broadcast_in_dim(vector, shape, [1])
+
+
+def load_kinds(ref: Any) -> Any:
+  """Kinds of a chunk's tokens [C] as a [C, TILE] tile."""
+  return of_rows(plgpu.load(ref, layout=ROWS.reduce(1)))
+
+
+def log_decay(g: Any, kinds: Any) -> Any:
+  """g with padding that decays nothing and restarts that decay everything."""
+  g = jnp.where(kinds == PADDING, 0.0, g)
+  g = jnp.where(kinds == RESTART, LOG_ZERO, g)
+  return jnp.where(g < LOG_ZERO, LOG_ZERO, g)
+
+
+def call(body: Any, out_type: Any, **kwargs: Any) -> Any:
+  """plgpu.kernel with what all kernels have in common."""
+  return plgpu.kernel(
+    body,
+    out_type=out_type,
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+    interpret=target.interpret_params(),
+    **kwargs,
+  )
+
+
+def struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+  """Shape and dtype of a result."""
+  return jax.ShapeDtypeStruct(shape, dtype)

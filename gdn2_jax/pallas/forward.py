@@ -1,0 +1,29 @@
+"""The forward pass: two kernels, and what the backward pass keeps of them."""
+
+from gdn2_jax.pallas.intra import intra
+from gdn2_jax.pallas.scan import scan
+
+
+def forward(q, k, v, g, b, w, state, kinds, scale, save):
+  """Chunkwise Gated DeltaNet-2 (Eqs. 20-27).
+
+  Args:
+    q, k, b: [B, T, H, K], bfloat16 or float16; T a multiple of 64, K 64 or
+      128.
+    v, w: [B, T, H, V], V a multiple of 64.
+    g: [B, T, H, K], float32.
+    state: [B, H, K, V], float32.
+    kinds: [B, T] int32, blocks.PADDING, TOKEN or RESTART.
+    scale: factor on the output.
+    save: whether to return residuals.
+
+  Returns:
+    o [B, T, H, V], the final state [B, H, K, V], and the residuals: A
+    [B, H, NC, C, C] and the states that chunks start from [B, H, NC, K, V],
+    in the dtype of q; () if not `save`.
+  """
+  Y_neg, Qg, Kd, Aqk, A, gamma_C = intra(q, k, b, g, kinds, scale)
+  o, state, states = scan(
+    Y_neg, Qg, Kd, Aqk, A, gamma_C, v, w, state, save=save
+  )
+  return o, state, (A, states) if save else ()

@@ -1,0 +1,251 @@
+"""What a chunk needs of keys and queries before the state is known.
+
+From q, k, b, g of C tokens (Eqs. 20-27 with decays as products over a binary
+tree, README.md section 2):
+
+  T_rs   = (b_r*k_r) . (exp(G_r - G_s) * k_s), r > s     A = (I + T)^-1
+  Aqk_rs = scale q_r . (exp(G_r - G_s) * k_s), r >= s
+  Y = A E, E = exp(G)*b*k     Qg = scale exp(G)*q     Kd = exp(G_C - G)*k
+
+One warpgroup per 64 key channels: it sums its share of T and Aqk, and the
+shares are added once, after all levels. The backward pass calls the same
+kernel with A given.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gdn2_jax.pallas import blocks
+from gdn2_jax.pallas.blocks import TILE, C
+
+
+def intra(q, k, b, g, kinds, scale, A=None):
+  """Runs the kernel over all chunks.
+
+  Args:
+    q, k, b: [B, T, H, K], bfloat16 or float16; T a multiple of 64, K 64 or
+      128.
+    g: [B, T, H, K], float32.
+    kinds: [B, T] int32, blocks.PADDING, TOKEN or RESTART.
+    scale: factor on q.
+    A: [B, H, NC, C, C] if known: the inverse is then not computed.
+
+  Returns:
+    Y_neg = -Y, Qg, Kd [B, H, NC, C, K], Aqk, A [B, H, NC, C, C], all in the
+    dtype of q, and the decay of the chunk gamma_C [B, H, NC, K], float32.
+  """
+  B, T, H, K = q.shape
+  chunks, tiles = T // C, K // TILE
+  dtype = q.dtype
+  wide = blocks.struct((B, H, chunks, C, K), dtype)
+  square = blocks.struct((B, H, chunks, C, C), dtype)
+  gamma_C = blocks.struct((B, H, chunks, K), jnp.float32)
+  known = () if A is None else (A,)
+  out_type = [wide, wide, wide, square, gamma_C]
+  if A is None:
+    out_type.append(square)
+  tile = (tiles, C, TILE)
+  scratch = dict(
+    q=blocks.smem(tile, dtype),
+    k=blocks.smem(tile, dtype),
+    b=blocks.smem(tile, dtype),
+    g=blocks.smem(tile, jnp.float32),  # then the shares of T and Aqk
+    kinds=plgpu.SMEM((tiles, C), jnp.int32),
+    g_hi=blocks.smem(tile, dtype),
+    g_lo=blocks.smem(tile, dtype),
+    kx_hi=blocks.smem(tile, dtype),
+    kx_lo=blocks.smem(tile, dtype),
+    X_hi=blocks.smem((C, C), dtype),
+    X_lo=blocks.smem((C, C), dtype),
+    W_hi=blocks.smem((C, C), dtype),
+    W_lo=blocks.smem((C, C), dtype),
+    A=blocks.smem((C, C), dtype),
+    Aqk_out=blocks.smem((C, C), dtype),
+    gamma_C=plgpu.SMEM((K,), jnp.float32),
+    loaded=plgpu.Barrier(num_arrivals=5, num_barriers=tiles),
+    met=plgpu.Barrier(num_arrivals=tiles),
+    A_loaded=plgpu.Barrier(),
+  )
+  names = tuple(scratch)
+
+  def body(*refs):
+    inputs, refs = refs[: 5 + len(known)], refs[5 + len(known) :]
+    outputs, refs = refs[: len(out_type)], refs[len(out_type) :]
+    s = dict(zip(names, refs, strict=True))
+    _body(inputs, outputs, s, scale=scale, tiles=tiles)
+
+  out = blocks.call(
+    body,
+    out_type,
+    scratch_types=list(scratch.values()),
+    grid=(B, H, chunks),
+    grid_names=("b", "h", "c"),
+    num_threads=tiles,
+    thread_name="wg",
+  )(q, k, b, g, kinds, *known)
+  if A is None:
+    return (*out[:4], out[5], out[4])
+  return (*out[:4], A, out[4])
+
+
+def _body(inputs, outputs, s, *, scale, tiles):
+  q_gm, k_gm, b_gm, g_gm, kinds_gm, *known = inputs
+  Y_gm, Qg_gm, Kd_gm, Aqk_gm, gamma_gm, *A_gm = outputs
+  row, h, c = (lax.axis_index(name) for name in ("b", "h", "c"))
+  wg = lax.axis_index("wg")
+  here, tokens = (row, h, c), (row, pl.ds(c * C, C))
+  channels = pl.ds(wg * TILE, TILE)
+  loaded = s["loaded"].at[wg]
+
+  def meet():
+    """All warpgroups have come here, and see what the others stored."""
+    plgpu.commit_smem()
+    if tiles > 1:
+      plgpu.barrier_arrive(s["met"])
+      plgpu.barrier_wait(s["met"])
+
+  for name, source in zip("qkbg", (q_gm, k_gm, b_gm, g_gm), strict=True):
+    plgpu.copy_gmem_to_smem(
+      source.at[(*tokens, h, channels)], s[name].at[wg], loaded
+    )
+  plgpu.copy_gmem_to_smem(kinds_gm.at[tokens], s["kinds"].at[wg], loaded)
+  plgpu.barrier_wait(loaded)
+
+  kinds = blocks.load_kinds(s["kinds"].at[wg])
+  g = blocks.log_decay(blocks.load(s["g"].at[wg]), kinds)
+  g_parts = s["g_hi"].at[wg], s["g_lo"].at[wg]
+  blocks.store_split(g, *g_parts)
+  s["gamma_C"].at[channels][...] = jnp.exp(g.sum(axis=0))
+  plgpu.commit_smem()
+
+  def load(name, keep):
+    x = blocks.load(s[name].at[wg]).astype(jnp.float32)
+    return jnp.where(keep, x, 0.0)
+
+  real = kinds != blocks.PADDING
+  T, Aqk = _scores(load, s, g_parts, wg, real, scale, with_T=not known)
+  diagonal = (load("q", real) * scale * load("k", real)).sum(axis=1)
+  r, c_ = blocks.iotas()
+  Aqk += jnp.where(r == c_, blocks.of_rows(diagonal, (C, C)), 0.0)
+
+  # The last warpgroup finishes Aqk, the first one T.
+  last = tiles - 1
+  if not known:
+
+    @pl.when(wg == last)
+    def _():
+      s["g"].at[last][...] = T
+
+  if tiles > 1:
+
+    @pl.when(wg == 0)
+    def _():
+      s["g"].at[0][...] = Aqk
+
+    meet()
+
+  @pl.when(wg == last)
+  def _():
+    total = Aqk + blocks.load(s["g"].at[0]) if tiles > 1 else Aqk
+    s["Aqk_out"][...] = total.astype(s["Aqk_out"].dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(s["Aqk_out"], Aqk_gm.at[here])
+
+  @pl.when(wg == 0)
+  def _():
+    plgpu.copy_smem_to_gmem(s["gamma_C"], gamma_gm.at[here])
+    if known:
+      plgpu.copy_gmem_to_smem(known[0].at[here], s["A"], s["A_loaded"])
+      plgpu.barrier_wait(s["A_loaded"])
+    else:
+      if tiles > 1:
+        s["g"].at[last][...] = blocks.load(s["g"].at[last]) + T
+      s["A"][...] = _inverse(s["g"].at[last], s).astype(s["A"].dtype)
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(s["A"], A_gm[0].at[here])
+
+  gamma = blocks.decay(blocks.prefix_span(), *g_parts)
+  Kd = load("k", real) * blocks.decay(blocks.suffix_span(), *g_parts)
+  E = s["kx_hi"].at[wg]
+  E[...] = (gamma * load("b", real) * load("k", real)).astype(E.dtype)
+  for name, x, out in (
+    ("q", gamma * load("q", real) * scale, Qg_gm),
+    ("k", Kd, Kd_gm),
+  ):
+    ref = s[name].at[wg]
+    ref[...] = x.astype(ref.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(ref, out.at[(*here, pl.ds(0, C), channels)])
+  meet()
+  Y_neg = -blocks.dot(blocks.zeros(), (s["A"], E))
+  Y_out = s["b"].at[wg]
+  Y_out[...] = Y_neg.astype(Y_out.dtype)
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(Y_out, Y_gm.at[(*here, pl.ds(0, C), channels)])
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _scores(load, s, g_parts, wg, real, scale, *, with_T):
+  """This warpgroup's share of T and Aqk below the diagonal, level by level."""
+  kx = s["kx_hi"].at[wg], s["kx_lo"].at[wg]
+  dtype = kx[0].dtype
+  rows = blocks.row_iota()
+
+  def level(n, carry):
+    T, Aqk = carry
+    half = blocks.level_half(n)
+    second = (rows & half) != 0
+    x = blocks.decay(blocks.level_span(half), *g_parts)
+    k = load("k", real) * x
+    blocks.store_split(jnp.where(second, 0.0, k), *kx)
+    plgpu.commit_smem()
+    kx_T = tuple(blocks.transposed(ref) for ref in kx)
+    pairs = blocks.level_pairs(half)
+
+    def score(acc, a):
+      a = blocks.split(jnp.where(second, a, 0.0), dtype)
+      a_kx = blocks.dot(blocks.zeros(), *blocks.split_pairs(a, kx_T))
+      return blocks.in_rows(acc + jnp.where(pairs, a_kx, 0.0))
+
+    if with_T:
+      T = score(T, load("b", real) * k)
+    Aqk = score(Aqk, load("q", real) * scale * x)
+    return T, Aqk
+
+  return blocks.loop(
+    blocks.LEVELS, level, (blocks.zeros(C, C), blocks.zeros(C, C))
+  )
+
+
+def _inverse(T_ref, s):
+  """(I + T)^-1 of a strictly lower triangular T, block by block.
+
+  Blocks of two rows invert exactly: I - T. Two neighbouring inverted blocks
+  X merge into X - X T' X, where T' are the entries below the one and left of
+  the other. Operands are split: entries of A may be large and cancel. T stays
+  in shared memory: registers are short here.
+  """
+  r, c = blocks.iotas()
+  dtype = s["X_hi"].dtype
+  X_refs = s["X_hi"], s["X_lo"]
+  W_refs = s["W_hi"], s["W_lo"]
+  below = (r ^ c) == 1
+  X = jnp.where(below & (r > c), -blocks.load(T_ref), 0.0)
+  X = jnp.where(r == c, 1.0, X)
+
+  def merge(n, X):
+    half = lax.shift_left(jnp.int32(2), n)
+    below = ((r ^ c) < 2 * half) & ((r & half) != 0) & ((c & half) == 0)
+    blocks.store_split(X, *X_refs)
+    plgpu.commit_smem()
+    minus_T = jnp.where(below, -blocks.load(T_ref), 0.0)
+    minus_T = blocks.split(minus_T, dtype)
+    W = blocks.dot(blocks.zeros(C, C), *blocks.split_pairs(minus_T, X_refs))
+    blocks.store_split(W, *W_refs)
+    plgpu.commit_smem()
+    X_parts = blocks.split(X, dtype)
+    return blocks.in_rows(blocks.dot(X, *blocks.split_pairs(X_parts, W_refs)))
+
+  return blocks.loop(blocks.LEVELS - 1, merge, blocks.in_rows(X))
