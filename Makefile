@@ -9,12 +9,15 @@ WORKDIR ?= runs/$(basename $(notdir $(CONFIG)))
 PROMPT ?= Return the
 WORKERS ?= 2
 ARGS ?=
+AOT_JAX ?= 0.12.0.1
+AOT_VENV := .venv-aot-$(AOT_JAX)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train generate plan test lint format notebooks bench clean
+.PHONY: help setup train generate plan test lint format notebooks bench aot \
+  aot-all clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' \
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' \
 	  $(MAKEFILE_LIST)
 	@echo
 	@echo "  variables: CONFIG=$(CONFIG) WORKDIR=$(WORKDIR) ARGS='--flag=value'"
@@ -60,6 +63,30 @@ notebooks: $(READY) ## run the notebooks top to bottom
 bench: $(READY) ## time the op against the token scan
 	$(BIN)/python -m gdn2_jax.bench op $(ARGS)
 
+aot: $(AOT_VENV)/.ready ## compile every kernel for an H100; no GPU needed
+	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m gdn2_jax.aot $(ARGS)
+
+aot-all: ## the same with the oldest and the newest JAX supported
+	@for version in 0.11.2 0.12.0.1; do \
+	  $(MAKE) --no-print-directory aot AOT_JAX=$$version || exit 1; \
+	done
+
+# JAX's CUDA plugin compiles without a driver and without NVIDIA's wheels.
+.venv-aot-%/.ready: pyproject.toml constraints.txt tools/find_python.sh
+	@python=$$(PYTHON="$(PYTHON)" tools/find_python.sh) || exit 1; \
+	echo "Setting up .venv-aot-$* with $$python"; \
+	"$$python" -m venv .venv-aot-$* || { \
+	  echo "$$python cannot make a virtual environment" >&2; exit 1; }; \
+	grep -Ev '^jax(lib)?==' constraints.txt >.venv-aot-$*/constraints.txt; \
+	pip=".venv-aot-$*/bin/python -m pip --disable-pip-version-check"; \
+	$$pip install --quiet --constraint .venv-aot-$*/constraints.txt \
+	  jax==$* jaxlib==$* --editable . && \
+	$$pip install --quiet --no-deps \
+	  jax-cuda13-plugin==$* jax-cuda13-pjrt==$* || { \
+	  echo "make aot: cannot install jax $* and its CUDA 13 plugin into" \
+	    ".venv-aot-$*; is a package index reachable?" >&2; exit 1; }
+	@touch $@
+
 clean: ## remove .venv and caches (runs/ stays)
-	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .venv-aot-* .pytest_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,6 +25,16 @@ ALLOWED = {
   "eval": {"typing", "sharding", "model", "data"},
   "train": {"typing", "sharding", "model", "data", "eval", "inference"},
   "bench": {"typing", "ops", "model"},
+  "aot": {
+    "typing",
+    "sharding",
+    "pallas",
+    "triton",
+    "ops",
+    "model",
+    "train",
+    "data",
+  },
 }
 # Entry points stand above all layers and are imported by nobody.
 ENTRY_POINTS = {"generate", "plan"}

@@ -1,0 +1,1 @@
+"""Ahead-of-time check: kernels and the training step, compiled for an H100."""

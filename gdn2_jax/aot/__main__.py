@@ -1,0 +1,148 @@
+r"""Compiles kernels and the training step for an H100, without a GPU.
+
+  make aot
+  make aot ARGS='--only=scan --notrain_step'
+  make aot ARGS='--implementation=mosaic_gpu --json=aot.json'
+
+Prints what every kernel takes and what the 1.3B hybrid's training step needs
+on one and on eight H100s. Exits with code 1 if a kernel spills registers, if
+ptxas serialises its wgmma, if it wants more shared memory than there is, if it
+exceeds its own budget, or if the step exceeds 80 GB.
+
+Bytes per token-head count every operand and result of a kernel once; operands
+that several CTAs read from HBM cost more.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import flags
+
+from gdn2_jax import cli
+from gdn2_jax.aot import cases as cases_lib
+from gdn2_jax.aot import table, topology
+from gdn2_jax.aot.kernels import Compiler, KernelReport
+
+_ONLY = flags.DEFINE_string(
+  "only", "", "Compile the kernels whose case has this in its name."
+)
+_JSON = flags.DEFINE_string("json", None, "Also write all figures to FILE.")
+_TRAIN_STEP = flags.DEFINE_bool(
+  "train_step", True, "Compile the training step, about two minutes."
+)
+_IMPLEMENTATION = flags.DEFINE_enum(
+  "implementation",
+  "xla",
+  ["xla", "mosaic_gpu"],
+  "Of the GDN-2 op in the training step.",
+)
+_CONFIG = "configs.gdn2_swa_1p3b"
+
+
+def compile_kernels(only: str) -> tuple[list[KernelReport], list[str]]:
+  """Compiles and prints the cases; returns reports and failures."""
+  found, absent, failures = cases_lib.find_cases(only)
+  if absent:
+    print(f"not compiled, not there: {', '.join(absent)}")
+  if not found:
+    what = f"has {only!r} in its name" if only else "is there"
+    print(f"no kernel {what}")
+    return [], failures
+  compiler = Compiler(topology.h100_sharding())
+  reports = []
+  for case in found:
+    try:
+      done = compiler.compile(case)
+    except Exception as e:  # one broken kernel must not hide the others
+      failures.append(f"{case.name}: {type(e).__name__}: {_first_line(e)}")
+      continue
+    reports += done
+    failures += [failure for report in done for failure in report.failures]
+  print(table.kernel_table(reports, jax.__version__))
+  for report in reports:
+    for note in report.usage.notes:
+      print(f"note: {report.case} ({report.kernel}): {note}")
+  return reports, failures
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).strip().splitlines() or [""]
+  return lines[0][:300]
+
+
+def compile_triton(only: str) -> tuple[list[Any], list[str]]:
+  """Compiles the Triton kernels, where triton is installed."""
+  if importlib.util.find_spec("gdn2_jax.triton") is None:
+    return [], []
+  if importlib.util.find_spec("triton") is None:
+    print("triton kernels: not compiled: triton is not installed")
+    return [], []
+  module = importlib.import_module("gdn2_jax.triton.aot")
+  rows = [row for row in module.compile_all(None) if only in str(row)]
+  for row in rows:
+    print(f"triton: {row}")
+  return rows, []
+
+
+def compile_steps(implementation: str) -> tuple[list[Any], list[str]]:
+  """Compiles and prints the training step on every mesh."""
+  from gdn2_jax.aot import train_step
+
+  reports, failures = [], []
+  for name in train_step.MESHES:
+    config = importlib.import_module(_CONFIG).get_config()
+    config.model.gdn2.implementation = implementation
+    report = train_step.compile_train_step(config, name)
+    print(train_step.step_lines(report, implementation), flush=True)
+    reports.append(report)
+    failures += report.failures
+  return reports, failures
+
+
+def main(argv: Sequence[str]) -> None:
+  """Entry point."""
+  cli.refuse_positional(argv, "--only=scan")
+  missing = topology.missing_tool()
+  if missing:
+    cli.fail(missing)
+  jax.config.update("jax_platforms", "cpu")
+  start = time.perf_counter()
+  with cli.one_line_errors():
+    kernels, failures = compile_kernels(_ONLY.value)
+    triton, more = compile_triton(_ONLY.value)
+    failures += more
+    steps = []
+    if _TRAIN_STEP.value and not _ONLY.value:
+      steps, more = compile_steps(_IMPLEMENTATION.value)
+      failures += more
+    if _JSON.value:
+      figures = {
+        "jax": jax.__version__,
+        "kernels": [table.kernel_figures(report) for report in kernels],
+        "triton": triton,
+        "train_step": [dataclasses.asdict(report) for report in steps],
+        "failures": failures,
+      }
+      pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=2) + "\n")
+  for failure in failures:
+    print(f"FAILED {failure}", file=sys.stderr)
+  seconds = time.perf_counter() - start
+  print(
+    f"{len(kernels)} kernels, {len(steps)} training steps compiled for an "
+    f"H100 by jax {jax.__version__} in {seconds:.0f} s, "
+    f"{len(failures)} failures"
+  )
+  if failures:
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+  cli.run(main, __doc__)

@@ -1,0 +1,171 @@
+"""The training step of the 1.3B hybrid, compiled for H100s.
+
+Nothing is allocated and nothing runs. XLA's buffer assignment for the GPU says
+how much memory a device needs, the compiled program how it communicates.
+"""
+
+import collections
+import dataclasses
+import re
+import time
+from typing import Any
+
+import jax
+
+from gdn2_jax.aot.topology import h100_devices
+from gdn2_jax.model.lm import LM
+from gdn2_jax.pallas import target
+from gdn2_jax.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
+from gdn2_jax.train.config import TrainConfig, preflight, validate
+from gdn2_jax.train.optimizer import learning_rate
+from gdn2_jax.train.state import plan_state
+from gdn2_jax.train.step import make_train_step
+
+MEMORY_BUDGET = 80e9  # bytes of a device
+ROWS = 4  # of SEQ_LEN tokens, on every shard of the batch
+SEQ_LEN = 4096
+
+MESHES = {
+  "one device": MeshConfig(),
+  "fsdp=8": MeshConfig(fsdp=8),
+  "fsdp=4 tensor=2": MeshConfig(fsdp=4, tensor=2),
+}
+
+_BATCH_DTYPES = {
+  "inputs": "int32",
+  "targets": "int32",
+  "segment_ids": "int32",
+  "loss_mask": "float32",
+}
+_COLLECTIVE = re.compile(
+  r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
+  r"(?:-start)?\("
+)
+_CUSTOM_CALL = re.compile(r'custom_call_target="([^"]+)"')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepReport:
+  """One compiled training step; sizes in bytes of one device.
+
+  Attributes:
+    mesh: name of the mesh.
+    devices: how many devices it has.
+    rows: of the global batch.
+    seq_len: tokens of a row.
+    arguments: parameters, optimizer state and batch.
+    outputs: that do not reuse the memory of arguments.
+    temporaries: activations, gradients and the like.
+    collectives: instructions by kind; one in a loop over layers counts once.
+    custom_calls: instructions by target, counted likewise.
+    lower_seconds: tracing and lowering.
+    compile_seconds: XLA, LLVM and ptxas.
+  """
+
+  mesh: str
+  devices: int
+  rows: int
+  seq_len: int
+  arguments: int
+  outputs: int
+  temporaries: int
+  collectives: dict[str, int]
+  custom_calls: dict[str, int]
+  lower_seconds: float
+  compile_seconds: float
+
+  @property
+  def total(self) -> int:
+    """Bytes that a device needs."""
+    return self.arguments + self.outputs + self.temporaries
+
+  @property
+  def failures(self) -> list[str]:
+    """What is wrong with it, one sentence each."""
+    if self.total < MEMORY_BUDGET:
+      return []
+    return [
+      f"train step on {self.mesh}: {self.total / 1e9:.1f} GB a device, budget "
+      f"{MEMORY_BUDGET / 1e9:.0f} GB"
+    ]
+
+
+def count_instructions(hlo: str) -> tuple[dict[str, int], dict[str, int]]:
+  """Collectives by kind and custom calls by target in HLO text."""
+  collectives = collections.Counter(_COLLECTIVE.findall(hlo))
+  calls = collections.Counter(_CUSTOM_CALL.findall(hlo))
+  return dict(sorted(collectives.items())), dict(sorted(calls.items()))
+
+
+def compile_train_step(config: TrainConfig, name: str) -> StepReport:
+  """Compiles the step of `config` on the mesh MESHES[name], ROWS a shard.
+
+  Args:
+    config: the model and optimizer; its batch, mesh and accumulation are set
+      here.
+    name: key of MESHES.
+  """
+  config.mesh = MESHES[name]
+  shards = config.mesh.data * config.mesh.fsdp
+  devices = h100_devices(shards * config.mesh.tensor)
+  config.data.seq_len, config.data.batch_size = SEQ_LEN, ROWS * shards
+  config.grad_accum = 1
+  validate(config)
+  preflight(config, len(devices))
+  with target.use("compile"), use_mesh(make_mesh(config.mesh, devices)) as mesh:
+    model = LM(config.model)
+    blueprint = plan_state(model, config.optimizer, config.num_steps, mesh)
+    schedule = learning_rate(config.optimizer, config.num_steps)
+    step = make_train_step(model, blueprint, mesh, schedule=schedule)
+    start = time.perf_counter()
+    lowered = step.lower(blueprint.abstract, _abstract_batch(config, mesh))
+    lowering_ends = time.perf_counter()
+    compiled = lowered.compile()
+    end = time.perf_counter()
+  stats = compiled.memory_analysis()
+  collectives, custom_calls = count_instructions(compiled.as_text())
+  return StepReport(
+    mesh=name,
+    devices=len(devices),
+    rows=config.data.batch_size,
+    seq_len=config.data.seq_len,
+    arguments=stats.argument_size_in_bytes,
+    # Outputs in the memory of donated arguments are counted once.
+    outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
+    temporaries=stats.temp_size_in_bytes,
+    collectives=collectives,
+    custom_calls=custom_calls,
+    lower_seconds=lowering_ends - start,
+    compile_seconds=end - lowering_ends,
+  )
+
+
+def _abstract_batch(config: TrainConfig, mesh: Any) -> dict[str, Any]:
+  shape = (config.data.batch_size, config.data.seq_len)
+  return {
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+    for name, dtype in _BATCH_DTYPES.items()
+  }
+
+
+def step_lines(report: StepReport, implementation: str) -> str:
+  """A compiled training step as a few lines; GB are 1e9 bytes."""
+  sizes = ", ".join(
+    f"{name} {getattr(report, name) / 1e9:.2f} GB"
+    for name in ("arguments", "outputs", "temporaries", "total")
+  )
+  return "\n".join(
+    (
+      f"train step, 1.3B hybrid, {implementation}, {report.mesh}, "
+      f"{report.rows} rows of {report.seq_len} tokens",
+      f"  per device: {sizes}",
+      f"  collectives: {_counts(report.collectives)}",
+      f"  custom calls: {_counts(report.custom_calls)}",
+      f"  lowered in {report.lower_seconds:.0f} s, compiled in "
+      f"{report.compile_seconds:.0f} s",
+    )
+  )
+
+
+def _counts(counts: dict[str, int]) -> str:
+  return ", ".join(f"{n} {name}" for name, n in counts.items()) or "none"
