@@ -29,7 +29,7 @@ from absl import flags
 from gdn2_jax import cli
 from gdn2_jax.aot import cases as cases_lib
 from gdn2_jax.aot import table, topology
-from gdn2_jax.aot.kernels import Compiler, KernelReport
+from gdn2_jax.aot.kernels import Compiler, KernelReport, Reader
 
 _ONLY = flags.DEFINE_string(
   "only", "", "Compile the kernels whose case has this in its name."
@@ -47,7 +47,9 @@ _IMPLEMENTATION = flags.DEFINE_enum(
 _CONFIG = "configs.gdn2_swa_1p3b"
 
 
-def compile_kernels(only: str) -> tuple[list[KernelReport], list[str]]:
+def compile_kernels(
+  only: str, reader: Reader
+) -> tuple[list[KernelReport], list[str]]:
   """Compiles and prints the cases; returns reports and failures."""
   found, absent, failures = cases_lib.find_cases(only)
   if absent:
@@ -56,7 +58,7 @@ def compile_kernels(only: str) -> tuple[list[KernelReport], list[str]]:
     what = f"has {only!r} in its name" if only else "is there"
     print(f"no kernel {what}")
     return [], failures
-  compiler = Compiler(topology.h100_sharding())
+  compiler = Compiler(topology.h100_sharding(), reader)
   reports = []
   for case in found:
     try:
@@ -92,7 +94,9 @@ def compile_triton(only: str) -> tuple[list[Any], list[str]]:
   return rows, []
 
 
-def compile_steps(implementation: str) -> tuple[list[Any], list[str]]:
+def compile_steps(
+  implementation: str, reader: Reader
+) -> tuple[list[Any], list[str]]:
   """Compiles and prints the training step on every mesh."""
   from gdn2_jax.aot import train_step
 
@@ -100,7 +104,7 @@ def compile_steps(implementation: str) -> tuple[list[Any], list[str]]:
   for name in train_step.MESHES:
     config = importlib.import_module(_CONFIG).get_config()
     config.model.gdn2.implementation = implementation
-    report = train_step.compile_train_step(config, name)
+    report = train_step.compile_train_step(config, name, reader)
     print(train_step.step_lines(report, implementation), flush=True)
     reports.append(report)
     failures += report.failures
@@ -114,14 +118,14 @@ def main(argv: Sequence[str]) -> None:
   if missing:
     cli.fail(missing)
   jax.config.update("jax_platforms", "cpu")
-  start = time.perf_counter()
-  with cli.one_line_errors():
-    kernels, failures = compile_kernels(_ONLY.value)
+  start, reader = time.perf_counter(), Reader()
+  with cli.one_line_errors(NotImplementedError):
+    kernels, failures = compile_kernels(_ONLY.value, reader)
     triton, more = compile_triton(_ONLY.value)
     failures += more
     steps = []
     if _TRAIN_STEP.value and not _ONLY.value:
-      steps, more = compile_steps(_IMPLEMENTATION.value)
+      steps, more = compile_steps(_IMPLEMENTATION.value, reader)
       failures += more
     if _JSON.value:
       figures = {

@@ -123,81 +123,101 @@ def type_bytes(text: str) -> int:
   return math.prod(int(dim) for dim in dims) * -(-int(bits.group(1)) // 8)
 
 
-class Compiler:
-  """Compiles cases one after another.
+@contextlib.contextmanager
+def dumps() -> Iterator[pathlib.Path]:
+  """A folder that Mosaic GPU dumps to while the with block runs."""
+  with (
+    tempfile.TemporaryDirectory() as folder,
+    _dumping_to(folder),
+    without_noise(),
+  ):
+    yield pathlib.Path(folder)
 
-  A kernel that was compiled before in this process is not compiled again by
-  JAX and leaves no report of ptxas; its report is kept here.
+
+class Reader:
+  """Reads dumps, of one compilation after another.
+
+  A kernel that this process has compiled before is not compiled again and
+  leaves no report of ptxas; so reports are kept.
   """
 
-  def __init__(self, sharding: jax.sharding.Sharding):
-    self._sharding = sharding
+  def __init__(self):
     self._seen: dict[str, ptxas.Usage] = {}
 
+  def read(self, folder: pathlib.Path) -> list[tuple[str, ptxas.Usage | None]]:
+    """Name and usage of every kernel that was lowered, in this order.
+
+    The usage is None where no program with this kernel was compiled.
+    """
+
+    def number(path):
+      return int(path.name.removesuffix(_MODULE).rpartition("_")[2])
+
+    kernels = []
+    for path in sorted(folder.glob("*" + _MODULE), key=number):
+      base, module = path.name.removesuffix(_MODULE), path.read_text()
+      key = hashlib.sha256(module.replace(base, "").encode()).hexdigest()
+      kernels.append((base.rpartition("_")[0], key))
+      if (folder / f"{base}.ptxas").exists():
+        self._seen[key] = self._parse(folder, base, module)
+    # Which of several equal kernels has the report depends on threads.
+    return [(name, self._seen.get(key)) for name, key in kernels]
+
+  def _parse(self, folder, base, module) -> ptxas.Usage:
+    resources = folder / f"{base}.resources.txt"
+    return ptxas.parse(
+      (folder / f"{base}.ptxas").read_text(),
+      (folder / f"{base}.ptx").read_text(),
+      module,
+      resources.read_text() if resources.exists() else "",
+    )
+
+
+class Compiler:
+  """Compiles cases one after another, for the device of a sharding."""
+
+  def __init__(self, sharding: jax.sharding.Sharding, reader: Reader):
+    self._sharding = sharding
+    self._reader = reader
+
   def compile(self, case: Case) -> list[KernelReport]:
-    """Compiles a case for the target; its kernels in the order of launch.
+    """Compiles a case; its kernels in the order of launch.
 
     Raises:
       ValueError: it launches no kernel, or a kernel's report is missing.
     """
     arguments = jax.tree.map(self._place, tuple(case.shapes))
     start = time.perf_counter()
-    with (
-      tempfile.TemporaryDirectory() as folder,
-      _dumping_to(folder),
-      without_noise(),
-      target.use("compile"),
-    ):
+    with dumps() as folder, target.use("compile"):
       # A new function: the target is no part of the key of jax.jit's cache.
       lowered = jax.jit(lambda *args: case.function(*args)).lower(*arguments)
       lowered.compile()
       seconds = time.perf_counter() - start
-      usages = self._read(case, pathlib.Path(folder))
+      usages = self._reader.read(folder)
     moved = kernel_bytes(lowered.compiler_ir("stablehlo"))
     if not usages:
-      raise ValueError(f"{case.name}: no kernel was compiled")
+      raise ValueError("no kernel was compiled")
     if len(moved) != len(usages):
       raise ValueError(
-        f"{case.name}: {len(moved)} kernel launches, {len(usages)} modules"
+        f"{len(moved)} kernel launches, {len(usages)} kernels lowered"
       )
-    return [
-      KernelReport(
-        case=case.name,
-        kernel=kernel,
-        usage=usage,
-        limits=dict(case.limits),
-        bytes_per_token_head=size / case.token_heads,
-        compile_seconds=seconds,
+    reports = []
+    for (kernel, usage), size in zip(usages, moved, strict=True):
+      if usage is None:
+        raise ValueError(f"ptxas left no report of {kernel}")
+      reports.append(
+        KernelReport(
+          case=case.name,
+          kernel=kernel,
+          usage=usage,
+          limits=dict(case.limits),
+          bytes_per_token_head=size / case.token_heads,
+          compile_seconds=seconds,
+        )
       )
-      for (kernel, usage), size in zip(usages, moved, strict=True)
-    ]
+    return reports
 
   def _place(self, shape: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(
       shape.shape, shape.dtype, sharding=self._sharding
     )
-
-  def _read(
-    self, case: Case, folder: pathlib.Path
-  ) -> list[tuple[str, ptxas.Usage]]:
-    def number(path):
-      return int(path.name.removesuffix(_MODULE).rpartition("_")[2])
-
-    usages = []
-    for path in sorted(folder.glob("*" + _MODULE), key=number):
-      base = path.name.removesuffix(_MODULE)
-      module = path.read_text()
-      key = hashlib.sha256(module.replace(base, "").encode()).hexdigest()
-      report = folder / f"{base}.ptxas"
-      if report.exists():
-        resources = folder / f"{base}.resources.txt"
-        self._seen[key] = ptxas.parse(
-          report.read_text(),
-          (folder / f"{base}.ptx").read_text(),
-          module,
-          resources.read_text() if resources.exists() else "",
-        )
-      if key not in self._seen:
-        raise ValueError(f"{case.name}: ptxas left no report of {base}")
-      usages.append((base.rpartition("_")[0], self._seen[key]))
-    return usages

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from gdn2_jax.aot import ptxas
+from gdn2_jax.aot.kernels import Reader, dumps
 from gdn2_jax.aot.topology import h100_devices
 from gdn2_jax.model.lm import LM
 from gdn2_jax.pallas import target
@@ -58,6 +60,7 @@ class StepReport:
     temporaries: activations, gradients and the like.
     collectives: instructions by kind; one in a loop over layers counts once.
     custom_calls: instructions by target, counted likewise.
+    kernels: name and usage of our kernels, without repetition.
     lower_seconds: tracing and lowering.
     compile_seconds: XLA, LLVM and ptxas.
   """
@@ -71,6 +74,7 @@ class StepReport:
   temporaries: int
   collectives: dict[str, int]
   custom_calls: dict[str, int]
+  kernels: tuple[tuple[str, ptxas.Usage], ...]
   lower_seconds: float
   compile_seconds: float
 
@@ -82,12 +86,18 @@ class StepReport:
   @property
   def failures(self) -> list[str]:
     """What is wrong with it, one sentence each."""
-    if self.total < MEMORY_BUDGET:
-      return []
-    return [
-      f"train step on {self.mesh}: {self.total / 1e9:.1f} GB a device, budget "
-      f"{MEMORY_BUDGET / 1e9:.0f} GB"
+    label = f"train step on {self.mesh}"
+    found = [
+      f"{label} ({kernel}): {failure}"
+      for kernel, usage in self.kernels
+      for failure in ptxas.judge(usage, {})
     ]
+    if self.total >= MEMORY_BUDGET:
+      found.append(
+        f"{label}: {self.total / 1e9:.1f} GB a device, budget "
+        f"{MEMORY_BUDGET / 1e9:.0f} GB"
+      )
+    return found
 
 
 def count_instructions(hlo: str) -> tuple[dict[str, int], dict[str, int]]:
@@ -97,13 +107,16 @@ def count_instructions(hlo: str) -> tuple[dict[str, int], dict[str, int]]:
   return dict(sorted(collectives.items())), dict(sorted(calls.items()))
 
 
-def compile_train_step(config: TrainConfig, name: str) -> StepReport:
+def compile_train_step(
+  config: TrainConfig, name: str, reader: Reader
+) -> StepReport:
   """Compiles the step of `config` on the mesh MESHES[name], ROWS a shard.
 
   Args:
     config: the model and optimizer; its batch, mesh and accumulation are set
       here.
     name: key of MESHES.
+    reader: of the kernels' dumps.
   """
   config.mesh = MESHES[name]
   shards = config.mesh.data * config.mesh.fsdp
@@ -112,7 +125,8 @@ def compile_train_step(config: TrainConfig, name: str) -> StepReport:
   config.grad_accum = 1
   validate(config)
   preflight(config, len(devices))
-  with target.use("compile"), use_mesh(make_mesh(config.mesh, devices)) as mesh:
+  mesh = make_mesh(config.mesh, devices)
+  with dumps() as folder, target.use("compile"), use_mesh(mesh):
     model = LM(config.model)
     blueprint = plan_state(model, config.optimizer, config.num_steps, mesh)
     schedule = learning_rate(config.optimizer, config.num_steps)
@@ -122,6 +136,7 @@ def compile_train_step(config: TrainConfig, name: str) -> StepReport:
     lowering_ends = time.perf_counter()
     compiled = lowered.compile()
     end = time.perf_counter()
+    kernels = [kernel for kernel in reader.read(folder) if kernel[1]]
   stats = compiled.memory_analysis()
   collectives, custom_calls = count_instructions(compiled.as_text())
   return StepReport(
@@ -135,6 +150,7 @@ def compile_train_step(config: TrainConfig, name: str) -> StepReport:
     temporaries=stats.temp_size_in_bytes,
     collectives=collectives,
     custom_calls=custom_calls,
+    kernels=tuple(dict.fromkeys(kernels)),
     lower_seconds=lowering_ends - start,
     compile_seconds=end - lowering_ends,
   )
@@ -161,6 +177,12 @@ def step_lines(report: StepReport, implementation: str) -> str:
       f"  per device: {sizes}",
       f"  collectives: {_counts(report.collectives)}",
       f"  custom calls: {_counts(report.custom_calls)}",
+      *(
+        f"  kernel {kernel}: {usage.registers} registers, "
+        f"{usage.shared_bytes / 1024:.1f} KB shared, {usage.ctas_per_sm} "
+        "CTAs/SM"
+        for kernel, usage in report.kernels
+      ),
       f"  lowered in {report.lower_seconds:.0f} s, compiled in "
       f"{report.compile_seconds:.0f} s",
     )

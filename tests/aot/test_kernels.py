@@ -86,7 +86,7 @@ class FakeLowered:
 def compile_dumps(monkeypatch):
   """Compiles a case that launches (base name, constant, ptxas text), ...."""
   compiler = kernels.Compiler(
-    jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    jax.sharding.SingleDeviceSharding(jax.devices()[0]), kernels.Reader()
   )
   monkeypatch.setattr(kernels, "kernel_bytes", lambda module: module)
 
@@ -116,8 +116,13 @@ def test_a_kernel_compiled_before_keeps_its_report(compile_dumps):
   compile_dumps(("scan_0", 1, recorded.SPILL))
   (report,) = compile_dumps(("scan_1", 1, None))
   assert report.usage.spill_stores == 624
-  with pytest.raises(ValueError, match="no report of scan_2"):
+  with pytest.raises(ValueError, match="no report of scan"):
     compile_dumps(("scan_2", 5, None))
+
+
+def test_the_report_may_belong_to_an_equal_kernel(compile_dumps):
+  launches = ("scan_0", 1, None), ("scan_1", 1, recorded.GOOD)
+  assert [r.usage.registers for r in compile_dumps(*launches)] == [168, 168]
 
 
 def test_a_budget_reaches_the_kernels_of_a_case(compile_dumps):
@@ -141,7 +146,7 @@ def test_a_kernel_that_breaks_does_not_hide_the_others(monkeypatch, capsys):
   cases = [make_case(name, abs, [SHAPE]) for name in ("bad", "good")]
 
   class Compiler:
-    def __init__(self, sharding):
+    def __init__(self, sharding, reader):
       pass
 
     def compile(self, case):
@@ -165,7 +170,7 @@ def test_a_kernel_that_breaks_does_not_hide_the_others(monkeypatch, capsys):
   monkeypatch.setattr(f"{main}.Compiler", Compiler)
   monkeypatch.setattr(f"{main}.topology.h100_sharding", lambda: None)
   monkeypatch.setattr(f"{main}.cases_lib.find_cases", lambda o: (cases, [], []))
-  reports, failures = compile_kernels("")
+  reports, failures = compile_kernels("", kernels.Reader())
   assert len(reports) == 1
   assert failures == [
     "bad: RuntimeError: Layout inference failed",

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from gdn2_jax.aot import topology, train_step
+from gdn2_jax.aot import ptxas, topology, train_step
+from tests.aot import recorded
 
 HLO = """\
 %p = bf16[8]{0} custom-call(%a), custom_call_target="mosaic_gpu_v2"
@@ -27,6 +28,7 @@ REPORT = train_step.StepReport(
   temporaries=29_000_000_000,
   collectives={"all-gather": 2},
   custom_calls={},
+  kernels=(),
   lower_seconds=1.0,
   compile_seconds=30.0,
 )
@@ -42,6 +44,15 @@ def test_the_memory_budget_can_be_overrun():
   assert REPORT.failures == []
   over = dataclasses.replace(REPORT, temporaries=30_000_000_000)
   assert "80.0 GB a device, budget 80 GB" in over.failures[0]
+
+
+def test_a_bad_kernel_fails_the_step():
+  text, shared = recorded.C7512, recorded.module("scan_0")
+  usage = ptxas.parse(text, recorded.PTX, shared)
+  bad = dataclasses.replace(REPORT, kernels=(("scan", usage),))
+  (failure,) = bad.failures
+  assert "train step on fsdp=8 (scan): wgmma is serialised" in failure
+  assert "kernel scan: 168 registers" in train_step.step_lines(bad, "xla")
 
 
 def test_lines_say_what_was_compiled():
