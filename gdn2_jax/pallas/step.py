@@ -1,0 +1,257 @@
+"""One token of Gated DeltaNet-2 on a GPU, the state updated in place.
+
+With alpha = exp(g), e = b*k and S the old state, Eq. 10 is
+
+  u  = w*v - S^T (alpha*e)
+  o  = scale * (S^T (alpha*q) + (q.k) u)
+  S' = alpha S + k u^T
+
+so that erase and output both come from one read of the old state. The state is
+all that counts: K * V float32 numbers per head are read once and written once,
+and there is nothing for tensor cores to do.
+
+A block of four warps owns [K, tile] of one state and keeps it in registers.
+The warps lie side by side over the columns, so every sum over K stays inside a
+warp: nothing goes through shared memory. Each thread writes the very elements
+that it read, which is what makes the update in place safe.
+
+Legend: B batch, H key heads, HV value heads, K key channels, V value channels;
+J columns of a tile.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax._src.pallas import mpmd
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from gdn2_jax.pallas import target
+
+MAX_HEAD_DIM = 256  # K: 64 registers of a thread hold the state
+# The narrowest rows of a warp that are whole sectors of memory (32 bytes); a
+# narrow tile gives a small batch more blocks. 16 halves a sector.
+TILES = (32, 16)
+_WARPS = 4
+_LANES = 32
+_MAX_ROWS = 65535  # blocks along the second and third axis of a grid
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def step_unsupported_reason(K: int, V: int, *dtypes: Any) -> str | None:
+  """Why the kernel cannot run such a call, or None.
+
+  Args:
+    K: key channels of a head.
+    V: value channels of a state, of one or of several value heads.
+    *dtypes: of q, k, v, g, b and w, in any order.
+  """
+  if K % 16 or not 16 <= K <= MAX_HEAD_DIM:
+    return f"K = {K}; the kernel needs a multiple of 16 up to {MAX_HEAD_DIM}"
+  if V % TILES[-1] or V == 0:
+    return f"V = {V}; the kernel needs a multiple of {TILES[-1]}"
+  for dtype in dtypes:
+    name = jnp.dtype(dtype).name
+    if name not in _DTYPES:
+      return f"dtype {name}; the kernel takes {', '.join(_DTYPES)}"
+  return None
+
+
+def gdn2_step_mosaic_gpu(
+  q: Float[Array, "B H K"],
+  k: Float[Array, "B H K"],
+  v: Float[Array, "B HV V"],
+  g: Float[Array, "B H K"],
+  b: Float[Array, "B H K"],
+  w: Float[Array, "B HV V"],
+  state: Float[Array, "B HV K V"],
+  scale: float,
+  *,
+  tile: int | None = None,
+) -> tuple[Float[Array, "B HV V"], Float[Array, "B HV K V"]]:
+  """One token of Eq. 10; a donated state is updated without a copy.
+
+  Value head j reads key head j // (HV // H): grouped heads need neither a
+  repeated q nor a state with its value heads side by side.
+
+  Args:
+    q: Query [B, H, K], bfloat16, float16 or float32, as k, v, g, b and w.
+    k: Key [B, H, K].
+    v: Value [B, HV, V], HV a multiple of H.
+    g: Log-decay [B, H, K], <= 0; -inf clears a channel.
+    b: Erase gate [B, H, K].
+    w: Write gate [B, HV, V].
+    state: [B, HV, K, V], float32.
+    scale: Factor on the output.
+    tile: Columns of a block, 16, 32, 64 or 128 that divide V; None chooses.
+
+  Returns:
+    o [B, HV, V] in the dtype of v, and the new state [B, HV, K, V].
+
+  Raises:
+    NotImplementedError: step_unsupported_reason has the reason.
+  """
+  B, H, K = q.shape
+  HV, V = v.shape[1:]
+  assert HV % H == 0 and state.shape == (B, HV, K, V)
+  dtypes = [x.dtype for x in (q, k, v, g, b, w)]
+  reason = step_unsupported_reason(K, V, *dtypes)
+  if reason is None and max(B, HV) > _MAX_ROWS:
+    reason = f"{B} rows of {HV} heads; the kernel takes {_MAX_ROWS} of each"
+  if reason is not None:
+    raise NotImplementedError(f"gdn2_step: mosaic_gpu: {reason}")
+  if tile is None:
+    tile = next(J for J in TILES if V % J == 0)
+  assert V % tile == 0 and K % _rows_per_load(tile) == 0, (K, V, tile)
+  # The target is an argument because jit's cache must tell targets apart.
+  return _step(float(scale), tile, target.current(), q, k, v, g, b, w, state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _step(scale, tile, target_name, q, k, v, g, b, w, state):
+  assert target_name == target.current()
+  B, HV, V = v.shape
+  # plgpu.kernel can alias an operand only through a reference, one address for
+  # both directions. But XLA may give an aliased call two: it fuses the call
+  # with slices of the states of all layers, read here and written there.
+  kernel = mpmd._mpmd_map(
+    [
+      (
+        # Neighbouring blocks share rows of a state, hence pages of memory.
+        plgpu.Mesh(grid=(B, HV, V // tile), grid_names=("row", "head", "tile")),
+        functools.partial(_body, scale=scale, tile=tile),
+      )
+    ],
+    out_types=[_like(v), _like(state)],
+    input_output_aliases={6: 1},
+    compiler_params=plgpu.CompilerParams(
+      # exp costs little here; its approximation loses digits of strong decay.
+      approx_math=False,
+      # No thread reads what another one wrote.
+      unsafe_no_auto_barriers=True,
+    ),
+    interpret=target.interpret_params(),
+    name="gdn2_step",
+  )
+  return tuple(kernel(q, k, v, g, b, w, state))
+
+
+def _like(x):
+  """The type of an output that varies over the mesh axes that x varies over."""
+  return jax.ShapeDtypeStruct(
+    x.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type
+  )
+
+
+def _body(
+  q_gmem,
+  k_gmem,
+  v_gmem,
+  g_gmem,
+  b_gmem,
+  w_gmem,
+  S_gmem,
+  o_gmem,
+  S_out_gmem,
+  *,
+  scale,
+  tile,
+):
+  row, head = lax.axis_index("row"), lax.axis_index("head")
+  H, K = q_gmem.shape[1:]
+  key_head = lax.div(head, jnp.int32(v_gmem.shape[1] // H))
+  columns = pl.ds(lax.axis_index("tile") * tile, tile)
+  layout = _state_layout(tile)
+
+  def load(ref, layout):
+    return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
+
+  def along_K(x):
+    return lax.broadcast_in_dim(x, (K, tile), (0,))
+
+  def along_V(x):
+    return lax.broadcast_in_dim(x, (K, tile), (1,))
+
+  S_KJ = load(S_gmem.at[row, head, :, columns], layout)
+  q_K, k_K, g_K, b_K = (
+    load(ref.at[row, key_head], layout.reduce(1))
+    for ref in (q_gmem, k_gmem, g_gmem, b_gmem)
+  )
+  v_J, w_J = (
+    load(ref.at[row, head, columns], layout.reduce(0))
+    for ref in (v_gmem, w_gmem)
+  )
+  alpha_K = jnp.exp(g_K)
+  erased_J = jnp.sum(S_KJ * along_K(alpha_K * (b_K * k_K)), axis=0)
+  u_J = w_J * v_J - erased_J
+  o_J = jnp.sum(S_KJ * along_K(alpha_K * q_K), axis=0)
+  o_J = scale * (o_J + jnp.sum(q_K * k_K) * u_J)
+  S_KJ = along_K(alpha_K) * S_KJ + along_K(k_K) * along_V(u_J)
+  _store(o_gmem.at[row, head, columns], o_J.astype(o_gmem.dtype))
+  S_KJ = plgpu.layout_cast(S_KJ, layout)
+  _store(S_out_gmem.at[row, head, :, columns], S_KJ)
+
+
+def _store(ref, x):
+  """Stores to global memory; a warp's part of o is less than a sector."""
+  if hasattr(plgpu, "store"):  # jax >= 0.12 wants to be told
+    plgpu.store(ref, x, optimized=False)
+  else:
+    ref[...] = x
+
+
+def _vector_size(tile):
+  return min(4, tile // _WARPS // 2)  # 16 bytes where the tile allows
+
+
+def _rows_per_load(tile):
+  return _LANES * _vector_size(tile) // (tile // _WARPS)
+
+
+def _state_layout(tile):
+  """[K, tile]: warps over columns, lanes over rows and vectors of columns."""
+  tiling = fragmented_array.Tiling(
+    (
+      (_rows_per_load(tile), tile),
+      (tile // _WARPS,),
+      (_vector_size(tile),),
+    )
+  )
+  return plgpu.Layout.TILED(
+    tiling, warp_dims=(-3,), lane_dims=(-4, -2), vector_dim=-1
+  )
+
+
+def aot_cases() -> list[tuple[str, Callable, list[jax.ShapeDtypeStruct]]]:
+  """Representative calls: name, function (donate argument 6), arguments."""
+
+  def case(name, B, H, HV, K, V, dtype="bfloat16"):
+    def token(*shape):
+      return jax.ShapeDtypeStruct(shape, dtype)
+
+    def step(q, k, v, g, b, w, state):
+      return gdn2_step_mosaic_gpu(q, k, v, g, b, w, state, K**-0.5)
+
+    key, value = token(B, H, K), token(B, HV, V)
+    g = jax.ShapeDtypeStruct((B, H, K), "float32")
+    state = jax.ShapeDtypeStruct((B, HV, K, V), "float32")
+    return name, step, [key, key, value, g, key, value, state]
+
+  return [
+    case("step B=1", 1, 16, 16, 128, 128),
+    case("step B=64", 64, 16, 16, 128, 128),
+    case("step B=512", 512, 16, 16, 128, 128),
+    case("step K=64 V=64", 64, 16, 16, 64, 64),
+    case("step K=256 V=256", 64, 8, 8, 256, 256),
+    case("step folded V=512", 64, 4, 4, 128, 512),
+    case("step grouped HV=4H", 64, 4, 16, 128, 128),
+    case("step V=48", 64, 16, 16, 48, 48),
+    case("step float16", 64, 16, 16, 128, 128, "float16"),
+    case("step float32", 64, 16, 16, 128, 128, "float32"),
+  ]
