@@ -71,7 +71,8 @@ aot-all: ## the same with the oldest and the newest JAX supported
 	  $(MAKE) --no-print-directory aot AOT_JAX=$$version || exit 1; \
 	done
 
-# JAX's CUDA plugin compiles without a driver and without NVIDIA's wheels.
+# JAX's CUDA plugin compiles without a driver; of NVIDIA's wheels it needs those
+# with ptxas and libdevice, where no CUDA toolkit is installed.
 .venv-aot-%/.ready: pyproject.toml constraints.txt tools/find_python.sh
 	@python=$$(PYTHON="$(PYTHON)" tools/find_python.sh) || exit 1; \
 	echo "Setting up .venv-aot-$* with $$python"; \
@@ -82,7 +83,10 @@ aot-all: ## the same with the oldest and the newest JAX supported
 	$$pip install --quiet --constraint .venv-aot-$*/constraints.txt \
 	  jax==$* jaxlib==$* --editable . && \
 	$$pip install --quiet --no-deps \
-	  jax-cuda13-plugin==$* jax-cuda13-pjrt==$* || { \
+	  jax-cuda13-plugin==$* jax-cuda13-pjrt==$* && \
+	{ command -v ptxas || command -v "$${CUDA_HOME:-/usr/local/cuda}/bin/ptxas" \
+	  || $$pip install --quiet --no-deps 'nvidia-cuda-nvcc>=13,<14' \
+	  'nvidia-nvvm>=13,<14'; } >/dev/null || { \
 	  echo "make aot: cannot install jax $* and its CUDA 13 plugin into" \
 	    ".venv-aot-$*; is a package index reachable?" >&2; exit 1; }
 	@touch $@

@@ -111,6 +111,15 @@ def compile_steps(
   return reports, failures
 
 
+def train_step_figures(report: Any) -> dict[str, Any]:
+  """A report of compile_steps as JSON values."""
+  return {
+    "implementation": _IMPLEMENTATION.value,
+    "total": report.total,
+    **dataclasses.asdict(report),
+  }
+
+
 def main(argv: Sequence[str]) -> None:
   """Entry point."""
   cli.refuse_positional(argv, "--only=scan")
@@ -132,10 +141,12 @@ def main(argv: Sequence[str]) -> None:
         "jax": jax.__version__,
         "kernels": [table.kernel_figures(report) for report in kernels],
         "triton": triton,
-        "train_step": [dataclasses.asdict(report) for report in steps],
+        "train_step": [train_step_figures(report) for report in steps],
         "failures": failures,
       }
-      pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=2) + "\n")
+      pathlib.Path(_JSON.value).write_text(
+        json.dumps(figures, indent=2, default=str) + "\n"
+      )
   for failure in failures:
     print(f"FAILED {failure}", file=sys.stderr)
   seconds = time.perf_counter() - start

@@ -29,8 +29,10 @@ _WARP_REGISTERS = 256  # granularity of a warp's registers
 LIMITS = ("max_registers", "min_ctas_per_sm")
 
 _REGISTERS = re.compile(r"Used (\d+) registers")
-_SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
-_STACK = re.compile(r"(\d+) bytes stack frame")
+_MEMORY = re.compile(
+  r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+)
+_SPILL_WARNING = "Registers are spilled"  # says the same again
 _SERIALIZED = re.compile(r"\(C751[0-4]\)|wgmma.*serialized")
 _NOTE = re.compile(r"\(C\d{4}\)")
 _WARNING = re.compile(r"\bwarning\b", re.IGNORECASE)
@@ -98,8 +100,7 @@ def parse(ptxas: str, ptx: str, module: str, resources: str = "") -> Usage:
     ValueError: a figure is missing, which must not pass for a good one.
   """
   (registers,) = _only(_REGISTERS, ptxas, "'Used N registers'")
-  stores, loads = _only(_SPILL, ptxas, "'N bytes spill stores'")
-  (stack,) = _only(_STACK, ptxas, "'N bytes stack frame'")
+  stack, stores, loads = _only(_MEMORY, ptxas, "'N bytes stack frame, ...'")
   x, y, z = _only(_THREADS, ptx, "'.maxntid N'")
   if _SHARED.search(module):
     (shared,) = _only(_SHARED, module, "'dynamic_shared_memory_size N'")
@@ -113,6 +114,8 @@ def parse(ptxas: str, ptx: str, module: str, resources: str = "") -> Usage:
   for line in map(str.strip, ptxas.splitlines()):
     if _SERIALIZED.search(line):
       remarks["serialized"].append(line)
+    elif _SPILL_WARNING in line:
+      continue
     elif _WARNING.search(line):
       remarks["warnings"].append(line)
     elif _NOTE.search(line):

@@ -31,11 +31,11 @@ def test_a_good_kernel_passes():
 
 def test_a_spill_fails():
   usage = read(recorded.SPILL)
-  assert usage.registers == 64
-  assert (usage.spill_stores, usage.spill_loads) == (624, 768)
-  assert usage.stack_frame == 424
+  assert usage.registers == 255
+  assert (usage.spill_stores, usage.spill_loads) == (96, 108)
+  assert usage.stack_frame == 64
   (failure,) = judge(usage, {})
-  assert "624 bytes stored" in failure and "768 bytes loaded" in failure
+  assert "96 bytes stored" in failure and "108 bytes loaded" in failure
   for name in ("spill_stores", "spill_loads"):
     assert judge(dataclasses.replace(USAGE, **{name: 4}), {})
 
@@ -113,7 +113,7 @@ def test_scratch_stands_in_for_a_launch_without_a_size():
       recorded.GOOD.replace("spill", "spilt"),
       recorded.PTX,
       recorded.module("a"),
-      "spill",
+      "stack frame",
     ),
     (recorded.GOOD, "", recorded.module("a"), "maxntid"),
     (recorded.GOOD, recorded.PTX, "", "smem_scratch_bytes"),
