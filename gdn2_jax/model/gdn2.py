@@ -17,7 +17,7 @@ from flax import linen as nn
 from flax import struct
 
 from gdn2_jax.model.layers import Linear, fan_in_uniform, xavier_uniform
-from gdn2_jax.ops.gdn2 import gdn2, gdn2_step
+from gdn2_jax.ops.gdn2 import IMPLEMENTATIONS, gdn2, gdn2_step
 from gdn2_jax.ops.norm import gated_rms_norm, l2_norm
 from gdn2_jax.ops.short_conv import short_conv, short_conv_step
 from gdn2_jax.typing import Activations, SegmentIds
@@ -44,7 +44,9 @@ class GDN2Config:
       (the write-only ablation of Table 5).
     write_gate: "channel", or "scalar": w averaged over a head's value channels
       (the erase-only ablation of Table 5).
-    implementation: of the op; "" takes the best that supports the call.
+    implementation: of the op, for sequences and for single tokens; "" takes
+      the best that supports the call. A named one runs or raises: "triton" is
+      for decoding, and refuses to train.
   """
 
   num_heads: int = 16
@@ -83,7 +85,7 @@ class GDN2Config:
       "output_gate": _ACTIVATIONS,
       "erase_gate": _GATES,
       "write_gate": _GATES,
-      "implementation": ("", "reference", "xla", "mosaic_gpu"),
+      "implementation": ("", *IMPLEMENTATIONS),
     }
     for name, allowed in choices.items():
       if getattr(self, name) not in allowed:
@@ -257,8 +259,7 @@ class GDN2Mixer(nn.Module):
     state = None if cache is None else cache.state
     if cache is not None and segment_ids is None and q.shape[1] == 1:
       token = (a[:, 0] for a in (q, k, v, g, b, w))
-      # Only the op over a sequence has kernels to choose from by name.
-      o, state = gdn2_step(*token, state)
+      o, state = gdn2_step(*token, state, implementation=implementation)
       return o[:, None], state
     return gdn2(
       q,

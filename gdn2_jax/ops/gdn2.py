@@ -6,32 +6,39 @@ Equivalent, for every batch row and head, to (Eq. 10)
   S = S + outer(k_t, w_t * v_t - S.T @ (b_t * k_t))
   o_t = scale * S.T @ q_t
 
-This file validates, chooses an implementation and folds grouped value heads;
-the mathematics is in gdn2_reference.py (tokens) and gdn2_xla.py (chunks).
+This file validates; gdn2_dispatch.py chooses an implementation. The mathematics
+is in gdn2_reference.py (tokens) and gdn2_xla.py (chunks).
 """
 
 import math
 import numbers
-from typing import Literal, no_type_check
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from gdn2_jax.ops import gdn2_reference, gdn2_step_xla, gdn2_xla
+from gdn2_jax.ops import gdn2_dispatch
+from gdn2_jax.ops.gdn2_dispatch import (
+  IMPLEMENTATIONS,
+  Implementation,
+  select_implementation,
+  unsupported_reason,
+)
 
-Implementation = Literal["reference", "xla", "mosaic_gpu"]
+__all__ = [
+  "IMPLEMENTATIONS",
+  "Implementation",
+  "gdn2",
+  "gdn2_step",
+  "select_implementation",
+  "unsupported_reason",
+]
 
-IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu")
 MIN_HEAD_DIM = 16
 MAX_HEAD_DIM = 256
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
-
-
-def select_implementation() -> str:
-  """Returns the name that `implementation=None` runs."""
-  return "xla"
 
 
 # The annotations are for the reader: a wrong shape must reach _check_inputs,
@@ -68,8 +75,11 @@ def gdn2(
     segment_ids: [B, T] integers. The state restarts from zero where the id
       changes; 0 is padding, which neither reads nor changes the state and
       whose output is 0. The first segment continues `state`.
-    implementation: "reference", "xla" or "mosaic_gpu"; a named one runs or
-      raises. None lets select_implementation choose.
+    implementation: "reference" (token by token), "xla" (chunkwise, on any
+      device), "mosaic_gpu" (kernels for an NVIDIA GPU of compute capability
+      9.0) or "triton" (forward of a short sequence on other NVIDIA GPUs); a
+      named one runs or raises, unsupported_reason says why. None lets
+      select_implementation choose.
 
   Returns:
     o [B, T, HV, V] in the dtype of v, and the final state [B, HV, K, V].
@@ -78,8 +88,8 @@ def gdn2(
     ValueError: naming the argument whose shape, dtype or value is wrong.
     NotImplementedError: the named implementation cannot run this call.
   """
-  name = _resolve(implementation)
   q, k, v, g, b, w = _check_inputs(q, k, v, g, b, w, time_axis=True)
+  name = gdn2_dispatch.resolve(implementation, q, k, v, g, b, w, step=False)
   scale = _check_scale(scale, q.shape[-1])
   compute_dtype = _compute_dtype(q, k, v, g, b, w)
   state = _check_state(state, q, v, compute_dtype)
@@ -88,10 +98,11 @@ def gdn2(
     (q, k, v, g, b, w, state, segment_ids)
   )
   v_shape, state_shape, H = v.shape, state.shape, q.shape[2]
-  v, w = _fold_values(v, H), _fold_values(w, H)
-  state = _fold_state(state, H)
-  o, state = _SEQUENCE[name](q, k, v, g, b, w, state, segment_ids, scale)
-  return o.reshape(v_shape), _unfold_state(state, state_shape)
+  v, w = gdn2_dispatch.fold_values(v, H), gdn2_dispatch.fold_values(w, H)
+  state = gdn2_dispatch.fold_state(state, H)
+  run = gdn2_dispatch.sequence_of(name)
+  o, state = run(q, k, v, g, b, w, state, segment_ids, scale)
+  return o.reshape(v_shape), gdn2_dispatch.unfold_state(state, state_shape)
 
 
 @no_type_check
@@ -118,7 +129,7 @@ def gdn2_step(
     w: Write gate [B, HV, V].
     state: [B, HV, K, V], float32.
     scale: Factor on the output; None is K**-0.5.
-    implementation: "reference", "xla" or "mosaic_gpu"; None chooses.
+    implementation: As in gdn2.
 
   Returns:
     o [B, HV, V] in the dtype of v, and the new state [B, HV, K, V].
@@ -127,43 +138,14 @@ def gdn2_step(
     ValueError: naming the argument whose shape, dtype or value is wrong.
     NotImplementedError: the named implementation cannot run this call.
   """
-  name = _resolve(implementation)
   q, k, v, g, b, w = _check_inputs(q, k, v, g, b, w, time_axis=False)
+  name = gdn2_dispatch.resolve(implementation, q, k, v, g, b, w, step=True)
   scale = _check_scale(scale, q.shape[-1])
   if state is None:
     raise ValueError("gdn2_step: state: got None, expected [B, HV, K, V]")
   state = _check_state(state, q, v, _compute_dtype(q, k, v, g, b, w))
   q, k, v, g, b, w, state = _vary_together((q, k, v, g, b, w, state))
-  v_shape, state_shape, H = v.shape, state.shape, q.shape[1]
-  v, w = _fold_values(v, H), _fold_values(w, H)
-  state = _fold_state(state, H)
-  o, state = _STEP[name](q, k, v, g, b, w, state, scale)
-  return o.reshape(v_shape), _unfold_state(state, state_shape)
-
-
-_SEQUENCE = {
-  "reference": gdn2_reference.gdn2_reference,
-  "xla": gdn2_xla.gdn2_xla,
-}
-_STEP = {
-  "reference": gdn2_reference.gdn2_step_reference,
-  "xla": gdn2_step_xla.gdn2_step_xla,
-}
-
-
-def _resolve(implementation):
-  if implementation is None:
-    return select_implementation()
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(
-      f"gdn2: implementation: got {implementation!r}, expected None or one of"
-      f" {', '.join(IMPLEMENTATIONS)}"
-    )
-  if implementation == "mosaic_gpu":
-    raise NotImplementedError(
-      "gdn2: mosaic_gpu: this version has no GPU kernels; 'xla' runs on GPU"
-    )
-  return implementation
+  return gdn2_dispatch.step_of(name)(q, k, v, g, b, w, state, scale)
 
 
 def _bad(name, got, expected):
@@ -266,27 +248,3 @@ def _vary_together(arrays):
     else lax.pcast(x, tuple(sorted(axes - varying(x), key=str)), to="varying")
     for x in arrays
   ]
-
-
-# The value heads that share a key head see the same keys, decays and erases:
-# they are one head with wider values. Folding them is a free reshape of v and
-# w, and nothing with a key axis is ever repeated.
-def _fold_values(x, H):
-  return x.reshape(*x.shape[:-2], H, -1)
-
-
-def _fold_state(state, H):
-  B, HV, K, V = state.shape
-  if HV == H:
-    return state
-  state = state.reshape(B, H, HV // H, K, V)
-  return jnp.moveaxis(state, 2, 3).reshape(B, H, K, -1)
-
-
-def _unfold_state(state, shape):
-  B, HV, K, V = shape
-  H = state.shape[1]
-  if HV == H:
-    return state
-  state = state.reshape(B, H, K, HV // H, V)
-  return jnp.moveaxis(state, 3, 2).reshape(shape)

@@ -1,0 +1,59 @@
+"""Kernels' signatures without kernels: the token scan does the work."""
+
+import jax
+import jax.numpy as jnp
+
+from gdn2_jax.ops.gdn2_reference import gdn2_reference
+
+
+def _segments(kinds):
+  return jnp.where(kinds == 0, 0, 1 + jnp.cumsum(kinds == 2, axis=1))
+
+
+def _check_shapes(q, v, kinds):
+  (B, T, _, K), V = q.shape, v.shape[-1]
+  assert T % 64 == 0 and K in (64, 128) and V % 64 == 0
+  assert kinds.shape == (B, T) and kinds.dtype == jnp.int32
+
+
+def forward(q, k, v, g, b, w, state, kinds, scale, save):
+  _check_shapes(q, v, kinds)
+  assert g.dtype == state.dtype == jnp.float32
+  o, final = gdn2_reference(q, k, v, g, b, w, state, _segments(kinds), scale)
+  if not save:
+    return o, final, ()
+  # What backward needs comes out of the residuals and nowhere else.
+  chunks = (q.shape[0], q.shape[2], q.shape[1] // 64)
+  states = jnp.broadcast_to(state[:, :, None], (*chunks, *state.shape[2:]))
+  return o, final, (jnp.zeros((*chunks, 64, 64), q.dtype), states)
+
+
+def backward(q, k, v, g, b, w, kinds, residuals, do, dfinal, scale):
+  _check_shapes(q, v, kinds)
+  A, states = residuals
+  assert A.shape[-2:] == (64, 64)
+
+  def call(*inputs):
+    return gdn2_reference(*inputs, _segments(kinds), scale)
+
+  _, pullback = jax.vjp(call, q, k, v, g, b, w, states[:, :, 0])
+  return pullback((do, dfinal))
+
+
+def wrong_backward(*args, **kwargs):
+  dq, dk, dv, dg, *others = backward(*args, **kwargs)
+  return dq, dk, dv, -dg, *others
+
+
+def wrong_forward(*args, **kwargs):
+  o, *others = forward(*args, **kwargs)
+  return o * jnp.float32(1.1).astype(o.dtype), *others
+
+
+def nan_forward(*args, **kwargs):
+  o, *others = forward(*args, **kwargs)
+  return o.at[0, 0, 0, 0].set(jnp.nan), *others
+
+
+def broken_forward(*args, **kwargs):
+  raise RuntimeError("no such chip")
