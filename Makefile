@@ -10,6 +10,7 @@ PROMPT ?= Return the
 WORKERS ?= 2
 ARGS ?=
 AOT_JAX ?= 0.12.0.1
+AOT_EXTRAS ?=
 AOT_VENV := .venv-aot-$(AOT_JAX)
 
 .DEFAULT_GOAL := help
@@ -81,7 +82,7 @@ aot-all: ## the same with the oldest and the newest JAX supported
 	grep -Ev '^jax(lib)?==' constraints.txt >.venv-aot-$*/constraints.txt; \
 	pip=".venv-aot-$*/bin/python -m pip --disable-pip-version-check"; \
 	$$pip install --quiet --constraint .venv-aot-$*/constraints.txt \
-	  jax==$* jaxlib==$* --editable . && \
+	  jax==$* jaxlib==$* --editable '.$(AOT_EXTRAS:%=[%])' && \
 	$$pip install --quiet --no-deps \
 	  jax-cuda13-plugin==$* jax-cuda13-pjrt==$* && \
 	{ command -v ptxas || command -v "$${CUDA_HOME:-/usr/local/cuda}/bin/ptxas" \

@@ -45,6 +45,7 @@ _IMPLEMENTATION = flags.DEFINE_enum(
   "Of the GDN-2 op in the training step.",
 )
 _CONFIG = "configs.gdn2_swa_1p3b"
+_TRITON_TARGETS = (80, 89, 120)
 
 
 def compile_kernels(
@@ -80,18 +81,24 @@ def _first_line(error: Exception) -> str:
   return lines[0][:300]
 
 
-def compile_triton(only: str) -> tuple[list[Any], list[str]]:
-  """Compiles the Triton kernels, where triton is installed."""
-  if importlib.util.find_spec("gdn2_jax.triton") is None:
-    return [], []
-  if importlib.util.find_spec("triton") is None:
-    print("triton kernels: not compiled: triton is not installed")
-    return [], []
+def compile_triton(only: str) -> tuple[list[dict[str, Any]], list[str]]:
+  """Compiles the Triton kernels where triton is installed, and prints them.
+
+  gdn2_jax.triton.aot.compile_all(compute capabilities) gives a dict for every
+  kernel and target; its "failures", if any, are sentences.
+  """
+  for package in ("gdn2_jax.triton", "triton"):
+    if importlib.util.find_spec(package) is None:
+      print(f"triton kernels: not compiled: {package} is not installed")
+      return [], []
   module = importlib.import_module("gdn2_jax.triton.aot")
-  rows = [row for row in module.compile_all(None) if only in str(row)]
+  rows = module.compile_all(_TRITON_TARGETS)
+  rows = [row for row in rows if only in str(row.get("kernel", ""))]
+  failures = []
   for row in rows:
-    print(f"triton: {row}")
-  return rows, []
+    print("triton: " + ", ".join(f"{k} {x}" for k, x in row.items() if x != []))
+    failures += row.get("failures", [])
+  return rows, failures
 
 
 def compile_steps(

@@ -1,7 +1,9 @@
 """From a case to its report, with the dumps of a compiler that is not here."""
 
+import importlib.util
 import os
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gdn2_jax.aot import kernels
-from gdn2_jax.aot.__main__ import compile_kernels
+from gdn2_jax.aot.__main__ import compile_kernels, compile_triton
 from gdn2_jax.aot.cases import make_case
 from gdn2_jax.pallas import target
 from tests.aot import recorded
@@ -177,3 +179,20 @@ def test_a_kernel_that_breaks_does_not_hide_the_others(monkeypatch, capsys):
     "good (scan): 1 CTAs per SM, its budget is 2",
   ]
   assert "| good | scan" in capsys.readouterr().out
+
+
+def test_triton_kernels_are_printed_and_can_fail(monkeypatch, capsys):
+  rows = [
+    {"kernel": "step", "target": "sm_80", "registers": 64, "failures": []},
+    {"kernel": "step", "target": "sm_89", "failures": ["step: spills"]},
+    {"kernel": "sequence", "target": "sm_80", "registers": 80},
+  ]
+  module = types.SimpleNamespace(compile_all=lambda targets: rows)
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+  monkeypatch.setattr(importlib, "import_module", lambda name: module)
+  assert compile_triton("step") == (rows[:2], ["step: spills"])
+  printed = "triton: kernel step, target sm_80, registers 64\n"
+  assert printed in capsys.readouterr().out
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  assert compile_triton("") == ([], [])
+  assert "not compiled: gdn2_jax.triton" in capsys.readouterr().out
