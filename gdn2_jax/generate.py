@@ -22,6 +22,7 @@ from absl import flags
 
 from gdn2_jax import cli
 from gdn2_jax.inference import Sampler, TextStream, stream
+from gdn2_jax.ops import self_check
 from gdn2_jax.train.checkpoint import Run, load_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
@@ -48,6 +49,12 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the draws, 0 to 2**32 - 1.")
 _STEP = flags.DEFINE_integer(
   "step", None, "Which checkpoint; by default the newest."
 )
+_SELF_CHECK = flags.DEFINE_bool(
+  "self_check",
+  True,
+  "Compare GPU kernels with XLA before their first use on a kind of device, "
+  "and do without them where they are wrong.",
+)
 
 _TOKENS_PER_DISPATCH = 8
 
@@ -55,6 +62,7 @@ _TOKENS_PER_DISPATCH = 8
 def main(argv: list[str]) -> None:
   """Entry point: checks the command line, loads the run, streams text."""
   cli.refuse_positional(argv, '--prompt="Return the"')
+  self_check.enable(_SELF_CHECK.value)
   with cli.one_line_errors():
     sampler = _sampler()
     run = load_run(_WORKDIR.value, _STEP.value)

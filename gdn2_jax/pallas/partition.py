@@ -32,9 +32,9 @@ Layouts = tuple[Any, ...]
 
 
 @functools.cache
-def fingerprint() -> str:
-  """Eight hexadecimal digits that change with the source of any kernel."""
-  digest = hashlib.sha256()
+def fingerprint(options: str = "") -> str:
+  """Eight hexadecimal digits: of the source of all kernels, and of options."""
+  digest = hashlib.sha256(options.encode())
   for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
     digest.update(path.name.encode() + b"\0" + path.read_bytes())
   return digest.hexdigest()[:8]
@@ -159,15 +159,15 @@ class _Local:
       self._result_layouts = _spread(self._results, results)
       return jax.tree.leaves(results)
 
-    # The program names its kernels' source: a compiled program found in a
-    # cache is then one of these kernels, though it was split by a callback
-    # that the cache cannot see into.
+    # The program names what the kernels are: one that is found in a cache of
+    # compiled programs was then split by the same callback, though the cache
+    # cannot see into callbacks.
     function = self._partitioned(flat_fun) if split else flat_fun
 
     def named(*flat):
       return function(*flat)
 
-    named.__name__ = f"gdn2_{fun.__name__}_{fingerprint()}"
+    named.__name__ = f"gdn2_{fun.__name__}_{fingerprint(str(options))}"
     self.function = jax.jit(named)
 
   def tree_of_results(self):

@@ -29,6 +29,7 @@ from ml_collections import config_flags
 from gdn2_jax import cli
 from gdn2_jax.data.tokenizer import load_tokenizer
 from gdn2_jax.inference import Sampler, generate
+from gdn2_jax.ops import self_check
 from gdn2_jax.train.config import (
   TrainConfig,
   describe_fields,
@@ -53,6 +54,12 @@ _DISTRIBUTED = flags.DEFINE_bool(
   False,
   "Join the processes of a cluster (jax.distributed.initialize) first.",
 )
+_SELF_CHECK = flags.DEFINE_bool(
+  "self_check",
+  True,
+  "Compare GPU kernels with XLA before their first use on a kind of device, "
+  "and do without them where they are wrong.",
+)
 
 _OUT_OF_MEMORY = """
 out of device memory. To need less, in this order:
@@ -69,6 +76,10 @@ def _use_compilation_cache(workdir: pathlib.Path) -> None:
   # It holds executables: nobody else may write there.
   cache.mkdir(mode=0o700, parents=True, exist_ok=True)
   jax.config.update("jax_compilation_cache_dir", str(cache))
+  # Over several devices a kernel is split by a callback, whose address would
+  # make every launch compile again. Programs carry a digest of our kernels,
+  # and the attention that cuDNN computes is fixed for a workdir.
+  jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
   # By default programs that compile in under a second are compiled again.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
@@ -130,6 +141,7 @@ def main(argv: list[str]) -> None:
   """Entry point: checks the command line, trains, explains failures."""
   cli.refuse_positional(argv, "--config.num_steps=100")
   config = cli.read_config(_CONFIG)
+  self_check.enable(_SELF_CHECK.value)
   if not _WORKDIR.value:
     cli.fail("--workdir is missing, e.g. --workdir=runs/tiny")
   workdir = pathlib.Path(os.path.expanduser(_WORKDIR.value))

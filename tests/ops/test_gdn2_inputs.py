@@ -85,7 +85,7 @@ def test_scale(scale, rng):
 def test_implementations(rng):
   args = good(rng)
   refused("implementation: got 'cuda', expected", args, implementation="cuda")
-  with pytest.raises(NotImplementedError, match="mosaic_gpu: needs an NVIDIA GPU .* found cpu"):
+  with pytest.raises(NotImplementedError, match="mosaic_gpu: needs an NVIDIA"):
     gdn2(**args, implementation="mosaic_gpu")
 
 

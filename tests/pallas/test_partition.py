@@ -231,7 +231,8 @@ def test_equal_calls_are_compiled_once_and_named_after_their_source():
     call(3.0, x, y)
     assert len(traced) > before
   lowered = jax.jit(functools.partial(call, 2.0)).lower(x, y).as_text()
-  assert f"gdn2_fun_{fingerprint()}" in lowered
+  assert f"gdn2_fun_{fingerprint(str((('c', 2.0),)))}" in lowered
+  assert fingerprint(str((("c", 3.0),))) not in lowered
 
 
 def _opaque(x):
