@@ -1,0 +1,147 @@
+"""Compiles every kernel for GPUs that need not be there.
+
+Needs triton, and a ptxas for the figures; no GPU, no driver and no JAX with
+CUDA. The arguments are described to Triton as jax_triton does: pointers are
+aligned to 16 bytes, and T is a number that is known when the program runs.
+"""
+
+import pathlib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+_TOOLKIT_PTXAS = "/usr/local/cuda/bin/ptxas"
+_HEADS = 16
+_SHAPES = ((128, 128), (256, 256), (64, 64), (48, 40))  # K, V
+_DTYPES = ("bf16", "fp32")
+_INPUTS = ("q", "k", "v", "g", "b", "w")
+
+
+def compile_all(
+  targets: Sequence[int] = (80, 89, 120),
+) -> list[dict[str, Any]]:
+  """Compiles the kernels for compute capabilities.
+
+  Args:
+    targets: Compute capabilities without the dot.
+
+  Returns:
+    One dict for each kernel, shape and target: `name`, `arch`, `ptx_version`,
+    `registers` of a thread, `spill_bytes` of a thread (stores and loads),
+    `stack_bytes`, `shared_bytes` of a program and `num_warps`. The figures of
+    ptxas are None where there is no ptxas.
+
+  Raises:
+    ImportError: triton is not installed.
+    RuntimeError: ptxas refuses a kernel.
+  """
+  from triton.backends.compiler import GPUTarget
+
+  results = []
+  for arch in targets:
+    for name, num_warps, source in _sources():
+      results.append(
+        _compile(name, num_warps, source, GPUTarget("cuda", arch, 32))
+      )
+  return results
+
+
+def _sources() -> Iterator[tuple[str, int, Any]]:
+  """Name, warps and Triton source of every kernel and representative shape."""
+  from gdn2_jax.triton import kernels
+
+  for K, V in _SHAPES:
+    for dtype in _DTYPES:
+      blocks = kernels.step_blocks(K, V)
+      constants = {"SCALE": K**-0.5, "K": K, "V": V}
+      yield (
+        f"step {dtype} K={K} V={V}",
+        blocks.num_warps,
+        _source(kernels.gdn2_step_kernel, dtype, blocks, constants),
+      )
+      blocks = kernels.sequence_blocks(K, V)
+      for segments in (False, True):
+        more = {"H": _HEADS, "HAS_SEGMENTS": segments}
+        yield (
+          f"{'packed' if segments else 'sequence'} {dtype} K={K} V={V}",
+          blocks.num_warps,
+          _source(
+            kernels.gdn2_sequence_kernel, dtype, blocks, constants | more
+          ),
+        )
+
+
+def _source(kernel, dtype, blocks, constants):
+  from triton.compiler import ASTSource
+
+  constants = constants | {
+    "BLOCK_K": blocks.block_k,
+    "BLOCK_V": blocks.block_v,
+  }
+  types = {f"{name}_ptr": f"*{dtype}" for name in _INPUTS}
+  types |= {"g_ptr": "*fp32", "o_ptr": f"*{dtype}", "T": "i32"}
+  types |= {"state_in_ptr": "*fp32", "state_ptr": "*fp32"}
+  has_ids = constants.get("HAS_SEGMENTS")
+  types["segment_ids_ptr"] = "*i32" if has_ids else types["q_ptr"]
+  signature = {
+    name: "constexpr" if name in constants else types[name]
+    for name in kernel.arg_names
+  }
+  aligned = {
+    (i,): [["tt.divisibility", 16]]
+    for i, name in enumerate(kernel.arg_names)
+    if name.endswith("_ptr")
+  }
+  return ASTSource(kernel, signature, constants, aligned)
+
+
+def _compile(name, num_warps, source, target):
+  import triton
+
+  compiled = triton.compile(
+    source, target=target, options={"num_warps": num_warps}
+  )
+  ptx = compiled.asm["ptx"]
+  return {
+    "name": name,
+    "arch": target.arch,
+    "ptx_version": re.search(r"\.version (\S+)", ptx)[1],
+    "shared_bytes": compiled.metadata.shared,
+    "num_warps": num_warps,
+    **_assemble(name, ptx),
+  }
+
+
+def _assemble(name: str, ptx: str) -> dict[str, int | None]:
+  """Registers, spills and stack of a kernel, as ptxas counts them."""
+  ptxas = _find_ptxas()
+  if ptxas is None:
+    return dict.fromkeys(("registers", "spill_bytes", "stack_bytes"))
+  arch = re.search(r"\.target (\w+)", ptx)[1]
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "kernel.ptx"
+    path.write_text(ptx)
+    command = [ptxas, "-v", f"-arch={arch}", str(path), "-o", f"{path}.cubin"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+  if run.returncode:
+    raise RuntimeError(f"{name}: ptxas -arch={arch}: {run.stderr}")
+  stack, stores, loads = re.search(
+    r"(\d+) bytes stack frame, (\d+) bytes spill stores,"
+    r" (\d+) bytes spill loads",
+    run.stderr,
+  ).groups()
+  return {
+    "registers": int(re.search(r"Used (\d+) registers", run.stderr)[1]),
+    "spill_bytes": int(stores) + int(loads),
+    "stack_bytes": int(stack),
+  }
+
+
+def _find_ptxas() -> str | None:
+  found = shutil.which("ptxas")
+  if found is None and pathlib.Path(_TOOLKIT_PTXAS).exists():
+    found = _TOOLKIT_PTXAS
+  return found
