@@ -1,8 +1,8 @@
 """Compiles every kernel for GPUs that need not be there.
 
-Needs triton, and a ptxas for the figures; no GPU, no driver and no JAX with
-CUDA. The arguments are described to Triton as jax_triton does: pointers are
-aligned to 16 bytes, and T is a number that is known when the program runs.
+Needs triton; no GPU, no driver and no JAX with CUDA. The arguments are
+described to Triton as jax_triton does: pointers are aligned to 16 bytes, and T
+is a number that is known when the program runs.
 """
 
 import pathlib
@@ -29,23 +29,32 @@ def compile_all(
     targets: Compute capabilities without the dot.
 
   Returns:
-    One dict for each kernel, shape and target: `name`, `arch`, `ptx_version`,
-    `registers` of a thread, `spill_bytes` of a thread (stores and loads),
-    `stack_bytes`, `shared_bytes` of a program and `num_warps`. The figures of
-    ptxas are None where there is no ptxas.
+    One dict for each kernel, shape and target: `kernel`, `arch`, and of what
+    was compiled `ptx_version`, `registers` of a thread, `spill_bytes` of a
+    thread (stores and loads), `stack_bytes`, `shared_bytes` of a program and
+    `num_warps`. `failures` says in sentences what is wrong: a kernel that
+    does not compile, that spills, or that has a stack.
 
   Raises:
     ImportError: triton is not installed.
-    RuntimeError: ptxas refuses a kernel.
   """
   from triton.backends.compiler import GPUTarget
 
   results = []
   for arch in targets:
     for name, num_warps, source in _sources():
-      results.append(
-        _compile(name, num_warps, source, GPUTarget("cuda", arch, 32))
-      )
+      result = {"kernel": name, "arch": arch, "failures": []}
+      results.append(result)
+      try:
+        result |= _compile(num_warps, source, GPUTarget("cuda", arch, 32))
+      except Exception as e:  # one broken kernel must not hide the others
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        result["failures"].append(f"{name}, sm_{arch}: {reason}")
+        continue
+      for figure in ("spill_bytes", "stack_bytes"):
+        if result[figure]:
+          found = f"{figure} is {result[figure]}, expected 0"
+          result["failures"].append(f"{name}, sm_{arch}: {found}")
   return results
 
 
@@ -98,36 +107,31 @@ def _source(kernel, dtype, blocks, constants):
   return ASTSource(kernel, signature, constants, aligned)
 
 
-def _compile(name, num_warps, source, target):
+def _compile(num_warps, source, target):
   import triton
 
-  compiled = triton.compile(
-    source, target=target, options={"num_warps": num_warps}
-  )
+  options = {"num_warps": num_warps}
+  compiled = triton.compile(source, target=target, options=options)
   ptx = compiled.asm["ptx"]
   return {
-    "name": name,
-    "arch": target.arch,
     "ptx_version": re.search(r"\.version (\S+)", ptx)[1],
     "shared_bytes": compiled.metadata.shared,
     "num_warps": num_warps,
-    **_assemble(name, ptx),
+    **_assemble(ptx, target.arch),
   }
 
 
-def _assemble(name: str, ptx: str) -> dict[str, int | None]:
+def _assemble(ptx: str, arch: int) -> dict[str, int]:
   """Registers, spills and stack of a kernel, as ptxas counts them."""
-  ptxas = _find_ptxas()
-  if ptxas is None:
-    return dict.fromkeys(("registers", "spill_bytes", "stack_bytes"))
-  arch = re.search(r"\.target (\w+)", ptx)[1]
+  target = re.search(r"\.target (\w+)", ptx)[1]
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "kernel.ptx"
     path.write_text(ptx)
-    command = [ptxas, "-v", f"-arch={arch}", str(path), "-o", f"{path}.cubin"]
+    command = [_ptxas(arch), "-v", f"-arch={target}", str(path)]
+    command += ["-o", str(path.with_suffix(".cubin"))]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
   if run.returncode:
-    raise RuntimeError(f"{name}: ptxas -arch={arch}: {run.stderr}")
+    raise RuntimeError(f"ptxas: {run.stderr.strip()}")
   stack, stores, loads = re.search(
     r"(\d+) bytes stack frame, (\d+) bytes spill stores,"
     r" (\d+) bytes spill loads",
@@ -140,8 +144,13 @@ def _assemble(name: str, ptx: str) -> dict[str, int | None]:
   }
 
 
-def _find_ptxas() -> str | None:
+def _ptxas(arch: int) -> str:
+  """The assembler of a CUDA toolkit, as JAX would take; else Triton's own."""
   found = shutil.which("ptxas")
   if found is None and pathlib.Path(_TOOLKIT_PTXAS).exists():
     found = _TOOLKIT_PTXAS
+  if found is None:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    found = get_ptxas(arch).path
   return found

@@ -21,17 +21,16 @@ JAX brings can assemble: it is the version to have.
 
 import importlib.metadata
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-# Major and minor of jax, jax-triton and triton.
-WORKING_VERSIONS = frozenset(
-  {
-    ((0, 11), (0, 3), (3, 6)),
-    ((0, 12), (0, 3), (3, 6)),
-  }
+# First parts of the versions of jax, jax-triton and triton.
+WORKING_VERSIONS = (
+  ("0.11", "0.3.1", "3.6"),
+  ("0.12", "0.3.1", "3.6"),
 )
 MIN_COMPUTE_CAPABILITY = 80  # bfloat16
 MAX_KEY_DIM = 256  # all key channels of a state are in registers
@@ -71,21 +70,19 @@ def versions_reason() -> str | None:
       versions[package] = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
       return f"{package} is not installed: {_REMEDY}"
-  minors = tuple(_minor(version) for version in versions.values())
-  if minors in WORKING_VERSIONS:
+  numbers = tuple(versions.values())
+  if any(_starts_with(numbers, working) for working in WORKING_VERSIONS):
     return None
-  known = " or ".join(
-    f"jax {_dotted(j)} with jax-triton {_dotted(jt)} and triton {_dotted(t)}"
-    for j, jt, t in sorted(WORKING_VERSIONS)
-  )
-  found = ", ".join(f"{name} {number}" for name, number in versions.items())
-  return f"{found} are not known to work together, but {known}: {_REMEDY}"
+  known = " or ".join(map(_named, WORKING_VERSIONS))
+  return f"{_named(numbers)} are not known to work together, {known} are"
 
 
 def device_reason() -> str | None:
   """Says why the default device cannot run the kernels."""
   needed = "an NVIDIA GPU of compute capability 8.0 or newer"
-  device = jax.local_devices()[0]
+  device = jax.config.jax_default_device
+  if device is None or isinstance(device, str):
+    device = jax.local_devices(backend=device)[0]
   if device.platform != "gpu":
     return f"needs {needed}, the default device is a {device.platform}"
   # "8.9" on NVIDIA's, "gfx942" on AMD's.
@@ -110,10 +107,13 @@ def _shapes_reason(arrays: dict[str, Any]) -> str | None:
   return None
 
 
-def _minor(version: str) -> tuple[int, int]:
-  major, minor = re.findall(r"\d+", version)[:2]
-  return int(major), int(minor)
+def _starts_with(numbers: Sequence[str], prefixes: Sequence[str]) -> bool:
+  return all(
+    f"{number}.".startswith(f"{prefix}.")
+    for number, prefix in zip(numbers, prefixes, strict=True)
+  )
 
 
-def _dotted(minor: tuple[int, int]) -> str:
-  return ".".join(map(str, minor))
+def _named(numbers: Sequence[str]) -> str:
+  jax_, jax_triton, triton = numbers
+  return f"jax {jax_} with jax-triton {jax_triton} and triton {triton}"
