@@ -60,9 +60,9 @@ def unsupported_reason(
   """
   if implementation in ("reference", "xla"):
     return None
-  device = None if _device_is_waived() else _device_of(q)
   if implementation == "triton":
-    return _triton_reason(device, q, k, v, g, b, w, step)
+    return _triton_reason(q, k, v, g, b, w)
+  device = None if _device_is_waived() else _device_of(q)
   capability = getattr(device, "compute_capability", None)
   if device is not None and str(capability) != HOPPER:
     found = device.device_kind
@@ -246,17 +246,61 @@ def _mosaic_gpu_step(q, k, v, g, b, w, state, scale):
   return gdn2_step_mosaic_gpu(q, k, v, g, b, w, state, scale)
 
 
-def _triton_reason(device, q, k, v, g, b, w, step):
-  del device, q, k, v, g, b, w, step
-  return "this version has no Triton kernels"
+def _triton_reason(q, k, v, g, b, w):
+  from gdn2_jax.triton import support
+
+  # The kernels see the value heads of a key head as one wide head.
+  (*lead, H, K), V = q.shape, v.shape[-1] * v.shape[-2] // q.shape[-2]
+  v, w = (jax.ShapeDtypeStruct((*lead, H, V), x.dtype) for x in (v, w))
+  state = jax.ShapeDtypeStruct((lead[0], H, K, V), jnp.float32)
+  return support.unsupported_reason(q, k, v, g, b, w, state)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(8,))
 def _triton(q, k, v, g, b, w, state, segment_ids, scale):
-  raise AssertionError
+  from gdn2_jax.pallas.partition import over_batch_and_heads
+
+  operands, layouts = [q, k, v, g, b, w, state], [*(6 * ["b.h"]), "bh"]
+  if segment_ids is not None:
+    operands.append(segment_ids)
+    layouts.append("b")
+  run = over_batch_and_heads(
+    _triton_local, tuple(layouts), ("b.h", "bh"), scale=scale
+  )
+  return run(*operands)
+
+
+@_triton.defjvp
+def _triton_jvp(scale, primals, tangents):
+  from gdn2_jax.triton.gdn2 import NO_GRADIENT
+
+  del scale, primals, tangents
+  raise NotImplementedError(NO_GRADIENT)
+
+
+def _triton_local(q, k, v, g, b, w, state, segment_ids=None, *, scale):
+  from gdn2_jax.triton.gdn2 import gdn2_triton
+
+  return gdn2_triton(q, k, v, g, b, w, state, segment_ids, scale)
 
 
 def _triton_step(q, k, v, g, b, w, state, scale):
-  raise AssertionError
+  from gdn2_jax.pallas.partition import over_batch_and_heads
+
+  run = over_batch_and_heads(
+    _triton_step_local, 7 * ("bh",), 2 * ("bh",), scale=scale
+  )
+
+  def folded(*args):
+    return run(*args[:-1])  # all but the scale
+
+  return _folded_step(folded, q, k, v, g, b, w, state, scale)
+
+
+def _triton_step_local(q, k, v, g, b, w, state, *, scale):
+  from gdn2_jax.triton.gdn2 import gdn2_step_triton
+
+  return gdn2_step_triton(q, k, v, g, b, w, state, scale)
 
 
 def _folded_step(run, q, k, v, g, b, w, state, scale):

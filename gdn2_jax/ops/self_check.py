@@ -27,10 +27,11 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-# Relative RMS error. Not an accuracy contract, which tests hold: 16-bit
-# operands cost the kernels less than 1e-2 in any output, and what is wrong is
-# wrong by much more than 3e-2.
-BOUND = 3e-2
+# In units of the dtype's rounding: the kernels' largest error in any output of
+# the case is 0.5 of them in either 16-bit dtype (4.2e-3 and 4.6e-4 relative RMS
+# in the interpreter). Not an accuracy contract, which tests hold.
+_BOUND_EPS = 4
+_LEAST_BOUND = 1e-5  # float32 sums in another order
 # Long enough that rings of buffers are used again; the end is padding.
 _B, _T, _H, _CHANNELS = 2, 313, 4, 128
 _RUNS = 3  # a race does not lose every time
@@ -112,11 +113,12 @@ def _compare(name, run, reference, dtype, device):
     except Exception as e:  # whatever a compiler may raise
       return f"{type(e).__name__}: {str(e)[:500]}", None
   worst = max(errors, key=lambda n: (np.isnan(errors[n]), errors[n]))
-  if errors[worst] <= BOUND:
+  bound = max(_BOUND_EPS * float(jnp.finfo(dtype).eps), _LEAST_BOUND)
+  if errors[worst] <= bound:
     return None, errors[worst]
   return (
     f"{worst} differs from 'xla' by {errors[worst]:.1e} (relative RMS,"
-    f" at most {BOUND:.0e} is expected)"
+    f" at most {bound:.0e} is expected)"
   ), errors[worst]
 
 

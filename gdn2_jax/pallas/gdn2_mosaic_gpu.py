@@ -76,6 +76,11 @@ def gdn2_mosaic_gpu(
   (B, T, _, K), V = q.shape, v.shape[-1]
   if kinds is None:
     kinds = jnp.ones((B, T), jnp.int32)
+  else:
+    # The kernels mask what has a key axis. What stands in v and w at padding
+    # (also NaN) goes here, where XLA fuses it with what made them.
+    is_token = (kinds != 0)[:, :, None, None]
+    v, w = (jnp.where(is_token, x, jnp.zeros((), x.dtype)) for x in (v, w))
   tokens = -T % CHUNK
   # One tile of keys, or two.
   keys, values = (64 if K <= 64 else MAX_KEY_DIM) - K, -V % _VALUE_TILE

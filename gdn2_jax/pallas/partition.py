@@ -35,7 +35,10 @@ Layouts = tuple[Any, ...]
 def fingerprint(options: str = "") -> str:
   """Eight hexadecimal digits: of the source of all kernels, and of options."""
   digest = hashlib.sha256(options.encode())
-  for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+  package = pathlib.Path(__file__).parent.parent
+  for path in sorted(
+    [*package.glob("pallas/*.py"), *package.glob("triton/*.py")]
+  ):
     digest.update(path.name.encode() + b"\0" + path.read_bytes())
   return digest.hexdigest()[:8]
 

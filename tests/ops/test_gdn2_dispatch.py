@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdn2_jax.ops import gdn2_dispatch, self_check
+from gdn2_jax.ops import gdn2_dispatch, gdn2_reference, self_check
 from gdn2_jax.ops.gdn2 import (
   gdn2,
   gdn2_step,
@@ -192,6 +192,62 @@ def test_a_step_by_kernel_has_xlas_gradient(hopper, rng, monkeypatch):
 
     results.append(numerics.evaluate(run, case))
   numerics.assert_close(*results)
+
+
+@pytest.fixture
+def triton(monkeypatch):
+  """Calls seem to run on an Ampere GPU; the token scan stands in for Triton."""
+  from gdn2_jax.triton import gdn2 as kernels
+  from gdn2_jax.triton import support
+
+  monkeypatch.setattr(gdn2_dispatch, "_device_of", lambda x: AMPERE)
+  monkeypatch.setattr(self_check, "_enabled", False)
+  for name in ("versions_reason", "device_reason"):
+    monkeypatch.setattr(support, name, lambda: None)
+  monkeypatch.setattr(kernels, "gdn2_triton", gdn2_reference.gdn2_reference)
+  monkeypatch.setattr(
+    kernels, "gdn2_step_triton", gdn2_reference.gdn2_step_reference
+  )
+
+
+def test_triton_says_why_not(rng):
+  reason = unsupported_reason("triton", *like(step=True), step=True)
+  assert reason is not None and unsupported_reason("triton", *like()) == reason
+  case = numerics.make_case(rng, T=1)
+  inputs = [jnp.asarray(case[n]) for n in numerics.INPUTS]
+  with pytest.raises(NotImplementedError, match="gdn2: triton: "):
+    gdn2(*inputs, implementation="triton")
+
+
+def test_triton_is_chosen_for_a_step_only(triton):
+  call = like(step=True)
+  assert select_implementation(*call, step=True) == "triton"
+  assert select_implementation(*like()) == "xla"
+  assert unsupported_reason("triton", *like()) is None
+
+
+@pytest.mark.parametrize("value_heads", [1, 2])
+@pytest.mark.parametrize("segments", [None, np.array([[1, 1, 0, 2, 2]] * 2)])
+def test_the_call_reaches_triton(value_heads, segments, triton, rng):
+  case = numerics.make_case(
+    rng, B=2, T=5, value_heads=value_heads, segments=segments
+  )
+  actual, expected = (
+    numerics.evaluate(numerics.op(name), case, gradients=False)
+    for name in ("triton", "reference")
+  )
+  numerics.assert_close(actual, expected)
+  with pytest.raises(NotImplementedError, match="have no gradient"):
+    numerics.evaluate(numerics.op("triton"), case)
+  token = [jnp.asarray(case[n])[:, 0] for n in numerics.INPUTS]
+  state = jnp.asarray(case["initial_state"])
+
+  def loss(state, name):
+    o, final = gdn2_step(*token, state, implementation=name)
+    return jnp.sum(o**2) + jnp.sum(final**2)
+
+  grads = [jax.grad(loss)(state, name) for name in ("triton", "reference")]
+  assert numerics.rel_rms(*grads) < numerics.FLOAT32_BOUND
 
 
 def count_runs(monkeypatch):
