@@ -5,13 +5,13 @@ leaves the state alone, and a channel of zeros in q, k, g, b or in v, w stays
 zero, so that padding to them changes no result.
 """
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.pallas import target
 from gdn2_jax.pallas.partition import over_batch_and_heads
 
 CHUNK = 64
@@ -89,7 +89,8 @@ def gdn2_mosaic_gpu(
     widths = ((0, 0), (0, tokens), (0, 0), (0, channels))
     return jnp.pad(x, widths) if tokens or channels else x
 
-  o, final = _sequence(
+  run = _interpreted if target.is_interpreted() else _on_device
+  o, final = run(
     *(pad(x, keys) for x in (q, k)),
     pad(v, values),
     *(pad(x, keys) for x in (g.astype(jnp.float32), b)),
@@ -109,7 +110,6 @@ def _kernels():
   return forward, backward
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
 def _sequence(q, k, v, g, b, w, state, kinds, scale):
   o, final, _ = _forward(scale, False)(q, k, v, g, b, w, state, kinds)
   return o, final
@@ -127,7 +127,16 @@ def _sequence_bwd(scale, residuals, cotangents):
   return (*gradients, None)
 
 
-_sequence.defvjp(_sequence_fwd, _sequence_bwd)
+def _differentiable(*, optimize_remat):
+  function = jax.custom_vjp(_sequence, nondiff_argnums=(8,))
+  function.defvjp(_sequence_fwd, _sequence_bwd, optimize_remat=optimize_remat)
+  return function
+
+
+# Under remat the first pass is then the one that saves nothing: XLA cannot drop
+# a kernel's outputs by itself. The interpreter's callbacks forbid it.
+_on_device = _differentiable(optimize_remat=True)
+_interpreted = _differentiable(optimize_remat=False)
 
 
 def _forward(scale, save):

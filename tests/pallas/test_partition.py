@@ -125,6 +125,22 @@ def test_under_scan_and_remat_on_a_mesh(rng):
   assert_equal(compiled(state, *inputs), expected)
 
 
+def test_the_first_pass_under_remat_saves_nothing(rng):
+  arrays, kinds = arrays_of(rng, B=2), kinds_of(2, 64)
+
+  def forwards(loss):
+    text = jax.jit(jax.value_and_grad(loss)).lower(*arrays).as_text()
+    names = {
+      save: fingerprint(str((("save", save), ("scale", 0.125))))
+      for save in (False, True)
+    }
+    return {save: f"@gdn2_forward_{n}" in text for save, n in names.items()}
+
+  assert forwards(loss_of(kinds)) == {False: False, True: True}
+  remat = jax.checkpoint(loss_of(kinds))
+  assert forwards(remat) == {False: True, True: True}
+
+
 @pytest.mark.parametrize("axes", [("data", "heads"), ("data",)])
 def test_shard_map(axes, rng):
   arrays, kinds = arrays_of(rng), jnp.ones((4, 64), jnp.int32)
