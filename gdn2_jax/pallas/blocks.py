@@ -105,9 +105,9 @@ def store_split(x: Any, hi_ref: Any, lo_ref: Any) -> None:
   hi_ref[...], lo_ref[...] = split(x, hi_ref.dtype)
 
 
-def split_pairs(a: tuple[Any, Any], b: tuple[Any, Any]) -> list[Any]:
-  """The products of (a_hi + a_lo) (b_hi + b_lo) but the smallest."""
-  return [(a[0], b[0]), (a[0], b[1]), (a[1], b[0])]
+def split_pairs(a: tuple[Any, ...], b: tuple[Any, ...]) -> list[Any]:
+  """The products of a and b, each (hi, lo) or (hi,), but the smallest."""
+  return [(x, y) for n, x in enumerate(a) for y in b[: len(b) - n]]
 
 
 def iotas() -> tuple[Any, Any]:
@@ -133,28 +133,40 @@ def level_half(level: Any) -> Any:
   return lax.shift_right_logical(jnp.int32(C // 2), level)
 
 
-def level_span(half: Any) -> Any:
+def level_span(half: Any, *, transpose: bool = False) -> Any:
   """M [r, i]: what a row's decay at a level sums, as booleans.
 
   A block of 2*half rows is cut at its middle. A row r of the second half sums
   the log-decays from the middle to r, a row s of the first half those after s
   up to the middle: exp of the two together is the decay from s to r.
   """
-  r, i = iotas()
+  r, i = iotas()[:: -1 if transpose else 1]
   same_half = (r ^ i) < half
   return same_half & (((r & half) != 0) == (i <= r))
 
 
-def prefix_span() -> Any:
+def prefix_span(*, transpose: bool = False) -> Any:
   """M [r, i] = i <= r: the decay from the start of the chunk to r."""
-  r, i = iotas()
+  r, i = iotas()[:: -1 if transpose else 1]
   return i <= r
 
 
-def suffix_span() -> Any:
+def suffix_span(*, transpose: bool = False) -> Any:
   """M [s, i] = i > s: the decay from s to the end of the chunk."""
-  s, i = iotas()
+  s, i = iotas()[:: -1 if transpose else 1]
   return i > s
+
+
+def chunk_span() -> Any:
+  """M [r, i], all true: the decay of the whole chunk, in every row."""
+  r, _ = iotas()
+  return r >= 0
+
+
+def everywhere(flag: Any) -> Any:
+  """A scalar condition as a [C, C] mask; where() does not broadcast it."""
+  r, _ = iotas()
+  return r < jnp.where(flag, C, 0)
 
 
 def level_pairs(half: Any) -> Any:
