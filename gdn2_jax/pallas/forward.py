@@ -8,10 +8,12 @@ def forward(q, k, v, g, b, w, state, kinds, scale, save):
   """Chunkwise Gated DeltaNet-2 (Eqs. 20-27).
 
   Args:
-    q, k, b: [B, T, H, K], bfloat16 or float16; T a multiple of 64, K 64 or
-      128.
-    v, w: [B, T, H, V], V a multiple of 64.
+    q: [B, T, H, K], bfloat16 or float16; T a multiple of 64, K 64 or 128.
+    k: [B, T, H, K], in the dtype of q.
+    v: [B, T, H, V], in the dtype of q; V a multiple of 64.
     g: [B, T, H, K], float32.
+    b: [B, T, H, K], in the dtype of q.
+    w: [B, T, H, V], in the dtype of q.
     state: [B, H, K, V], float32.
     kinds: [B, T] int32, blocks.PADDING, TOKEN or RESTART.
     scale: factor on the output.

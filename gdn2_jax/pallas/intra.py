@@ -12,6 +12,10 @@ shares are added once, after all levels. The backward pass calls the same
 kernel with A given.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -25,8 +29,9 @@ def intra(q, k, b, g, kinds, scale, A=None):
   """Runs the kernel over all chunks.
 
   Args:
-    q, k, b: [B, T, H, K], bfloat16 or float16; T a multiple of 64, K 64 or
-      128.
+    q: [B, T, H, K], bfloat16 or float16; T a multiple of 64, K 64 or 128.
+    k: [B, T, H, K], in the dtype of q.
+    b: [B, T, H, K], in the dtype of q.
     g: [B, T, H, K], float32.
     kinds: [B, T] int32, blocks.PADDING, TOKEN or RESTART.
     scale: factor on q.
@@ -47,27 +52,27 @@ def intra(q, k, b, g, kinds, scale, A=None):
   if A is None:
     out_type.append(square)
   tile = (tiles, C, TILE)
-  scratch = dict(
-    q=blocks.smem(tile, dtype),
-    k=blocks.smem(tile, dtype),
-    b=blocks.smem(tile, dtype),
-    g=blocks.smem(tile, jnp.float32),  # then the shares of T and Aqk
-    kinds=plgpu.SMEM((tiles, C), jnp.int32),
-    g_hi=blocks.smem(tile, dtype),
-    g_lo=blocks.smem(tile, dtype),
-    kx_hi=blocks.smem(tile, dtype),
-    kx_lo=blocks.smem(tile, dtype),
-    X_hi=blocks.smem((C, C), dtype),
-    X_lo=blocks.smem((C, C), dtype),
-    W_hi=blocks.smem((C, C), dtype),
-    W_lo=blocks.smem((C, C), dtype),
-    A=blocks.smem((C, C), dtype),
-    Aqk_out=blocks.smem((C, C), dtype),
-    gamma_C=plgpu.SMEM((K,), jnp.float32),
-    loaded=plgpu.Barrier(num_arrivals=5, num_barriers=tiles),
-    met=plgpu.Barrier(num_arrivals=tiles),
-    A_loaded=plgpu.Barrier(),
-  )
+  scratch = {
+    "q": blocks.smem(tile, dtype),
+    "k": blocks.smem(tile, dtype),
+    "b": blocks.smem(tile, dtype),
+    "g": blocks.smem(tile, jnp.float32),  # then the shares of T and Aqk
+    "kinds": plgpu.SMEM((tiles, C), jnp.int32),
+    "g_hi": blocks.smem(tile, dtype),
+    "g_lo": blocks.smem(tile, dtype),
+    "kx_hi": blocks.smem(tile, dtype),
+    "kx_lo": blocks.smem(tile, dtype),
+    "X_hi": blocks.smem((C, C), dtype),
+    "X_lo": blocks.smem((C, C), dtype),
+    "W_hi": blocks.smem((C, C), dtype),
+    "W_lo": blocks.smem((C, C), dtype),
+    "A": blocks.smem((C, C), dtype),
+    "Aqk_out": blocks.smem((C, C), dtype),
+    "gamma_C": plgpu.SMEM((K,), jnp.float32),
+    "loaded": plgpu.Barrier(num_arrivals=5, num_barriers=tiles),
+    "met": plgpu.Barrier(num_arrivals=tiles),
+    "A_loaded": plgpu.Barrier(),
+  }
   names = tuple(scratch)
 
   def body(*refs):
@@ -249,3 +254,29 @@ def _inverse(T_ref, s):
     return blocks.in_rows(blocks.dot(X, *blocks.split_pairs(X_parts, W_refs)))
 
   return blocks.loop(blocks.LEVELS - 1, merge, blocks.in_rows(X))
+
+
+def aot_cases() -> list[tuple[str, Callable, list[Any], dict[str, int]]]:
+  """Representative calls: name, function, shapes of arguments, options."""
+
+  def case(name, B, T, H, K, dtype="bfloat16", *, known_A=False):
+    key = jax.ShapeDtypeStruct((B, T, H, K), dtype)
+    g = jax.ShapeDtypeStruct((B, T, H, K), "float32")
+    kinds = jax.ShapeDtypeStruct((B, T), "int32")
+    A = jax.ShapeDtypeStruct((B, H, T // C, C, C), dtype)
+
+    def call(q, k, b, g, kinds, A=None):
+      return intra(q, k, b, g, kinds, K**-0.5, A)
+
+    shapes = [key, key, key, g, kinds] + [A] * known_A
+    return name, call, shapes, {"token_heads": B * T * H}
+
+  return [
+    case("intra", 8, 2048, 16, 128),
+    case("intra, A given", 8, 2048, 16, 128, known_A=True),
+    case("intra T=16384", 1, 16384, 16, 128),
+    case("intra, A given, T=16384", 1, 16384, 16, 128, known_A=True),
+    case("intra K=64", 8, 2048, 16, 64),
+    case("intra, A given, K=64", 8, 2048, 16, 64, known_A=True),
+    case("intra float16", 8, 2048, 16, 128, "float16"),
+  ]

@@ -7,6 +7,10 @@ a head's state in registers for the whole sequence; two of them share a block
 and its key-side operands where there are enough heads to fill the GPU.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -30,10 +34,14 @@ def scan(Y_neg, Qg, Kd, Aqk, A, gamma_C, v, w, state, *, save):
   """Runs the kernel.
 
   Args:
-    Y_neg, Qg, Kd: [B, H, NC, C, K], 16-bit, from intra.
-    Aqk, A: [B, H, NC, C, C].
+    Y_neg: -Y [B, H, NC, C, K], 16-bit, from intra.
+    Qg: [B, H, NC, C, K].
+    Kd: [B, H, NC, C, K].
+    Aqk: [B, H, NC, C, C].
+    A: [B, H, NC, C, C].
     gamma_C: [B, H, NC, K], float32.
-    v, w: [B, T, H, V], V a multiple of 64.
+    v: [B, T, H, V], in the dtype of Y_neg; V a multiple of 64.
+    w: [B, T, H, V], in the dtype of v.
     state: [B, H, K, V], float32.
     save: whether to return the states that chunks start from.
 
@@ -41,7 +49,7 @@ def scan(Y_neg, Qg, Kd, Aqk, A, gamma_C, v, w, state, *, save):
     o [B, T, H, V] in the dtype of v, the final state [B, H, K, V], and the
     states [B, H, NC, K, V] in the dtype of v, or None.
   """
-  B, T, H, V = v.shape
+  B, _, H, V = v.shape
   chunks, K = Y_neg.shape[2], Y_neg.shape[-1]
   tiles = tiles_per_block(B, H, V)
   dtype = v.dtype
@@ -54,22 +62,22 @@ def scan(Y_neg, Qg, Kd, Aqk, A, gamma_C, v, w, state, *, save):
   wide = blocks.smem((_STAGES, C, K), dtype)
   square = blocks.smem((_STAGES, C, C), dtype)
   values = blocks.smem((tiles, C, TILE), dtype)
-  scratch = dict(
-    Y=wide,
-    Qg=wide,
-    Kd=wide,
-    Aqk=square,
-    A=square,
-    gamma_C=plgpu.SMEM((_STAGES, K), jnp.float32),
-    Z_hi=values,  # v, then Z
-    Z_lo=values,  # w, then Z
-    R_hi=values,
-    R_lo=values,
-    S=blocks.smem((tiles, K, TILE), dtype),  # then O
-    keys_loaded=plgpu.Barrier(num_arrivals=6, num_barriers=_STAGES),
-    values_loaded=plgpu.Barrier(num_arrivals=2, num_barriers=tiles),
-    met=plgpu.Barrier(num_arrivals=tiles),
-  )
+  scratch = {
+    "Y": wide,
+    "Qg": wide,
+    "Kd": wide,
+    "Aqk": square,
+    "A": square,
+    "gamma_C": plgpu.SMEM((_STAGES, K), jnp.float32),
+    "Z_hi": values,  # v, then Z
+    "Z_lo": values,  # w, then Z
+    "R_hi": values,
+    "R_lo": values,
+    "S": blocks.smem((tiles, K, TILE), dtype),  # then O
+    "keys_loaded": plgpu.Barrier(num_arrivals=6, num_barriers=_STAGES),
+    "values_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=tiles),
+    "met": plgpu.Barrier(num_arrivals=tiles),
+  }
   names = tuple(scratch)
 
   def body(*refs):
@@ -156,11 +164,11 @@ def _body(inputs, outputs, s, *, chunks, tiles):
     def _():
       fetch_values(c + 1)
 
-    O = blocks.dot(
+    o = blocks.dot(
       blocks.zeros(), (Qg, S_ref), (Aqk, R_refs[0]), (Aqk, R_refs[1])
     )
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the saved S
-    O_ref[...] = O.astype(O_ref.dtype)
+    O_ref[...] = o.astype(O_ref.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(O_ref, o_gm.at[row, pl.ds(c * C, C), h, values])
     gamma_C = plgpu.load(s["gamma_C"].at[slot], layout=blocks.ROWS.reduce(1))
@@ -172,3 +180,30 @@ def _body(inputs, outputs, s, *, chunks, tiles):
   S = blocks.loop(chunks, chunk, blocks.load_global(state_gm.at[here]))
   blocks.store_global(final_gm.at[here], S)
   plgpu.wait_smem_to_gmem(0)
+
+
+def aot_cases() -> list[tuple[str, Callable, list[Any], dict[str, int]]]:
+  """Representative calls: name, function, shapes of arguments, options."""
+
+  def case(name, B, T, H, K, V, dtype="bfloat16", *, save=False):
+    struct = jax.ShapeDtypeStruct
+    wide = struct((B, H, T // C, C, K), dtype)
+    square = struct((B, H, T // C, C, C), dtype)
+    gamma_C = struct((B, H, T // C, K), "float32")
+    value = struct((B, T, H, V), dtype)
+    state = struct((B, H, K, V), "float32")
+
+    def call(*args):
+      return scan(*args, save=save)
+
+    keys = [wide, wide, wide, square, square, gamma_C]
+    shapes = [*keys, value, value, state]
+    return name, call, shapes, {"token_heads": B * T * H}
+
+  return [
+    case("scan", 8, 2048, 16, 128, 128),
+    case("scan, states saved", 8, 2048, 16, 128, 128, save=True),
+    case("scan T=16384", 1, 16384, 16, 128, 128),
+    case("scan K=64 V=64", 8, 2048, 16, 64, 64, save=True),
+    case("scan float16", 8, 2048, 16, 128, 128, "float16", save=True),
+  ]

@@ -7,6 +7,10 @@ blocks are laid out the same way. What it leaves behind are the gradients of
 the states that chunks end with; intra_grad.py does the rest in parallel.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -152,3 +156,24 @@ def _body(inputs, outputs, s, *, chunks, tiles):
   dS = blocks.loop(chunks, chunk, blocks.load_global(dfinal_gm.at[here]))
   blocks.store_global(dinitial_gm.at[here], dS)
   plgpu.wait_smem_to_gmem(0)
+
+
+def aot_cases() -> list[tuple[str, Callable, list[Any], dict[str, int]]]:
+  """Representative calls: name, function, shapes of arguments, options."""
+
+  def case(name, B, T, H, K, V, dtype="bfloat16"):
+    struct = jax.ShapeDtypeStruct
+    wide = struct((B, H, T // C, C, K), dtype)
+    square = struct((B, H, T // C, C, C), dtype)
+    gamma_C = struct((B, H, T // C, K), "float32")
+    value = struct((B, T, H, V), dtype)
+    state = struct((B, H, K, V), "float32")
+    shapes = [wide, wide, wide, square, gamma_C, value, state]
+    return name, scan_grad, shapes, {"token_heads": B * T * H}
+
+  return [
+    case("scan_grad", 8, 2048, 16, 128, 128),
+    case("scan_grad T=16384", 1, 16384, 16, 128, 128),
+    case("scan_grad K=64 V=64", 8, 2048, 16, 64, 64),
+    case("scan_grad float16", 8, 2048, 16, 128, 128, "float16"),
+  ]
