@@ -9,13 +9,14 @@ WORKDIR ?= runs/$(basename $(notdir $(CONFIG)))
 PROMPT ?= Return the
 WORKERS ?= 2
 ARGS ?=
+PYTHON_GPU ?= python3
 AOT_JAX ?= 0.12.0.1
 AOT_EXTRAS ?=
 AOT_VENV := .venv-aot-$(AOT_JAX)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train generate plan test lint format notebooks bench aot \
-  aot-all clean
+.PHONY: help setup train generate plan test lint format notebooks bench gpu \
+  aot aot-all clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' \
@@ -63,6 +64,19 @@ notebooks: $(READY) ## run the notebooks top to bottom
 
 bench: $(READY) ## time the op against the token scan
 	$(BIN)/python -m gdn2_jax.bench op $(ARGS)
+
+# A machine with a GPU often has its own JAX and no way to a package index.
+gpu: ## on a GPU: check every kernel, time it, time the train step
+	@case " $(ARGS) " in *" --rehearse "*) see=cpu ;; *) see=gpu ;; esac; \
+	if $(PYTHON_GPU) -c "import absl, jax, jaxtyping, tqdm; \
+	  jax.devices('$$see')" 2>/dev/null; then python=$(PYTHON_GPU); else \
+	  $(MAKE) --no-print-directory $(READY) || exit 1; \
+	  python=$(BIN)/python; \
+	  test $$see = cpu || $$python -m pip install --quiet \
+	    --disable-pip-version-check --constraint constraints.txt \
+	    --editable '.[cuda13]' || exit 1; \
+	fi; \
+	$$python -m gdn2_jax.bench gpu $(ARGS)
 
 aot: $(AOT_VENV)/.ready ## compile every kernel for an H100; no GPU needed
 	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m gdn2_jax.aot $(ARGS)

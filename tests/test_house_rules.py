@@ -24,7 +24,16 @@ ALLOWED = {
   "analysis": {"typing", "ops", "model"},
   "eval": {"typing", "sharding", "model", "data"},
   "train": {"typing", "sharding", "model", "data", "eval", "inference"},
-  "bench": {"typing", "ops", "model"},
+  "bench": {
+    "typing",
+    "sharding",
+    "pallas",
+    "triton",
+    "ops",
+    "model",
+    "train",
+    "data",
+  },
   "aot": {
     "typing",
     "sharding",
