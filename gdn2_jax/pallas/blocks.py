@@ -5,7 +5,9 @@ C = 64 tokens are a chunk: the rows of one wgmma. A warpgroup works on tiles of
 is summed.
 """
 
-import functools
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -110,17 +112,51 @@ def split_pairs(a: tuple[Any, ...], b: tuple[Any, ...]) -> list[Any]:
   return [(x, y) for n, x in enumerate(a) for y in b[: len(b) - n]]
 
 
+_zero: contextvars.ContextVar[Any] = contextvars.ContextVar("zero", default=0)
+
+
+@contextlib.contextmanager
+def recomputed(kinds_ref: Any) -> Iterator[None]:
+  """Keeps masks and addresses made inside from being hoisted out of a loop.
+
+  LLVM moves what a loop does not change in front of it: here over a hundred
+  registers of masks and matrix descriptors, which then spill. Inside, they
+  depend on a zero that only a load at run time reveals: kinds are below 256.
+  """
+  token = _zero.set(lax.shift_right_logical(kinds_ref[0], jnp.int32(8)))
+  try:
+    yield
+  finally:
+    _zero.reset(token)
+
+
+def tile_slice(n: Any) -> Any:
+  """Rows or channels 64*n to 64*(n+1)."""
+  return pl.ds((n + _zero.get()) * C, C)
+
+
+def tile_of(ref: Any, n: Any) -> Any:
+  """Rows C*n to C*(n+1) of a buffer of tiles.
+
+  A slice and not an index: wgmma inside pl.run_state refuses constants.
+  """
+  return ref.at[tile_slice(n)]
+
+
+def _iota(shape: tuple[int, int], dimension: int) -> Any:
+  x = plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=ROWS)
+  zero = _zero.get()
+  return x if isinstance(zero, int) else x + zero
+
+
 def iotas() -> tuple[Any, Any]:
   """Row and column numbers of a [C, C] tile."""
-  iota = functools.partial(
-    plgpu.broadcasted_iota, jnp.int32, (C, C), layout=ROWS
-  )
-  return iota(0), iota(1)
+  return _iota((C, C), 0), _iota((C, C), 1)
 
 
 def row_iota() -> Any:
   """Row numbers of a [C, TILE] tile."""
-  return plgpu.broadcasted_iota(jnp.int32, (C, TILE), 0, layout=ROWS)
+  return _iota((C, TILE), 0)
 
 
 def loop(count: int, body: Any, init: Any) -> Any:

@@ -65,8 +65,8 @@ def intra_grad(q, k, b, g, kinds, v, w, do, A, Aqk, states, dstates, scale):
     "g_lo": tile,
     "E_neg": tile,  # then k*x, high part
     "Kd": tile,  # then k*x, low part
-    "S": blocks.smem((K, TILE), dtype),  # then b*k*x, then dD
-    "dS": blocks.smem((K, TILE), dtype),  # then q*x
+    "S": tile,  # its rows are channels; then dQg, then b*k*x
+    "dS": tile,  # likewise; then dQg, then q*x
     "slots": blocks.smem((_SLOTS * C, C), dtype),
     "dgamma_C": plgpu.SMEM((K,), jnp.float32),
     "keys_loaded": plgpu.Barrier(num_arrivals=4, num_barriers=tiles),
@@ -102,16 +102,29 @@ class _Chunk:
     self.wg = lax.axis_index("wg")
     self.first = self.wg == 0
     self.last = self.wg == tiles - 1
-    self.channels = pl.ds(self.wg * TILE, TILE)
     self.tokens = (self.row, pl.ds(self.c * C, C))
 
+  @property
+  def channels(self):
+    """This warpgroup's channels."""
+    return blocks.tile_slice(self.wg)
+
   def own(self, name):
-    """This warpgroup's tile of a buffer."""
-    return self.s[name].at[pl.ds(self.wg * C, C)]
+    """This warpgroup's tile of a buffer; of S and dS, its channels."""
+    return blocks.tile_of(self.s[name], self.wg)
 
   def slot(self, n):
-    """Slot n. A slice: wgmma inside pl.run_state refuses a constant index."""
-    return self.s["slots"].at[pl.ds(n * C, C)]
+    """Slot n of [C, C]."""
+    return blocks.tile_of(self.s["slots"], n)
+
+  def recomputed(self):
+    """See blocks.recomputed."""
+    return blocks.recomputed(self.s["kinds"].at[self.wg])
+
+  def afresh(self, step):
+    """Runs a step with masks and addresses of its own."""
+    with self.recomputed():
+      step()
 
   def kinds(self):
     """Kinds of the tokens as a [C, TILE] tile."""
@@ -125,11 +138,9 @@ class _Chunk:
       plgpu.barrier_wait(self.s["met"])
 
   def load(self, name):
-    """q (scaled), k or b of this warpgroup's channels; padding is 0."""
+    """q (scaled), k or b of this warpgroup's channels."""
     x = blocks.load(self.own(name)).astype(jnp.float32)
-    if name == "q":
-      x *= self.scale
-    return jnp.where(self.kinds() == blocks.PADDING, 0.0, x)
+    return x * self.scale if name == "q" else x
 
   def g_parts(self):
     return self.own("g_hi"), self.own("g_lo")
@@ -137,7 +148,7 @@ class _Chunk:
   def run(self):
     self.load_keys()
     sums = self.over_values()
-    self.write_keys(*through_the_tree(self, *sums))
+    through_the_tree(self, *sums)
     plgpu.wait_smem_to_gmem(0)
 
   def fetch_values(self, j):
@@ -150,7 +161,7 @@ class _Chunk:
         self.slot(slot),
         loaded,
       )
-    K = self.s["S"].shape[0]
+    K = self.tiles * TILE
     for n, name in ((10, "S"), (11, "dS")):
       plgpu.copy_gmem_to_smem(
         self.inputs[n].at[(*c, pl.ds(0, K), values)], self.s[name], loaded
@@ -185,7 +196,12 @@ class _Chunk:
       self.inputs[3].at[(*self.tokens, self.h, self.channels)]
     )
     plgpu.barrier_wait(loaded)
-    g = blocks.log_decay(g, self.kinds())
+    kinds = self.kinds()
+    for name in "qkb":
+      x = blocks.load(self.own(name))
+      x = jnp.where(kinds == blocks.PADDING, jnp.zeros_like(x), x)
+      self.own(name)[...] = x
+    g = blocks.log_decay(g, kinds)
     blocks.store_split(g, *self.g_parts())
     plgpu.commit_smem()
     gamma = blocks.decay(blocks.prefix_span(), *self.g_parts())
@@ -208,11 +224,19 @@ class _Chunk:
     dgamma_C = plgpu.layout_cast(
       jnp.zeros((TILE,), jnp.float32), blocks.ROWS.reduce(1)
     )
-    return blocks.loop(
-      self.value_tiles,
-      self.value_tile,
-      ((blocks.zeros(C, C),) * (3 - self.tiles), tile, tile, tile, dgamma_C),
+    sums = (
+      (blocks.zeros(C, C),) * (3 - self.tiles),
+      tile,
+      tile,
+      tile,
+      dgamma_C,
     )
+
+    if self.value_tiles > 1:
+      return blocks.loop(self.value_tiles, self.value_tile, sums)
+    for j in range(self.value_tiles):
+      sums = self.value_tile(jnp.int32(j), sums)
+    return sums
 
   def scores(self):
     """What this warpgroup multiplies with R^T: high and low parts.
@@ -229,32 +253,20 @@ class _Chunk:
 
   def value_tile(self, j, sums):
     """Adds one value tile to the sums of over_values."""
-    scores, dE_neg, dQg, dKd, dgamma_C = sums
     s = self.s
     plgpu.barrier_wait(s["values_loaded"])
-    pl.when(self.first)(self.recompute_R)
-    pl.when(self.last)(self.compute_dX)
+    pl.when(self.first)(lambda: self.afresh(self.recompute_R))
+    pl.when(self.last)(lambda: self.afresh(self.compute_dX))
     self.meet()
     pl.when(self.last)(lambda: self.write_values(j))
 
-    R = self.slot(_R_HI), self.slot(_R_LO)
-    dX = self.slot(_DX_HI), self.slot(_DX_LO)
-    dO = self.slot(_DO)
-    R_T = tuple(blocks.transposed(x) for x in R)
-    scores = tuple(
-      blocks.dot(acc, *blocks.split_pairs(d, R_T))
-      for acc, d in zip(scores, self.scores(), strict=True)
-    )
-    S = s["S"].at[self.channels]
-    dS = s["dS"].at[self.channels]
-    S_T, dS_T = blocks.transposed(S), blocks.transposed(dS)
-    dE_neg = blocks.dot(dE_neg, (dX[0], S_T), (dX[1], S_T))
-    dQg = blocks.dot(dQg, (dO, S_T))
-    dKd = blocks.dot(dKd, (R[0], dS_T), (R[1], dS_T))
-    S_dS = blocks.load(S).astype(jnp.float32) * blocks.load(dS).astype(
-      jnp.float32
-    )
-    dgamma_C += S_dS.sum(axis=1)
+    *sums, dgamma_C = sums
+    with self.recomputed():
+      sums = self.add_products(*sums)
+    with self.recomputed():
+      S_dS = blocks.load(self.own("S")).astype(jnp.float32)
+      S_dS *= blocks.load(self.own("dS")).astype(jnp.float32)
+      dgamma_C += S_dS.sum(axis=1)
     self.meet()
 
     @pl.when(self.last & (j + 1 < self.value_tiles))
@@ -262,8 +274,24 @@ class _Chunk:
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dv and dw
       self.fetch_values(j + 1)
 
+    return *sums, dgamma_C
+
+  def add_products(self, scores, dE_neg, dQg, dKd):
+    """Adds what R, dX, dO, S and dS of a value tile give."""
+    R = self.slot(_R_HI), self.slot(_R_LO)
+    dX = self.slot(_DX_HI), self.slot(_DX_LO)
+    dO = self.slot(_DO)
+    R_T = tuple(blocks.transposed(x) for x in R)
+    scores = tuple(
+      blocks.in_rows(blocks.dot(acc, *blocks.split_pairs(d, R_T)))
+      for acc, d in zip(scores, self.scores(), strict=True)
+    )
+    S_T, dS_T = (blocks.transposed(self.own(x)) for x in ("S", "dS"))
+    dE_neg = blocks.in_rows(blocks.dot(dE_neg, (dX[0], S_T), (dX[1], S_T)))
+    dQg = blocks.in_rows(blocks.dot(dQg, (dO, S_T)))
+    dKd = blocks.dot(dKd, (R[0], dS_T), (R[1], dS_T))
     dE_neg, dQg, dKd = map(blocks.in_rows, (dE_neg, dQg, dKd))
-    return tuple(map(blocks.in_rows, scores)), dE_neg, dQg, dKd, dgamma_C
+    return tuple(map(blocks.in_rows, scores)), dE_neg, dQg, dKd
 
   def recompute_R(self):
     """R = A (Z - E S), into the slots of R."""
@@ -271,10 +299,10 @@ class _Chunk:
     A = self.slot(_A)
     v, w = (blocks.load(self.slot(n)).astype(jnp.float32) for n in (_V, _W))
     E = [
-      tuple(self.s[name].at[pl.ds(n * C, C)] for name in ("E_neg", "S"))
+      tuple(blocks.tile_of(self.s[x], n) for x in ("E_neg", "S"))
       for n in range(self.tiles)
     ]
-    X = blocks.dot(blocks.in_rows(v * w), *E)
+    X = v * w + blocks.dot(blocks.zeros(), *E)
     blocks.store_split(X, *R)
     plgpu.commit_smem()
     X_to_R = blocks.dot(blocks.zeros(), (A, R[0]), (A, R[1]))
@@ -287,7 +315,7 @@ class _Chunk:
     A_T = blocks.transposed(self.slot(_A))
     Aqk_T = blocks.transposed(self.slot(_AQK))
     Kd = [
-      tuple(self.s[name].at[pl.ds(n * C, C)] for name in ("Kd", "dS"))
+      tuple(blocks.tile_of(self.s[x], n) for x in ("Kd", "dS"))
       for n in range(self.tiles)
     ]
     dR = blocks.dot(blocks.zeros(), (Aqk_T, self.slot(_DO)), *Kd)
@@ -299,26 +327,67 @@ class _Chunk:
 
   def write_values(self, j):
     """dv = w*dX, dw = v*dX; they take the place of v and w."""
-    dX, v, w = (
-      blocks.load(self.slot(n)).astype(jnp.float32) for n in (_DX_HI, _V, _W)
-    )
-    dX += blocks.load(self.slot(_DX_LO)).astype(jnp.float32)
     values = pl.ds(j * TILE, TILE)
-    for n, slot, x in ((4, _V, w * dX), (5, _W, v * dX)):
-      ref = self.slot(slot)
-      ref[...] = x.astype(ref.dtype)
-      plgpu.commit_smem()
+    # dX is loaded twice: with both gradients in registers there are too few.
+    with self.recomputed():
+      dv = self.load_dX() * blocks.load(self.slot(_W)).astype(jnp.float32)
+      dv = dv.astype(self.slot(_V).dtype)
+    with self.recomputed():
+      dw = self.load_dX() * blocks.load(self.slot(_V)).astype(jnp.float32)
+      self.slot(_W)[...] = dw.astype(self.slot(_W).dtype)
+      self.slot(_V)[...] = dv
+    plgpu.commit_smem()
+    for n, slot in ((4, _V), (5, _W)):
       plgpu.copy_smem_to_gmem(
-        ref, self.outputs[n].at[(*self.tokens, self.h, values)]
+        self.slot(slot),
+        self.outputs[n].at[(*self.tokens, self.h, values)],
       )
 
-  def write_keys(self, dq, dk, db, dg):
-    """Writes the gradients of q, k, b, g; padding has none."""
+  def load_dX(self):
+    """dX of the value tile."""
+    high, low = (blocks.load(self.slot(n)) for n in (_DX_HI, _DX_LO))
+    return high.astype(jnp.float32) + low.astype(jnp.float32)
+
+  def write_key(self, n, x, staging):
+    """Writes a gradient of q, k or b (result n); padding has none."""
     real = self.kinds() != blocks.PADDING
-    here = (*self.tokens, self.h, self.channels)
-    for n, (name, x) in enumerate((("q", dq), ("k", dk), ("b", db))):
-      ref = self.own(name)
-      ref[...] = jnp.where(real, x, 0.0).astype(ref.dtype)
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(ref, self.outputs[n].at[here])
-    blocks.store_global(self.outputs[3].at[here], jnp.where(real, dg, 0.0))
+    staging[...] = jnp.where(real, x, 0.0).astype(staging.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(
+      staging,
+      self.outputs[n].at[(*self.tokens, self.h, self.channels)],
+    )
+
+  def write_dg(self, dg):
+    """Writes the gradient of g; padding has none."""
+    real = self.kinds() != blocks.PADDING
+    blocks.store_global(
+      self.outputs[3].at[(*self.tokens, self.h, self.channels)],
+      jnp.where(real, dg, 0.0),
+    )
+
+
+def aot_cases():
+  """Calls that the ahead-of-time check compiles."""
+  cases = []
+  for name, B, T, H, K, dtype in (
+    ("K=V=128 B=8 T=2048", 8, 2048, 16, 128, jnp.bfloat16),
+    ("K=V=128 B=1 T=16384", 1, 16384, 16, 128, jnp.bfloat16),
+    ("K=V=64", 8, 2048, 16, 64, jnp.bfloat16),
+    ("K=V=128 fp16", 8, 2048, 16, 128, jnp.float16),
+  ):
+    chunks = T // C
+    x = blocks.struct((B, T, H, K), dtype)
+    g = blocks.struct((B, T, H, K), jnp.float32)
+    kinds = blocks.struct((B, T), jnp.int32)
+    square = blocks.struct((B, H, chunks, C, C), dtype)
+    states = blocks.struct((B, H, chunks, K, K), dtype)
+    scale = K**-0.5
+    cases.append(
+      (
+        f"intra_grad {name}",
+        lambda *args, scale=scale: intra_grad(*args, scale),
+        [x, x, x, g, kinds, x, x, x, square, square, states, states],
+      )
+    )
+  return cases

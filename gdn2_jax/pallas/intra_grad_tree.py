@@ -1,7 +1,9 @@
 """Gradients through the tree of decays of a chunk (README.md section 4).
 
 The second half of intra_grad.py: from the gradients of T, Aqk, E, Qg, Kd and
-gamma_C to those of q, k, b and g.
+gamma_C to those of q, k, b and g. The tree is walked three times, for b*k, q
+and k in turn: all at once need more registers than there are. What waits for
+its turn is parked in shared memory.
 """
 
 import functools
@@ -12,12 +14,58 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gdn2_jax.pallas import blocks
 
-# Slots of [C, C]; a warpgroup masks dT and dAqk of a level into its own two.
-_DT_HI, _DT_LO, _DAQK_HI, _DAQK_LO, _MASKED = range(5)
+# Slots of [C, C]: dT and dAqk; then two of each warpgroup.
+_DT, _DAQK, _OWN = 0, 2, 4
 
 
 def through_the_tree(chunk, scores, dE_neg, dQg, dKd, dgamma_C):
-  """From the sums over values to dq, dk, db, dg."""
+  """From the sums over values to dq, dk, db, dg, which it writes."""
+  with chunk.recomputed():
+    _share_scores(chunk, scores, dgamma_C)
+  dk_parked = tuple(chunk.slot(_OWN + 2 * chunk.wg + n) for n in range(2))
+  dq_parked = chunk.own("S"), chunk.own("dS")
+  for x, parked in ((dKd, dk_parked), (dQg, dq_parked)):
+    with chunk.recomputed():
+      blocks.store_split(x, *parked)
+
+  def load_e():
+    return chunk.load("b") * chunk.load("k")
+
+  with chunk.recomputed():
+    de = -dE_neg * blocks.decay(blocks.prefix_span(), *chunk.g_parts())
+    dg = _dg_of_chunk(chunk)
+  with chunk.recomputed():
+    dg = _add_dg(chunk, dg, blocks.prefix_span, load_e() * de)
+  de, dg = _walk(chunk, functools.partial(_later, load_e, _DT), de, dg)
+  with chunk.recomputed():
+    chunk.write_key(2, chunk.load("k") * de, chunk.own("Kd"))
+    dk = _load_split(dk_parked)
+    dk *= blocks.decay(blocks.suffix_span(), *chunk.g_parts())
+    dg = _add_dg(chunk, dg, blocks.suffix_span, chunk.load("k") * dk)
+    blocks.store_split(dk + chunk.load("b") * de, *dk_parked)
+
+  load_q = functools.partial(chunk.load, "q")
+  with chunk.recomputed():
+    dq = _load_split(dq_parked)
+    dq *= blocks.decay(blocks.prefix_span(), *chunk.g_parts())
+    dg = _add_dg(chunk, dg, blocks.prefix_span, load_q() * dq)
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # db has left
+  dq, dg = _walk(chunk, functools.partial(_later, load_q, _DAQK), dq, dg)
+  with chunk.recomputed():
+    dq += _diagonal(chunk) * chunk.load("k")
+    chunk.write_key(0, dq * chunk.scale, chunk.own("Kd"))
+
+  with chunk.recomputed():
+    dk = _load_split(dk_parked)
+  dk, dg = _walk(chunk, functools.partial(_earlier, dk_parked), dk, dg)
+  with chunk.recomputed():
+    dk += _diagonal(chunk) * chunk.load("q")
+    chunk.write_key(1, dk, chunk.own("k"))
+    chunk.write_dg(dg)
+
+
+def _share_scores(chunk, scores, dgamma_C):
+  """Stores dT and dAqk where all warpgroups see them."""
 
   # dv and dw may still be leaving from slots that are filled next.
   @pl.when(chunk.last)
@@ -30,98 +78,101 @@ def through_the_tree(chunk, scores, dE_neg, dQg, dKd, dgamma_C):
   for n, x in zip(own, scores, strict=True):
     x = jnp.where(blocks.everywhere(n == 0), -x, x)
     blocks.store_split(x, chunk.slot(2 * n), chunk.slot(2 * n + 1))
-  dgamma_ref = chunk.s["dgamma_C"].at[chunk.channels]
-  dgamma_ref[...] = dgamma_C
+  chunk.s["dgamma_C"].at[chunk.channels][...] = dgamma_C
   chunk.meet()
 
-  q, k, b = (chunk.load(name) for name in "qkb")
-  gamma = blocks.decay(blocks.prefix_span(), *chunk.g_parts())
-  suffix = blocks.decay(blocks.suffix_span(), *chunk.g_parts())
-  de = -gamma * dE_neg
-  dq = gamma * dQg
-  dk = suffix * dKd
-  dgamma_C = plgpu.load(dgamma_ref, layout=blocks.ROWS.reduce(0))
-  gamma_C = blocks.decay(blocks.chunk_span(), *chunk.g_parts())
-  dg = gamma_C * blocks.of_columns(dgamma_C)
-  dg = _add_dg(chunk, dg, blocks.prefix_span, b * k * de + q * dq)
-  dg = _add_dg(chunk, dg, blocks.suffix_span, k * dk)
-  de, dq, dk, dg = blocks.loop(
-    blocks.LEVELS,
-    functools.partial(_level, chunk),
-    tuple(blocks.in_rows(x) for x in (de, dq, dk, dg)),
+
+def _dg_of_chunk(chunk):
+  """What the decay of the whole chunk gives every log-decay [C, TILE]."""
+  dgamma_C = plgpu.load(
+    chunk.s["dgamma_C"].at[chunk.channels], layout=blocks.ROWS.reduce(0)
   )
-  r, c = blocks.iotas()
-  diagonal = sum(
-    jnp.where(r == c, blocks.load(chunk.slot(n)).astype(jnp.float32), 0.0)
-    for n in (_DAQK_HI, _DAQK_LO)
-  ).sum(axis=1)
-  diagonal = blocks.of_rows(diagonal)
-  q, k, b = (chunk.load(name) for name in "qkb")
-  dq += diagonal * k
-  dk += diagonal * q + b * de
-  return dq * chunk.scale, dk, k * de, dg
+  gamma_C = blocks.decay(blocks.chunk_span(), *chunk.g_parts())
+  return blocks.in_rows(gamma_C * blocks.of_columns(dgamma_C))
+
+
+def _load_split(refs):
+  return sum(blocks.load(ref).astype(jnp.float32) for ref in refs)
 
 
 def _add_dg(chunk, dg, span, dD):
   """dg + M^T dD: every log-decay gets dD of the sums it is part of."""
-  dD_ref = chunk.s["S"].at[chunk.channels]
+  dD_ref = chunk.own("E_neg")  # the high part of k*x has been used
   dD_ref[...] = dD.astype(dD_ref.dtype)
   plgpu.commit_smem()
   M_T = jnp.where(span(transpose=True), 1.0, 0.0).astype(dD_ref.dtype)
   return blocks.dot(dg, (M_T, dD_ref))
 
 
-def _level(chunk, n, sums):
-  """Adds one level of the tree to de, dq, dk, dg."""
-  de, dq, dk, dg = sums
-  s = chunk.s
-  half = blocks.level_half(n)
-  second = (blocks.row_iota() & half) != 0
-  x = blocks.decay(blocks.level_span(half), *chunk.g_parts())
-  kx = chunk.own("E_neg"), chunk.own("Kd")
-  ex, qx = s["S"].at[chunk.channels], s["dS"].at[chunk.channels]
-  k = chunk.load("k") * x
-  blocks.store_split(jnp.where(second, 0.0, k), *kx)
-  ex[...] = jnp.where(second, chunk.load("b") * k, 0.0).astype(ex.dtype)
-  qx[...] = jnp.where(second, chunk.load("q") * x, 0.0).astype(qx.dtype)
+def _walk(chunk, level, *sums):
+  """Adds all levels of the tree to the sums."""
+
+  def body(n, sums):
+    sums = level(chunk, blocks.level_half(n), *sums)
+    return tuple(map(blocks.in_rows, sums))
+
+  return blocks.loop(blocks.LEVELS, body, tuple(map(blocks.in_rows, sums)))
+
+
+def _masked(half, ref):
+  """Scores of one level, strictly below the diagonal."""
   r, c = blocks.iotas()
-  pairs = blocks.level_pairs(half) & (r > c)
+  d = blocks.load(ref)
+  keep = blocks.level_pairs(half) & (r > c)
+  return jnp.where(keep, d, jnp.zeros_like(d))
 
-  def masked(slot):
-    d = blocks.load(chunk.slot(slot))
-    return jnp.where(pairs, d, jnp.zeros_like(d))
 
-  dT, dAqk = (
-    (masked(_DT_HI), masked(_DT_LO)),
-    (
-      masked(_DAQK_HI),
-      masked(_DAQK_LO),
-    ),
-  )
-  dT_ref = chunk.slot(_MASKED + 2 * chunk.wg)
-  dAqk_ref = chunk.slot(_MASKED + 2 * chunk.wg + 1)
-  dT_ref[...], dAqk_ref[...] = dT[0], dAqk[0]
+def _level_span(half):
+  return functools.partial(blocks.level_span, half)
+
+
+def _later(load_y, slot, chunk, half, dy, dg):
+  """A level of y = b*k or q, rows of the second halves: dy, dg."""
+  kx = chunk.own("E_neg"), chunk.own("Kd")
+  with chunk.recomputed():
+    x = blocks.decay(blocks.level_span(half), *chunk.g_parts())
+    second = (blocks.row_iota() & half) != 0
+    blocks.store_split(jnp.where(second, 0.0, chunk.load("k") * x), *kx)
   plgpu.commit_smem()
-  dex = blocks.dot(blocks.zeros(), *blocks.split_pairs(dT, kx))
-  dex = jnp.where(second, dex * x, 0.0)
-  de += dex
-  dD = chunk.load("b") * chunk.load("k") * dex
-  dqx = blocks.dot(blocks.zeros(), *blocks.split_pairs(dAqk, kx))
-  dqx = jnp.where(second, dqx * x, 0.0)
-  dq += dqx
-  dD += chunk.load("q") * dqx
-  dkx = blocks.dot(
-    blocks.zeros(),
-    (blocks.transposed(dT_ref), ex),
-    (blocks.transposed(dAqk_ref), qx),
-  )
-  dkx = jnp.where(second, 0.0, dkx * x)
-  dk += dkx
-  dD += chunk.load("k") * dkx
-  dg = _add_dg(
-    chunk,
-    dg,
-    lambda transpose: blocks.level_span(half, transpose=transpose),
-    dD,
-  )
-  return tuple(blocks.in_rows(y) for y in (de, dq, dk, dg))
+  with chunk.recomputed():
+    high = _masked(half, chunk.slot(slot))
+    dyx = blocks.dot(blocks.zeros(), (high, kx[0]), (high, kx[1]))
+  with chunk.recomputed():
+    dyx = blocks.dot(dyx, (_masked(half, chunk.slot(slot + 1)), kx[0]))
+    second = (blocks.row_iota() & half) != 0
+    dyx = jnp.where(second, dyx * x, 0.0)
+  with chunk.recomputed():
+    dg = _add_dg(chunk, dg, _level_span(half), load_y() * dyx)
+  return dy + dyx, dg
+
+
+def _earlier(masked, chunk, half, dk, dg):
+  """A level of k, rows of the first halves: dk, dg."""
+  ex, qx = chunk.own("S"), chunk.own("dS")
+  with chunk.recomputed():
+    x = blocks.decay(blocks.level_span(half), *chunk.g_parts())
+    second = (blocks.row_iota() & half) != 0
+    e = chunk.load("b") * chunk.load("k")
+    ex[...] = jnp.where(second, e * x, 0.0).astype(ex.dtype)
+  with chunk.recomputed():
+    second = (blocks.row_iota() & half) != 0
+    qx[...] = jnp.where(second, chunk.load("q") * x, 0.0).astype(qx.dtype)
+  for ref, slot in zip(masked, (_DT, _DAQK), strict=True):
+    with chunk.recomputed():
+      ref[...] = _masked(half, chunk.slot(slot))
+  plgpu.commit_smem()
+  dT_T, dAqk_T = map(blocks.transposed, masked)
+  with chunk.recomputed():
+    dkx = blocks.dot(blocks.zeros(), (dT_T, ex), (dAqk_T, qx))
+    second = (blocks.row_iota() & half) != 0
+    dkx = jnp.where(second, 0.0, dkx * x)
+  with chunk.recomputed():
+    dg = _add_dg(chunk, dg, _level_span(half), chunk.load("k") * dkx)
+  return dk + dkx, dg
+
+
+def _diagonal(chunk):
+  """The diagonal of dAqk, one number per row, as a [C, TILE] tile."""
+  r, c = blocks.iotas()
+  dAqk = _load_split((chunk.slot(_DAQK), chunk.slot(_DAQK + 1)))
+  return blocks.of_rows(jnp.where(r == c, dAqk, 0.0).sum(axis=1))
