@@ -125,15 +125,19 @@ def _body(inputs, outputs, s, *, scale, tiles):
   s["gamma_C"].at[channels][...] = jnp.exp(g.sum(axis=0))
   plgpu.commit_smem()
 
-  def load(name, keep):
-    x = blocks.load(s[name].at[wg]).astype(jnp.float32)
-    return jnp.where(keep, x, 0.0)
+  for name in "qkb":
+    x = blocks.load(s[name].at[wg])
+    x = jnp.where(kinds == blocks.PADDING, jnp.zeros_like(x), x)
+    s[name].at[wg][...] = x
 
-  real = kinds != blocks.PADDING
-  T, Aqk = _scores(load, s, g_parts, wg, real, scale, with_T=not known)
-  diagonal = (load("q", real) * scale * load("k", real)).sum(axis=1)
-  r, c_ = blocks.iotas()
-  Aqk += jnp.where(r == c_, blocks.of_rows(diagonal, (C, C)), 0.0)
+  def load(name):
+    return blocks.load(s[name].at[wg]).astype(jnp.float32)
+
+  T, Aqk = _scores(load, s, g_parts, wg, scale, with_T=not known)
+  with blocks.recomputed(s["kinds"].at[wg]):
+    diagonal = (load("q") * scale * load("k")).sum(axis=1)
+    r, c_ = blocks.iotas()
+    Aqk += jnp.where(r == c_, blocks.of_rows(diagonal, (C, C)), 0.0)
 
   # The last warpgroup finishes Aqk, the first one T.
   last = tiles - 1
@@ -171,12 +175,13 @@ def _body(inputs, outputs, s, *, scale, tiles):
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(s["A"], A_gm[0].at[here])
 
-  gamma = blocks.decay(blocks.prefix_span(), *g_parts)
-  Kd = load("k", real) * blocks.decay(blocks.suffix_span(), *g_parts)
+  with blocks.recomputed(s["kinds"].at[wg]):
+    gamma = blocks.decay(blocks.prefix_span(), *g_parts)
+    Kd = load("k") * blocks.decay(blocks.suffix_span(), *g_parts)
   E = s["kx_hi"].at[wg]
-  E[...] = (gamma * load("b", real) * load("k", real)).astype(E.dtype)
+  E[...] = (gamma * load("b") * load("k")).astype(E.dtype)
   for name, x, out in (
-    ("q", gamma * load("q", real) * scale, Qg_gm),
+    ("q", gamma * load("q") * scale, Qg_gm),
     ("k", Kd, Kd_gm),
   ):
     ref = s[name].at[wg]
@@ -192,18 +197,19 @@ def _body(inputs, outputs, s, *, scale, tiles):
   plgpu.wait_smem_to_gmem(0)
 
 
-def _scores(load, s, g_parts, wg, real, scale, *, with_T):
+def _scores(load, s, g_parts, wg, scale, *, with_T):
   """This warpgroup's share of T and Aqk below the diagonal, level by level."""
   kx = s["kx_hi"].at[wg], s["kx_lo"].at[wg]
   dtype = kx[0].dtype
-  rows = blocks.row_iota()
 
-  def level(n, carry):
-    T, Aqk = carry
-    half = blocks.level_half(n)
-    second = (rows & half) != 0
+  def level(n, sums):
+    with blocks.recomputed(s["kinds"].at[wg]):
+      return add_level(blocks.level_half(n), *sums)
+
+  def add_level(half, T, Aqk):
+    second = (blocks.row_iota() & half) != 0
     x = blocks.decay(blocks.level_span(half), *g_parts)
-    k = load("k", real) * x
+    k = load("k") * x
     blocks.store_split(jnp.where(second, 0.0, k), *kx)
     plgpu.commit_smem()
     kx_T = tuple(blocks.transposed(ref) for ref in kx)
@@ -215,8 +221,8 @@ def _scores(load, s, g_parts, wg, real, scale, *, with_T):
       return blocks.in_rows(acc + jnp.where(pairs, a_kx, 0.0))
 
     if with_T:
-      T = score(T, load("b", real) * k)
-    Aqk = score(Aqk, load("q", real) * scale * x)
+      T = score(T, load("b") * k)
+    Aqk = score(Aqk, load("q") * scale * x)
     return T, Aqk
 
   return blocks.loop(
@@ -232,15 +238,20 @@ def _inverse(T_ref, s):
   the other. Operands are split: entries of A may be large and cancel. T stays
   in shared memory: registers are short here.
   """
-  r, c = blocks.iotas()
   dtype = s["X_hi"].dtype
   X_refs = s["X_hi"], s["X_lo"]
   W_refs = s["W_hi"], s["W_lo"]
-  below = (r ^ c) == 1
-  X = jnp.where(below & (r > c), -blocks.load(T_ref), 0.0)
-  X = jnp.where(r == c, 1.0, X)
+  with blocks.recomputed(s["kinds"].at[0]):
+    r, c = blocks.iotas()
+    X = jnp.where(((r ^ c) == 1) & (r > c), -blocks.load(T_ref), 0.0)
+    X = jnp.where(r == c, 1.0, X)
 
   def merge(n, X):
+    with blocks.recomputed(s["kinds"].at[0]):
+      return merge_level(n, X)
+
+  def merge_level(n, X):
+    r, c = blocks.iotas()
     half = lax.shift_left(jnp.int32(2), n)
     below = ((r ^ c) < 2 * half) & ((r & half) != 0) & ((c & half) == 0)
     blocks.store_split(X, *X_refs)
