@@ -31,21 +31,25 @@ from gdn2_jax.aot import cases as cases_lib
 from gdn2_jax.aot import table, topology
 from gdn2_jax.aot.kernels import Compiler, KernelReport, Reader
 
-_ONLY = flags.DEFINE_string(
-  "only", "", "Compile the kernels whose case has this in its name."
-)
-_JSON = flags.DEFINE_string("json", None, "Also write all figures to FILE.")
-_TRAIN_STEP = flags.DEFINE_bool(
-  "train_step", True, "Compile the training step, about two minutes."
-)
-_IMPLEMENTATION = flags.DEFINE_enum(
-  "implementation",
-  "xla",
-  ["xla", "mosaic_gpu"],
-  "Of the GDN-2 op in the training step.",
-)
 _CONFIG = "configs.gdn2_swa_1p3b"
 _TRITON_TARGETS = (80, 89, 120)
+
+
+def define_flags() -> None:
+  """Defines the flags; on import they would clash with other entry points."""
+  flags.DEFINE_string(
+    "only", "", "Compile the kernels whose case has this in its name."
+  )
+  flags.DEFINE_string("json", None, "Also write all figures to FILE.")
+  flags.DEFINE_bool(
+    "train_step", True, "Compile the training step, about two minutes."
+  )
+  flags.DEFINE_enum(
+    "implementation",
+    "xla",
+    ["xla", "mosaic_gpu"],
+    "Of the GDN-2 op in the training step.",
+  )
 
 
 def compile_kernels(
@@ -121,7 +125,7 @@ def compile_steps(
 def train_step_figures(report: Any) -> dict[str, Any]:
   """A report of compile_steps as JSON values."""
   return {
-    "implementation": _IMPLEMENTATION.value,
+    "implementation": flags.FLAGS.implementation,
     "total": report.total,
     **dataclasses.asdict(report),
   }
@@ -136,14 +140,14 @@ def main(argv: Sequence[str]) -> None:
   jax.config.update("jax_platforms", "cpu")
   start, reader = time.perf_counter(), Reader()
   with cli.one_line_errors(NotImplementedError):
-    kernels, failures = compile_kernels(_ONLY.value, reader)
-    triton, more = compile_triton(_ONLY.value)
+    kernels, failures = compile_kernels(flags.FLAGS.only, reader)
+    triton, more = compile_triton(flags.FLAGS.only)
     failures += more
     steps = []
-    if _TRAIN_STEP.value and not _ONLY.value:
-      steps, more = compile_steps(_IMPLEMENTATION.value, reader)
+    if flags.FLAGS.train_step and not flags.FLAGS.only:
+      steps, more = compile_steps(flags.FLAGS.implementation, reader)
       failures += more
-    if _JSON.value:
+    if flags.FLAGS.json:
       figures = {
         "jax": jax.__version__,
         "kernels": [table.kernel_figures(report) for report in kernels],
@@ -151,7 +155,7 @@ def main(argv: Sequence[str]) -> None:
         "train_step": [train_step_figures(report) for report in steps],
         "failures": failures,
       }
-      pathlib.Path(_JSON.value).write_text(
+      pathlib.Path(flags.FLAGS.json).write_text(
         json.dumps(figures, indent=2, default=str) + "\n"
       )
   for failure in failures:
@@ -167,4 +171,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+  define_flags()
   cli.run(main, __doc__)
