@@ -19,6 +19,7 @@ import tokenizers
 
 from gdn2_jax.data import corpus as corpora
 from gdn2_jax.data import files, packing
+from gdn2_jax.data import packed as packed_lib
 from gdn2_jax.data import tokenizer as tokenization
 from gdn2_jax.data.rows import PackedRows, check_batch, padding_row
 
@@ -137,7 +138,7 @@ class Dataset:
   def identity(self) -> dict[str, Any]:
     """The fields behind `fingerprint`, to show where two of them differ."""
     return {
-      "format": f"{packing.FORMAT}-{packing.VERSION}",
+      "format": f"{packed_lib.FORMAT}-{self.manifest['version']}",
       "tokenizer_sha256": self.tokenizer.sha256,
       "files_sha256": self.packed.file_hashes(),
       "seq_len": self.config.seq_len,
@@ -338,7 +339,7 @@ def _pack_built_in(config: DataConfig) -> packing.Packed:
     "source": corpora.source_key(config.source),
     "tokenizer": spec if is_named else files.sha256_file(spec),
     "tokenizers": tokenizers.__version__,
-    "version": packing.VERSION,
+    "version": packed_lib.VERSION,
     "seed": _DOCUMENT_SEED,
   }
   digest = files.sha256_bytes(json.dumps(key).encode())[:16]

@@ -9,7 +9,9 @@ sharding and resuming exact.
 import dataclasses
 
 import numpy as np
-from jaxtyping import Int32, Int64, Integer
+from jaxtyping import Int32
+
+from gdn2_jax.data.shards import Offsets, Tokens, borders_within
 
 Row = dict[str, np.ndarray]
 
@@ -19,15 +21,16 @@ class PackedRows:
   """Random access to the rows of one split.
 
   Attributes:
-    tokens: [tokens], any integer dtype; may be a memory map, which is opened
-      by whoever made it, never on first access (reader threads would race).
-    offsets: [documents + 1], where each document begins.
+    tokens: [tokens], any integer dtype, as one array or in shards; memory
+      maps are opened by whoever made them, never on first access (reader
+      threads would race).
+    offsets: [documents + 1], where each document begins, likewise.
     seq_len: L.
     keep_partial: pad a last row that is shorter, instead of dropping it.
   """
 
-  tokens: Integer[np.ndarray, "tokens"]
-  offsets: Int64[np.ndarray, "borders"]
+  tokens: Tokens
+  offsets: Offsets
   seq_len: int
   keep_partial: bool = False
 
@@ -53,8 +56,8 @@ class PackedRows:
 
 
 def make_row(
-  tokens: Integer[np.ndarray, "tokens"],
-  offsets: Int64[np.ndarray, "borders"],
+  tokens: Tokens,
+  offsets: Offsets,
   *,
   start: int,
   length: int,
@@ -80,15 +83,19 @@ def make_row(
   """
   window = np.asarray(tokens[start : start + length + 1], np.int32)
   count = len(window) - 1  # pairs of input and target
-  at = np.arange(start, start + count + 1)
-  document = np.searchsorted(offsets, at, side="right") - 1
-  inside = document[:-1]
+  at = np.arange(count + 1)
+  # Where a segment begins, from the row's start: nothing before it matters.
+  begins = np.concatenate(
+    [[0], borders_within(offsets, start, start + count) - start]
+  )
+  segment = np.searchsorted(begins, at, side="right")
+  inside = segment[:-1]
   row = {
     "inputs": window[:-1],
     "targets": window[1:],
-    "segment_ids": inside - document[:1] + 1,
-    "positions": at[:-1] - np.maximum(offsets[inside], start),
-    "loss_mask": (inside == document[1:]).astype(np.float32),
+    "segment_ids": inside,
+    "positions": at[:-1] - begins[inside - 1],
+    "loss_mask": (inside == segment[1:]).astype(np.float32),
   }
   return {name: _padded(values, length) for name, values in row.items()}
 
