@@ -30,7 +30,13 @@ from gdn2_jax.model.accounting import (
 )
 from gdn2_jax.model.config import KINDS
 from gdn2_jax.model.lm import LM
-from gdn2_jax.sharding import batch_sharding, make_mesh, mesh_shape, use_mesh
+from gdn2_jax.sharding import (
+  MESH_AXES,
+  batch_sharding,
+  make_mesh,
+  mesh_shape,
+  use_mesh,
+)
 from gdn2_jax.train.config import TrainConfig, preflight, validate
 from gdn2_jax.train.optimizer import learning_rate
 from gdn2_jax.train.state import plan_state
@@ -215,8 +221,8 @@ def main(argv: list[str]) -> None:
   cli.refuse_positional(argv, "--config.model.num_layers=12")
   config = cli.read_config(_CONFIG)
   with cli.one_line_errors():
-    mesh = config.mesh
-    named = math.prod(n for n in (mesh.data, mesh.fsdp, mesh.tensor) if n > 0)
+    sizes = (getattr(config.mesh, axis) for axis in MESH_AXES)
+    named = math.prod(n for n in sizes if n > 0)
     num_devices = _DEVICES.value or named
     # Stand-ins on the CPU: planning for eight GPUs takes none.
     jax.config.update("jax_platforms", "cpu")

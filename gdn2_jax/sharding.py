@@ -1,11 +1,12 @@
 """The device mesh, the logical-axis rules, and the checks made before either.
 
 Models name the axes of their arrays ("embed", "heads", ...); RULES says which
-mesh axis each name is split over. The mesh has three axes:
+mesh axis each name is split over. The mesh has four axes:
 
-  data    copies of the parameters, batch rows split
-  fsdp    parameters split by "embed", batch rows split as well
-  tensor  heads, MLP width and vocabulary split
+  data     copies of the parameters, batch rows split
+  fsdp     parameters split by "embed", batch rows split as well
+  tensor   heads, MLP width and vocabulary split
+  context  the tokens of a row split, and parameters by "embed"
 
 Every use goes through `use_mesh`: linen reads only the mesh that
 `jax.set_mesh` installs, so a plain `with mesh:` would silently drop every
@@ -21,13 +22,16 @@ import flax.linen as nn
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "context")
 
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
   ("batch", ("data", "fsdp")),
-  ("length", None),
+  ("length", "context"),
+  # Rows of a lookup in a table that is itself split by "embed": only by the
+  # mesh axes that "embed" leaves free.
+  ("lookup", "data"),
   # Parameters.
-  ("embed", "fsdp"),
+  ("embed", ("fsdp", "context")),
   ("mlp", "tensor"),
   ("heads", "tensor"),
   ("kv_heads", "tensor"),
@@ -51,13 +55,16 @@ class MeshConfig:
     data: copies of the parameters; batch rows are split over data x fsdp.
     fsdp: shards of the parameters and of the optimizer state.
     tensor: shards of heads, MLP width and vocabulary.
+    context: shards of the tokens of every row, for sequences too long for one
+      device; parameters and optimizer state are split over fsdp x context.
 
-  At most one of the three may be -1: all devices that the others leave.
+  At most one of the four may be -1: all devices that the others leave.
   """
 
   data: int = 1
   fsdp: int = 1
   tensor: int = 1
+  context: int = 1
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -68,7 +75,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
     num_devices: how many devices the mesh must use.
 
   Returns:
-    {"data": ..., "fsdp": ..., "tensor": ...}, in mesh order.
+    {"data": ..., "fsdp": ..., "tensor": ..., "context": ...}, in mesh order.
 
   Raises:
     ValueError: a size is neither positive nor -1, two are -1, or the product
@@ -103,7 +110,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-  """The mesh (data, fsdp, tensor) over `devices`, by default all of them.
+  """The mesh of MESH_AXES over `devices`, by default all of them.
 
   Raises:
     ValueError: see `mesh_shape`.
@@ -168,8 +175,8 @@ def shardings_of(boxed: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Sharding of a batch [B, ...]: rows over data and fsdp."""
-  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+  """Sharding of a batch [B, T]: rows over data, fsdp; tokens over context."""
+  return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "context"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -10,6 +10,7 @@ from gdn2_jax.sharding import (
   MESH_AXES,
   RULES,
   MeshConfig,
+  batch_sharding,
   check_divisible,
   make_mesh,
   mesh_shape,
@@ -22,10 +23,11 @@ from gdn2_jax.sharding import (
 @pytest.mark.parametrize(
   ("config", "shape"),
   [
-    (MeshConfig(data=8), (8, 1, 1)),
-    (MeshConfig(data=2, fsdp=-1), (2, 4, 1)),
-    (MeshConfig(data=2, fsdp=2, tensor=2), (2, 2, 2)),
-    (MeshConfig(fsdp=-1, tensor=8), (1, 1, 8)),
+    (MeshConfig(data=8), (8, 1, 1, 1)),
+    (MeshConfig(data=2, fsdp=-1), (2, 4, 1, 1)),
+    (MeshConfig(data=2, fsdp=2, tensor=2), (2, 2, 2, 1)),
+    (MeshConfig(fsdp=-1, tensor=8), (1, 1, 8, 1)),
+    (MeshConfig(fsdp=2, context=-1), (1, 2, 1, 4)),
   ],
 )
 def test_mesh_uses_all_devices(config, shape):
@@ -53,7 +55,7 @@ def test_impossible_meshes_are_refused(config, message):
 
 
 def test_indivisible_sizes_name_flag_dimension_and_axes():
-  shape = {"data": 2, "fsdp": 2, "tensor": 4}
+  shape = {"data": 2, "fsdp": 2, "tensor": 4, "context": 2}
   check_divisible(shape, [("--flag", "batch", 8), ("--flag", "heads", 8)])
   with pytest.raises(
     ValueError, match=r"--batch gives 6 along 'batch'.*data=2 x fsdp=2"
@@ -61,6 +63,8 @@ def test_indivisible_sizes_name_flag_dimension_and_axes():
     check_divisible(shape, [("--batch", "batch", 6)])
   with pytest.raises(ValueError, match=r"--heads gives 2 .*'heads'.*tensor=4"):
     check_divisible(shape, [("--heads", "heads", 2)])
+  with pytest.raises(ValueError, match=r"--seq_len gives 5 .*context=2"):
+    check_divisible(shape, [("--seq_len", "length", 5)])
   assert shards_of("layers", shape) == 1
 
 
@@ -77,7 +81,16 @@ def test_names_become_shardings():
     jax.ShapeDtypeStruct((4, 8, 16), jnp.float32), ("layers", "embed", "mlp")
   )
   sharding = shardings_of({"kernel": boxed}, mesh)["kernel"]
-  assert sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+  assert sharding.spec == PartitionSpec(None, ("fsdp", "context"), "tensor")
+
+
+def test_batches_split_rows_and_tokens_and_all_axes_but_data_hold_shards():
+  mesh = make_mesh(MeshConfig(data=2, context=4))
+  assert batch_sharding(mesh).shard_shape((4, 64)) == (2, 16)
+  boxed = nn.LogicallyPartitioned(
+    jax.ShapeDtypeStruct((8, 16), jnp.float32), ("embed", "mlp")
+  )
+  assert shardings_of(boxed, mesh).shard_shape((8, 16)) == (2, 16)
 
 
 def test_constraints_reach_the_program():

@@ -37,7 +37,10 @@ class TrainConfig:
     grad_accum: microbatches per batch; more of them need less memory.
     seed: of the initial parameters.
     log_every: steps between rows of metrics.jsonl.
-    max_skipped: batches in a row without a finite update before giving up.
+    max_skipped: batches in a row without an update before giving up.
+    watchdog_seconds: longest time a step may take, data included; then the
+      process prints its stacks and ends with exit code 75. 0 = no limit. The
+      first step and evaluations have none, saves ten times as long.
     compilation_cache: keep compiled programs in WORKDIR/.jax_cache, so that a
       relaunch starts in seconds.
   """
@@ -57,6 +60,7 @@ class TrainConfig:
   seed: int = 0
   log_every: int = 10
   max_skipped: int = 10
+  watchdog_seconds: float = 600.0
   compilation_cache: bool = True
 
 
@@ -74,6 +78,9 @@ def validate(config: TrainConfig) -> None:
     _at_least(config.data, name, 1, "--config.data")
   _at_least(config.checkpoint, "keep", 1, "--config.checkpoint")
   _at_least(config.checkpoint, "every_steps", 0, "--config.checkpoint")
+  _at_least(config.checkpoint, "max_failed_saves", 1, "--config.checkpoint")
+  _at_least(config.checkpoint, "restore_step", 0, "--config.checkpoint")
+  _at_least(config, "watchdog_seconds", 0, "--config")
   _at_least(config.eval, "every_steps", 0, "--config.eval")
   _at_least(config.eval, "batches", 0, "--config.eval")
   _at_least(config.eval, "batch_size", 1, "--config.eval")
@@ -113,6 +120,7 @@ def preflight(
       "batch",
       batch_size // config.grad_accum,
     ),
+    ("--config.data.seq_len", "length", config.data.seq_len),
     ("--config.model.model_dim", "embed", model.model_dim),
     ("--config.model.mlp_dim", "mlp", model.mlp_dim),
     ("--config.model.vocab_size", "vocab", model.vocab_size),
