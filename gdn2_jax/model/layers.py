@@ -124,9 +124,15 @@ class Embedding(nn.Module):
       (self.vocab_size, self.model_dim),
       jnp.dtype(self.param_dtype),
     )
+    # Each device looks its channels of the table up, for the rows of all the
+    # devices that share the table; one all-to-all then gives every device its
+    # rows with all their channels. Unless the halfway point is named, XLA may
+    # find no way from one to the other but to replicate the activations.
+    tokens = nn.with_logical_constraint(tokens, ("lookup", None))
     # Filling with NaN turns a token that is out of range into a loud failure
     # where clamping would train on the wrong row.
-    return jnp.take(table.astype(self.dtype), tokens, axis=0, mode="fill")
+    x = jnp.take(table.astype(self.dtype), tokens, axis=0, mode="fill")
+    return nn.with_logical_constraint(x, ("lookup", None, "embed"))
 
 
 class SwiGLU(nn.Module):
