@@ -16,17 +16,10 @@ from gdn2_jax.model.accounting import count_parameters, train_flops_per_token
 from gdn2_jax.model.lm import LM
 from gdn2_jax.sharding import batch_sharding, make_mesh, use_mesh
 from gdn2_jax.train import writer as writer_lib
-from gdn2_jax.train.checkpoint import (
-  Checkpointer,
-  CheckpointError,
-  check_meta,
-  make_meta,
-  read_meta,
-)
+from gdn2_jax.train.checkpoint import Checkpointer, make_meta
 from gdn2_jax.train.config import (
   TrainConfig,
   config_to_json,
-  differences,
   preflight,
   validate,
 )
@@ -36,9 +29,11 @@ from gdn2_jax.train.lock import WorkdirLock
 from gdn2_jax.train.metrics import MetricsReader, Progress
 from gdn2_jax.train.optimizer import learning_rate
 from gdn2_jax.train.preemption import Preemption
-from gdn2_jax.train.state import Blueprint, TrainState, init_state, plan_state
+from gdn2_jax.train.resume import resume
+from gdn2_jax.train.state import TrainState, init_state, plan_state
 from gdn2_jax.train.step import make_train_step
 from gdn2_jax.train.throughput import Throughput
+from gdn2_jax.train.watchdog import Watchdog
 
 _BATCH_KEYS = ("inputs", "targets", "segment_ids", "loss_mask")
 
@@ -79,7 +74,7 @@ def train(
   Raises:
     ValueError: the config, the data or the checkpoint does not fit.
     DivergedError: too many batches in a row without a finite update.
-    Exception: whatever made the last save fail.
+    SaveError: too many saves in a row failed, or the last one did.
   """
   validate(config)
   preflight(config, jax.device_count(), jax.process_count())
@@ -108,15 +103,17 @@ def train(
       mesh,
       schedule=learning_rate(config.optimizer, config.num_steps),
       accumulate=config.grad_accum,
+      skip_norm=config.optimizer.skip_norm,
     )
 
-    checkpointer = Checkpointer(root / "checkpoints", config.checkpoint)
+    checkpointer = Checkpointer(root / "checkpoints", config.checkpoint, say)
     # A failed background save surfaces here, so the exit code shows it.
     stack.callback(checkpointer.close)
     meta = make_meta(config, dataset.fingerprint, versions, blueprint.abstract)
-    state, step = _resume_or_init(
-      config, model, blueprint, checkpointer, meta, say
+    resumed = resume(
+      config.checkpoint, checkpointer, blueprint.abstract, meta, say
     )
+    state, step = resumed or (init_state(model, blueprint, config.seed), 0)
     if first:
       _describe_run(root, config, versions, dataset)
 
@@ -128,6 +125,7 @@ def train(
         Progress(step, config.num_steps, say if first else None)
       )
     )
+    watchdog = stack.enter_context(Watchdog(config.watchdog_seconds))
     result = _run_steps(
       config,
       state,
@@ -141,21 +139,24 @@ def train(
       throughput=throughput,
       progress=progress,
       beat=lock.beat if lock else (lambda: None),
+      watchdog=watchdog,
     )
-    checkpointer.wait()
+    with watchdog.saving():
+      checkpointer.wait()
     if result.stopped_by:
       say(f"{result.stopped_by}: saved step {result.step}, stopping")
     else:
       progress.close()
-      finish(
-        config,
-        root,
-        result.state.params,
-        dataset,
-        step=result.step,
-        writer=writer,
-        say=say,
-      )
+      with watchdog.paused():
+        finish(
+          config,
+          root,
+          result.state.params,
+          dataset,
+          step=result.step,
+          writer=writer,
+          say=say,
+        )
   return result
 
 
@@ -173,6 +174,7 @@ def _run_steps(
   throughput: Throughput,
   progress: Progress,
   beat: Callable[[], None],
+  watchdog: Watchdog,
 ) -> Result:
   """The loop: dispatch a step, read the step before, save and evaluate."""
   reader = MetricsReader(
@@ -198,20 +200,25 @@ def _run_steps(
       step += 1
       reader.push(step, metrics)
       beat()
+      if step > first_step + 1:
+        # A step has been read back; the first one may have compiled for long.
+        watchdog.beat()
 
       if preemption.due(step):
         stopped_by = preemption.reason
       last = step == config.num_steps
       if _is_due(step, config.eval.every_steps) and not (last or stopped_by):
         reader.pause()
-        reports = evaluate(config, state.params, dataset, multiples=(1,))
+        with watchdog.paused():
+          reports = evaluate(config, state.params, dataset, multiples=(1,))
         writer.write(step, "eval", eval_row(reports, (1,)))
         progress.say(f"step {step:>6}  validation {brief(reports[0])}")
       if last or stopped_by or _is_due(step, config.checkpoint.every_steps):
         # The rows up to a step are on disk before its checkpoint is: a resume
         # drops later rows and finds no gap.
         reader.pause()
-        checkpointer.save(step, state, meta)
+        with watchdog.saving():
+          checkpointer.save(step, state, meta)
   reader.flush()
   return Result(state=state, step=step, stopped_by=stopped_by)
 
@@ -228,38 +235,6 @@ def put_batch(
     name: jax.make_array_from_process_local_data(sharding, batch[name])
     for name in _BATCH_KEYS
   }
-
-
-def _resume_or_init(
-  config: TrainConfig,
-  model: LM,
-  blueprint: Blueprint,
-  checkpointer: Checkpointer,
-  meta: dict[str, Any],
-  say: Say,
-) -> tuple[TrainState, int]:
-  """The state to start from, and the finished steps in it.
-
-  The policy, so that relaunching the same command always does the right thing:
-   1. The newest complete checkpoint of the workdir wins.
-   2. It must hold the same architecture, shapes and dtypes, and come from the
-      same data in the same order; else the run is refused, never restarted.
-   3. Other fields (learning rate, steps, mesh, microbatches) may change; the
-      changes are printed.
-   4. Without a checkpoint the run starts from the seed.
-  """
-  step = checkpointer.latest_step()
-  if step is None:
-    return init_state(model, blueprint, config.seed), 0
-  saved = read_meta(checkpointer.directory, step)
-  check_meta(saved, meta, allow_data_change=config.checkpoint.allow_data_change)
-  for line in differences(saved["config"], meta["config"], "--config"):
-    say(f"changed since the checkpoint: {line}")
-  state = checkpointer.restore(step, blueprint.abstract)
-  if int(jax.device_get(state.step)) != step:
-    raise CheckpointError(f"checkpoint {step} holds another step's state")
-  say(f"resumed from step {step}")
-  return state, step
 
 
 def _check_vocabulary(config: TrainConfig, dataset: Any) -> None:

@@ -37,6 +37,8 @@ class OptimizerConfig:
       the paper does; "matrices" leaves out vectors and scalars (norm weights,
       biases, A_log, dt_bias).
     clip_norm: largest global norm of the gradient; 0 turns clipping off.
+    skip_norm: batches whose gradient norm before clipping is larger are left
+      out and counted, like those that are not finite; 0 leaves none out.
   """
 
   lr: float = 4e-4
@@ -48,6 +50,7 @@ class OptimizerConfig:
   weight_decay: float = 0.1
   decay_mask: str = "all"
   clip_norm: float = 1.0
+  skip_norm: float = 0.0
 
 
 def validate(config: OptimizerConfig) -> None:
@@ -72,6 +75,7 @@ def validate(config: OptimizerConfig) -> None:
   require(config.eps > 0, "eps", "a positive number")
   require(config.weight_decay >= 0, "weight_decay", "0 or more")
   require(config.clip_norm >= 0, "clip_norm", "0 (no clipping) or more")
+  require(config.skip_norm >= 0, "skip_norm", "0 (skip none) or more")
   require(
     config.decay_mask in DECAY_MASKS, "decay_mask", f"one of {DECAY_MASKS}"
   )

@@ -97,6 +97,7 @@ def make_train_step(
   *,
   schedule: Callable[[Any], Array],
   accumulate: int = 1,
+  skip_norm: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The jitted step: (state, batch) -> (state, metrics); donates the state.
 
@@ -110,6 +111,8 @@ def make_train_step(
     mesh: the devices; call the step under `gdn2_jax.sharding.use_mesh`.
     schedule: learning rate of a step, only reported here.
     accumulate: microbatches per batch.
+    skip_norm: skip, as if it were not finite, an update whose gradient norm
+      before clipping is larger; 0 skips none.
 
   Returns:
     A function whose metrics are scalars: loss (nats per token), grad_norm
@@ -122,6 +125,8 @@ def make_train_step(
     grads = jax.lax.with_sharding_constraint(grads, blueprint.shardings.params)
     grad_norm = optax.tree.norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    if skip_norm:
+      ok &= grad_norm <= skip_norm
     updates, opt_state = blueprint.optimizer.update(
       grads, state.opt_state, state.params
     )
