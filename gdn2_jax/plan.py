@@ -39,7 +39,7 @@ from gdn2_jax.sharding import (
 )
 from gdn2_jax.train.config import TrainConfig, preflight, validate
 from gdn2_jax.train.optimizer import learning_rate
-from gdn2_jax.train.state import plan_state
+from gdn2_jax.train.state import TrainState, plan_state
 from gdn2_jax.train.step import make_train_step
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -113,8 +113,19 @@ def plan(
   return figures
 
 
-def _step_memory(config: TrainConfig, num_devices: int) -> dict[str, Any]:
-  """Bytes of the compiled training step; nothing is allocated."""
+def compiled_step(
+  config: TrainConfig, num_devices: int, options: dict[str, Any] | None = None
+) -> tuple[jax.stages.Compiled, TrainState]:
+  """Compiles the training step for arrays that do not exist.
+
+  Args:
+    config: the experiment.
+    num_devices: the first so many devices take part.
+    options: compiler options of XLA.
+
+  Returns:
+    The program, and the state it takes as shapes that carry their shardings.
+  """
   devices = jax.devices()[:num_devices]
   with use_mesh(make_mesh(config.mesh, devices)) as mesh:
     model = LM(config.model)
@@ -127,15 +138,18 @@ def _step_memory(config: TrainConfig, num_devices: int) -> dict[str, Any]:
       schedule=schedule,
       accumulate=config.grad_accum,
     )
-    start = time.perf_counter()
-    compiled = step.lower(
-      blueprint.abstract, _abstract_batch(config.data, mesh)
-    ).compile()
-    seconds = time.perf_counter() - start
+    lowered = step.lower(blueprint.abstract, _abstract_batch(config.data, mesh))
+    return lowered.compile(compiler_options=options), blueprint.abstract
+
+
+def _step_memory(config: TrainConfig, num_devices: int) -> dict[str, Any]:
+  """Bytes of the compiled training step; nothing is allocated."""
+  start = time.perf_counter()
+  compiled, state = compiled_step(config, num_devices)
+  seconds = time.perf_counter() - start
   stats = compiled.memory_analysis()
   sizes = {
-    name: _shard_bytes(getattr(blueprint.abstract, name))
-    for name in ("params", "opt_state")
+    name: _shard_bytes(getattr(state, name)) for name in ("params", "opt_state")
   }
   # Outputs that reuse the donated arguments' memory are counted once.
   outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
@@ -146,7 +160,7 @@ def _step_memory(config: TrainConfig, num_devices: int) -> dict[str, Any]:
     "arguments": stats.argument_size_in_bytes,
     "temporaries": stats.temp_size_in_bytes,
     "total": total,
-    "compiled_for": devices[0].platform,
+    "compiled_for": jax.default_backend(),
     "compile_seconds": round(seconds, 1),
   }
 
