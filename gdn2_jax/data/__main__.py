@@ -1,23 +1,27 @@
-"""Packs a corpus into a folder, or looks into one.
+"""Packs text into a folder of rows, or looks into one.
 
-  python -m gdn2_jax.data embedded --out=DIR [--tokenizer=bpe-4096] [--seed=0]
+  python -m gdn2_jax.data fineweb_edu sample-10BT --out=DIR --tokenizer=FILE
+  python -m gdn2_jax.data fineweb_edu --local=FOLDER --out=DIR
   python -m gdn2_jax.data text PATH --out=DIR
+  python -m gdn2_jax.data embedded --out=DIR [--tokenizer=bpe-4096] [--seed=0]
   python -m gdn2_jax.data inspect DIR [--split=validation] [--row=N]
 
 A folder made here can be named as `data.source` of a training configuration.
-Exit status: 0 done, 2 refused (the reason is on standard error).
+A command that was killed goes on where it was when it runs again.
+Exit status: 0 done, 2 refused (the reason is on standard error), 130 Ctrl-C.
 """
 
 import argparse
+import os
+import pathlib
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import tqdm
 
+from gdn2_jax.data import build, fineweb_edu, packed, packing, plan, report
 from gdn2_jax.data import corpus as corpora
-from gdn2_jax.data import packing
-from gdn2_jax.data.rows import PackedRows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,14 +34,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     The exit status.
   """
   arguments = _parser().parse_args(argv)
+  run = {
+    "inspect": _inspect,
+    "fineweb_edu": _fineweb_edu,
+    "text": _text,
+    "tfds": _tfds,
+  }
   try:
-    if arguments.command == "inspect":
-      _inspect(arguments.folder, arguments.split, arguments.row, arguments.len)
-    else:
-      _pack(arguments)
-  except (ValueError, OSError) as error:
+    run.get(arguments.command, _pack)(arguments)
+  except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
+  except KeyboardInterrupt:
+    print("interrupted; the same command goes on from here", file=sys.stderr)
+    return 130
   return 0
 
 
@@ -46,33 +56,34 @@ def _parser() -> argparse.ArgumentParser:
   strict = {"allow_abbrev": False}
   parser = argparse.ArgumentParser(
     prog="python -m gdn2_jax.data",
-    description="Pack a corpus into a folder of rows, or look into one.",
+    description="Pack text into a folder of rows, or look into one.",
     **strict,
   )
   commands = parser.add_subparsers(dest="command", required=True)
+
+  def add(name: str, text: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=text, description=text, **strict)
+
+  fineweb = add("fineweb_edu", "pack FineWeb-Edu, downloaded or brought")
+  _add_fineweb_flags(fineweb)
+  _add_output_flags(fineweb, "bpe-32000")
+  _add_build_flags(fineweb)
+  text = add("text", "pack .parquet, .jsonl and .txt files")
+  text.add_argument("path", help="a file, or a folder of them at any depth")
+  _add_output_flags(text, "bpe-4096")
+  _add_build_flags(text)
   described = {
-    "embedded": "the documentation that comes with this Python (2.5 MB)",
-    "snapshot": "a frozen excerpt of it (0.2 MB)",
-    "text": "a .txt or .jsonl file, or a folder of them",
+    "embedded": "pack the documentation that comes with this Python (2.5 MB)",
+    "snapshot": "pack a frozen excerpt of it (0.2 MB)",
   }
-  for name, text in described.items():
-    command = commands.add_parser(name, help=f"pack {text}", **strict)
-    if name == "text":
-      command.add_argument("path", help="file or folder to read")
-    command.add_argument("--out", required=True, help="folder to make")
-    command.add_argument(
-      "--tokenizer",
-      default="bpe-4096",
-      help="bytes, bpe-N or the path of a tokenizer.json (default: bpe-4096)",
-    )
-    command.add_argument(
-      "--seed", type=int, default=0, help="of the document order (default: 0)"
-    )
-  inspect = commands.add_parser(
-    "inspect", help="verify a packed folder and show one row", **strict
-  )
+  for name, description in described.items():
+    _add_output_flags(add(name, description), "bpe-4096")
+  tfds = add("tfds", "prepare FineWeb-Edu as a TFDS dataset of ArrayRecords")
+  _add_fineweb_flags(tfds)
+  tfds.add_argument("--out", required=True, help="data_dir of TFDS")
+  inspect = add("inspect", "verify a packed folder and show one row")
   inspect.add_argument("folder", help="a packed folder")
-  inspect.add_argument("--split", choices=packing.SPLITS, default="train")
+  inspect.add_argument("--split", choices=packed.SPLITS, default="train")
   inspect.add_argument("--row", type=int, default=0, help="index (default: 0)")
   inspect.add_argument(
     "--len", type=int, default=256, help="tokens of a row (default: 256)"
@@ -80,78 +91,218 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
+def _add_fineweb_flags(command: argparse.ArgumentParser) -> None:
+  command.add_argument(
+    "config",
+    nargs="?",
+    default="",
+    help=f"{', '.join(fineweb_edu.FOLDERS)}, or a dump such as"
+    " CC-MAIN-2024-10; may be left out with --local",
+  )
+  command.add_argument(
+    "--local", help="read parquet files of this folder, download nothing"
+  )
+  command.add_argument(
+    "--download_dir",
+    default="data/fineweb_edu_files",
+    help="where downloads are kept (default: %(default)s)",
+  )
+  command.add_argument(
+    "--revision",
+    default=fineweb_edu.REVISION,
+    help="commit of the repository (default: v1.4.0, %(default).12s)",
+  )
+  command.add_argument(
+    "--max_files", type=int, help="take only so many files, one is held out"
+  )
+  command.add_argument(
+    "--checksums", help="file of `sha256sum` lines that the inputs must match"
+  )
+
+
+def _add_output_flags(command: argparse.ArgumentParser, tokenizer: str) -> None:
+  command.add_argument("--out", required=True, help="folder to make")
+  command.add_argument(
+    "--tokenizer",
+    default=tokenizer,
+    help="bytes, bpe-N, or the path of a tokenizer.json or SentencePiece"
+    " tokenizer.model (default: %(default)s)",
+  )
+  command.add_argument(
+    "--seed", type=int, default=0, help="of the document order (default: 0)"
+  )
+
+
+def _add_build_flags(command: argparse.ArgumentParser) -> None:
+  command.add_argument(
+    "--workers",
+    type=int,
+    default=os.cpu_count() or 1,
+    help="processes (default: %(default)s, one per core)",
+  )
+  command.add_argument(
+    "--validation_files",
+    default="",
+    help="input files to hold out, names or patterns with commas between",
+  )
+  command.add_argument(
+    "--validation_fraction",
+    type=float,
+    help="share of documents to hold out where no file is",
+  )
+  command.add_argument(
+    "--shard_tokens",
+    type=int,
+    default=plan.SHARD_TOKENS,
+    help="tokens of a shard, about (default: %(default)s)",
+  )
+  command.add_argument(
+    "--skip_bad_shards",
+    action="store_true",
+    help="leave out and count what cannot be read, instead of stopping",
+  )
+
+
+def _fineweb_edu(arguments: argparse.Namespace) -> None:
+  paths, checksums, revision = _fineweb_files(arguments)
+  if arguments.checksums:
+    checksums = _read_checksums(arguments.checksums, list(paths))
+  held_out = arguments.validation_files
+  if not held_out and arguments.validation_fraction is None:
+    held_out = ",".join(fineweb_edu.held_out_files(list(paths)))
+  source = fineweb_edu.source_entry(arguments.config, revision=revision)
+  _build(arguments, paths, source, held_out, 0.01, checksums)
+
+
+def _fineweb_files(
+  arguments: argparse.Namespace,
+) -> tuple[dict[str, pathlib.Path], dict[str, str], str | None]:
+  """name -> path, name -> SHA-256 where known, and the commit if known."""
+  if arguments.config:
+    fineweb_edu.folder_of(arguments.config)
+  if arguments.max_files is not None and arguments.max_files < 1:
+    raise ValueError(f"max_files={arguments.max_files}: expected at least 1")
+  if arguments.local:
+    paths = fineweb_edu.local_files(arguments.local, arguments.config)
+    kept = sorted(paths)[: arguments.max_files]
+    return {name: paths[name] for name in kept}, {}, None
+  if not arguments.config:
+    raise ValueError(
+      f"config: expected one of {', '.join(fineweb_edu.FOLDERS)}, a dump such"
+      " as CC-MAIN-2024-10, or --local=FOLDER"
+    )
+  return fineweb_edu.download(
+    arguments.config,
+    arguments.download_dir,
+    revision=arguments.revision,
+    limit=arguments.max_files,
+    say=_say,
+  )
+
+
+def _text(arguments: argparse.Namespace) -> None:
+  paths = plan.input_names(arguments.path)
+  source = {"kind": "text", "name": pathlib.Path(arguments.path).name}
+  _build(arguments, paths, source, arguments.validation_files, 0.1, {})
+
+
+def _build(
+  arguments: argparse.Namespace,
+  paths: dict[str, pathlib.Path],
+  source: Any,
+  held_out: str,
+  fraction: float,
+  checksums: dict[str, str],
+) -> None:
+  if arguments.validation_fraction is not None:
+    fraction = arguments.validation_fraction
+  if arguments.workers < 0:
+    raise ValueError(f"workers={arguments.workers}: expected at least 0")
+  built = build.build_rows(
+    paths,
+    arguments.out,
+    plan.Options(
+      tokenizer=arguments.tokenizer,
+      seed=arguments.seed,
+      validation_files=tuple(name for name in held_out.split(",") if name),
+      validation_fraction=fraction,
+      shard_tokens=arguments.shard_tokens,
+      skip_bad=arguments.skip_bad_shards,
+    ),
+    source=source,
+    checksums=checksums,
+    workers=arguments.workers,
+    bar=_bar,
+    say=_say,
+  )
+  report.print_manifest(built.packed)
+  report.print_row(built.packed, "train", 0, 256)
+  if built.rates is None:
+    print("already complete, nothing was done")
+  else:
+    report.print_rates(built.rates, arguments.workers)
+
+
+def _read_checksums(path: str, names: list[str]) -> dict[str, str]:
+  """Lines "<sha256>  <name>" as sha256sum prints them, matched by name."""
+  found = {}
+  lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+  for number, line in enumerate(lines, start=1):
+    digest, _, name = line.strip().partition(" ")
+    name = name.lstrip(" *")
+    if not name and not digest:
+      continue
+    if len(digest) != 64 or not name:
+      raise ValueError(f"{path}:{number}: expected '<sha256>  <file name>'")
+    for known in names:
+      if name == known or name.endswith(f"/{known}"):
+        found[known] = digest.lower()
+  if missing := sorted(set(names) - set(found)):
+    raise ValueError(f"{path}: no line for {missing[0]}")
+  return found
+
+
+def _tfds(arguments: argparse.Namespace) -> None:
+  from gdn2_jax.data import tfds_builder
+
+  if not arguments.local:
+    _fineweb_files(arguments)
+  folder = arguments.local or arguments.download_dir
+  builder = tfds_builder.prepare(
+    folder, arguments.out, config=arguments.config or "local"
+  )
+  print(builder.info)
+
+
 def _pack(arguments: argparse.Namespace) -> None:
-  named = arguments.command in corpora.SOURCES
-  source = arguments.command if named else arguments.path
-  packed = packing.pack_corpus(
-    corpora.read_corpus(source),
+  found = packing.pack_corpus(
+    corpora.read_corpus(arguments.command),
     arguments.out,
     tokenizer_spec=arguments.tokenizer,
     seed=arguments.seed,
     progress=_with_bar,
   )
-  _print_manifest(packed)
-  _print_row(packed, "train", 0, 256)
+  report.print_manifest(found)
+  report.print_row(found, "train", 0, 256)
 
 
-def _inspect(folder: str, split: str, row: int, length: int) -> None:
-  packed = packing.open_packed(folder)
-  _print_manifest(packed)
+def _inspect(arguments: argparse.Namespace) -> None:
+  found = packing.open_packed(arguments.folder)
+  report.print_manifest(found)
   print("all sizes and hashes match the manifest")
-  _print_row(packed, split, row, length)
+  report.print_row(found, arguments.split, arguments.row, arguments.len)
 
 
 def _with_bar(batches: Iterable[Any], label: str) -> Iterable[Any]:
   return tqdm.tqdm(batches, desc=f"tokenize {label}", unit="batch")
 
 
-def _print_manifest(packed: packing.Packed) -> None:
-  manifest = packed.manifest
-  tokenizer = manifest["tokenizer"]
-  print(f"{packed.path}")
-  print(
-    f"  source {manifest['source']} (sha256 {manifest['corpus_sha256'][:16]},"
-    f" Python {manifest['python']}), document seed {manifest['seed']},"
-    f" {manifest['invalid_utf8_documents']} documents with invalid UTF-8"
-  )
-  print(
-    f"  tokenizer {tokenizer['spec']} (sha256 {tokenizer['sha256'][:16]}),"
-    f" {tokenizer['vocab_size']} ids, EOS {tokenizer['eos_id']};"
-    f" {manifest['eos_policy']}"
-  )
-  for split in packing.SPLITS:
-    entry = manifest["splits"][split]
-    text_tokens = entry["tokens"] - entry["documents"]
-    ratio = f"{entry['bytes'] / text_tokens:.3f}" if text_tokens else "no"
-    print(
-      f"  {split}: {entry['documents']} documents ({entry['empty_documents']}"
-      f" empty ones left out), {entry['bytes']} bytes, {entry['tokens']}"
-      f" tokens, {ratio} bytes/token"
-    )
-    for name, recorded in entry["files"].items():
-      print(f"    {name}: {recorded['size']} bytes, {recorded['sha256']}")
+def _bar(label: str, unit: str, total: int) -> Any:
+  return tqdm.tqdm(total=total, desc=label, unit=unit, unit_scale=True)
 
 
-def _print_row(
-  packed: packing.Packed, split: str, index: int, length: int
-) -> None:
-  """Decodes one row, with a line at each document border."""
-  rows = PackedRows(
-    packed.tokens[split], packed.offsets[split], length, keep_partial=True
-  )
-  if not 0 <= index < len(rows):
-    raise ValueError(
-      f"row={index}: the {split} split has {len(rows)} rows of {length} tokens"
-    )
-  row = rows[index]
-  predicted = int(row["loss_mask"].sum())
-  print(f"{split} row {index}: {predicted} of {length} targets count")
-  for segment in range(1, row["segment_ids"].max() + 1):
-    ids = row["inputs"][row["segment_ids"] == segment]
-    closed = ids[-1] == packed.tokenizer.eos_id
-    end = "ends here" if closed else "goes on in the next row"
-    print(f"----- segment {segment}: {len(ids)} tokens, {end} -----")
-    print(packed.tokenizer.decode(ids))
+def _say(line: str) -> None:
+  tqdm.tqdm.write(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -147,10 +147,15 @@ def split_documents(
     )
   train, validation = [], []
   for document in documents:
-    digest = files.sha256_bytes(f"{_SPLIT_SALT}:{document.sha256}".encode())
-    held_out = int(digest[:16], 16) < validation_fraction * 2.0**64
+    held_out = is_held_out(document.sha256, validation_fraction)
     (validation if held_out else train).append(document)
   return train, validation
+
+
+def is_held_out(text_sha256: str, validation_fraction: float) -> bool:
+  """Whether a text, given by its hex SHA-256, is one of the held-out ones."""
+  digest = files.sha256_bytes(f"{_SPLIT_SALT}:{text_sha256}".encode())
+  return int(digest[:16], 16) < validation_fraction * 2.0**64
 
 
 def shuffle_documents(

@@ -5,8 +5,7 @@ and where each begins, plus the tokenizer and a manifest with the hash of
 every file:
 
   manifest.json      format, counts, hashes, tokenizer, origin of the text
-  tokenizer.json     see `gdn2_jax.data.tokenizer` (tokenizer.model for
-                     SentencePiece)
+  tokenizer.json     see `gdn2_jax.data.tokenizer`
   SPLIT.tokens.bin   little-endian uint16 (uint32 from 65536 ids on)
   SPLIT.offsets.bin  little-endian int64 [documents + 1], first token of each
 
@@ -80,12 +79,12 @@ def open_packed(
   """
   path = pathlib.Path(path)
   manifest = read_manifest(path / "manifest.json")
-  name = manifest["tokenizer"].get("file", "tokenizer.json")
-  tokenizer = load_tokenizer(path / name)
+  tokenizer = load_tokenizer(path / "tokenizer.json")
   expected = manifest["tokenizer"]["sha256"]
   if tokenizer.sha256 != expected:
     raise ValueError(
-      f"{path / name}: sha256 {tokenizer.sha256}, the manifest says {expected}"
+      f"{path / 'tokenizer.json'}: sha256 {tokenizer.sha256}, the manifest"
+      f" says {expected}"
     )
   recorded = [
     (path / name, entry)
@@ -142,15 +141,9 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
     identity(manifest)
     for split in SPLITS:
       _check_entry(split, manifest["splits"][split], manifest["version"])
-    # A manifest must not point outside its folder.
-    if (name := manifest["tokenizer"].get("file", "")) not in _TOKENIZERS:
-      raise ValueError(f"tokenizer file is {name!r}")
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f"{path}: not a valid manifest: {error}") from error
   return manifest
-
-
-_TOKENIZERS = ("", "tokenizer.json", "tokenizer.model")
 
 
 def identity(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,315 @@
+"""The two passes of a build, each a function of its task alone.
+
+First pass, once per unit of input: tokenise its documents and write them down
+grouped by bucket. Second pass, once per bucket: collect a bucket's documents
+from all units, order them, write one shard. A document's key is a hash of the
+seed and of where it stands in the input; a bucket is a range of keys and is
+ordered by key, so the shards end to end are all documents in an order drawn
+uniformly from all orders, while no more than one bucket is in memory.
+
+Every file is renamed into place when it is whole. A unit's or a shard's JSON
+record comes last: what has one is done, and is not done again.
+"""
+
+import dataclasses
+import json
+import pathlib
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from gdn2_jax.data import corpus, files, inputs, packed, shards
+from gdn2_jax.data.tokenizer import Tokenizer
+
+# Longer documents are tokenised in pieces, which bounds memory and time; they
+# stay one document.
+LONG_BYTES = 1 << 20
+
+COUNTS = (
+  "documents",
+  "empty_documents",
+  "invalid_utf8_documents",
+  "nul_documents",
+  "long_documents",
+  "tokens",
+  "bytes",
+  "predicted_bytes",
+)
+
+_BATCH_BYTES = 1 << 20
+_DOCUMENT = np.dtype([("key", "<u8"), ("length", "<u4")])
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+  """What one task of the first pass reads.
+
+  Attributes:
+    index: number of the unit.
+    parts: stretches of files, with the number of each one's file.
+    split: the split of all its documents; "" where the text's hash decides.
+    size: bytes of text, as the files declare them.
+  """
+
+  index: int
+  parts: tuple[tuple[int, inputs.Part], ...]
+  split: str
+  size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What both passes need to know; the same for every task of a build.
+
+  Attributes:
+    folder: the unfinished folder.
+    seed: of the document order.
+    buckets: shards of each split.
+    validation_fraction: share of documents held out, where no file is.
+    skip_bad: leave out and count what cannot be read.
+  """
+
+  folder: pathlib.Path
+  seed: int
+  buckets: dict[str, int]
+  validation_fraction: float
+  skip_bad: bool
+
+  def unit_path(self, index: int, suffix: str) -> pathlib.Path:
+    """A file of a unit; suffix "tokens", "documents" or "json"."""
+    return self.folder / "units" / f"{index:06d}.{suffix}"
+
+  def shard_record(self, split: str, index: int) -> pathlib.Path:
+    """The JSON record of a finished shard."""
+    return self.folder / "records" / f"{split}-{index:05d}.json"
+
+
+def spill_unit(unit: Unit, recipe: Recipe, tokenizer: Tokenizer) -> dict:
+  """Tokenises a unit's documents and writes them grouped by bucket.
+
+  Returns:
+    The unit's record: counts per split, what was left out, and the place and
+    checksum of each bucket.
+
+  Raises:
+    BadInputError: for input that cannot be read, unless it is to be skipped.
+  """
+  counts = {split: dict.fromkeys(COUNTS, 0) for split in packed.SPLITS}
+  bad: list[inputs.Bad] = []
+  keys, buckets, ids = [], [], []
+  dtype = packed.token_dtype(tokenizer.vocab_size).newbyteorder("<")
+  texts = _texts(unit, recipe, bad)
+  for batch in _batches(texts):
+    encoded = encode_documents([text.text for _, text in batch], tokenizer)
+    for (file, text), tokens in zip(batch, encoded, strict=True):
+      split = unit.split or _split_of(text.text, recipe.validation_fraction)
+      _count(counts[split], text, tokens, tokenizer)
+      if not text.text:
+        continue
+      assert min(tokens) >= 0 and max(tokens) < tokenizer.vocab_size
+      key = document_key(recipe.seed, file, text.place)
+      keys.append(key)
+      buckets.append(_bucket(key, split, recipe.buckets))
+      ids.append(np.asarray(tokens, dtype))
+  order = np.argsort(np.asarray(buckets, np.int64), kind="stable")
+  documents = np.zeros(len(order), _DOCUMENT)
+  documents["key"] = np.asarray(keys, np.uint64)[order]
+  documents["length"] = [len(ids[i]) for i in order]
+  data = b"".join(ids[i].tobytes() for i in order)
+  record = {
+    "counts": counts,
+    "bad": [dataclasses.asdict(entry) for entry in bad],
+    "buckets": _pointers(
+      np.asarray(buckets, np.int64)[order], documents, data, dtype.itemsize
+    ),
+  }
+  files.write_atomic(recipe.unit_path(unit.index, "tokens"), data)
+  files.write_atomic(
+    recipe.unit_path(unit.index, "documents"), documents.tobytes()
+  )
+  files.write_atomic(
+    recipe.unit_path(unit.index, "json"), json.dumps(record).encode()
+  )
+  return record
+
+
+def merge_bucket(
+  split: str,
+  index: int,
+  pieces: Iterable[tuple[int, list[int]]],
+  recipe: Recipe,
+  dtype: np.dtype,
+) -> dict[str, Any]:
+  """Orders the documents of one bucket and writes them as one shard.
+
+  Args:
+    split: "train" or "validation".
+    index: of the shard within the split.
+    pieces: unit index and what its record says of this bucket.
+    recipe: of the build.
+    dtype: of the tokens.
+
+  Returns:
+    The record: size and SHA-256 of the shard's files, documents and tokens.
+
+  Raises:
+    ValueError: if a file of the first pass was damaged since, by name.
+  """
+  found = [_read_piece(unit, where, recipe, dtype) for unit, where in pieces]
+  documents = np.concatenate([np.zeros(0, _DOCUMENT), *(d for d, _ in found)])
+  tokens = np.concatenate([np.zeros(0, dtype), *(t for _, t in found)])
+  del found
+  lengths = documents["length"].astype(np.int64)
+  starts = np.cumsum(lengths) - lengths
+  order = np.argsort(documents["key"], kind="stable")
+  ordered = np.empty_like(tokens)
+  at = 0
+  for i in order:
+    ordered[at : at + lengths[i]] = tokens[starts[i] : starts[i] + lengths[i]]
+    at += lengths[i]
+  offsets = np.concatenate([[0], np.cumsum(lengths[order])]).astype("<i8")
+  record = {"documents": len(order), "tokens": len(ordered), "files": {}}
+  for kind, array in (("tokens", ordered), ("offsets", offsets)):
+    name, data = shards.shard_name(split, index, kind), array.tobytes()
+    files.write_atomic(recipe.folder / name, data)
+    record["files"][name] = {
+      "size": len(data),
+      "sha256": files.sha256_bytes(data),
+    }
+  path = recipe.shard_record(split, index)
+  files.write_atomic(path, json.dumps(record).encode())
+  return record
+
+
+def document_key(seed: int, file: int, place: int) -> int:
+  """A uniform 64-bit number: SHA-256 of the seed and the document's place."""
+  return int(files.sha256_bytes(f"{seed}:{file}:{place}".encode())[:16], 16)
+
+
+def encode_documents(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+  """Ids of documents, each with its EOS; an empty document gets EOS alone."""
+  pieces = [pieces_of(text) for text in texts]
+  encoded = iter(tokenizer.encode_batch(p for group in pieces for p in group))
+  documents = []
+  for group in pieces:
+    ids = [token for _ in group for token in next(encoded)]
+    documents.append([*ids, tokenizer.eos_id])
+  return documents
+
+
+def pieces_of(text: str, limit: int = LONG_BYTES) -> list[str]:
+  """A text in pieces of at most `limit` characters, cut before white space.
+
+  Joined they are the text; most texts are one piece. Around a cut the tokens
+  may differ from those of the whole.
+  """
+  pieces = []
+  start = 0
+  while len(text) - start > limit:
+    stop = start + limit
+    # A word longer than this is no word.
+    tail = text[max(start + 1, stop - 1000) : stop]
+    spaces = [i for i, char in enumerate(tail) if char.isspace()]
+    if spaces:
+      stop -= len(tail) - spaces[-1]
+    pieces.append(text[start:stop])
+    start = stop
+  if start < len(text):
+    pieces.append(text[start:])
+  return pieces
+
+
+def _texts(
+  unit: Unit, recipe: Recipe, bad: list[inputs.Bad]
+) -> Iterator[tuple[int, inputs.Text]]:
+  skip = bad.append if recipe.skip_bad else None
+  for file, part in unit.parts:
+    for text in inputs.read_part(part, skip):
+      yield file, text
+
+
+def _batches(texts: Iterable[Any]) -> Iterator[list[Any]]:
+  batch, size = [], 0
+  for item in texts:
+    batch.append(item)
+    size += len(item[1].text)
+    if size >= _BATCH_BYTES:
+      yield batch
+      batch, size = [], 0
+  if batch:
+    yield batch
+
+
+def _split_of(text: str, fraction: float) -> str:
+  held_out = corpus.is_held_out(files.sha256_bytes(text.encode()), fraction)
+  return "validation" if held_out else "train"
+
+
+def _count(
+  counts: dict[str, int],
+  text: inputs.Text,
+  tokens: list[int],
+  tokenizer: Tokenizer,
+) -> None:
+  if not text.text:
+    counts["empty_documents"] += 1
+    return
+  size = len(text.text.encode())
+  counts["documents"] += 1
+  counts["invalid_utf8_documents"] += text.is_invalid_utf8
+  counts["nul_documents"] += "\0" in text.text
+  counts["long_documents"] += len(text.text) > LONG_BYTES
+  counts["tokens"] += len(tokens)
+  counts["bytes"] += size
+  counts["predicted_bytes"] += size - len(tokenizer.token_bytes(tokens[0]))
+
+
+def _bucket(key: int, split: str, buckets: dict[str, int]) -> int:
+  """Number of a bucket, those of validation after those of train."""
+  within = key * buckets[split] >> 64
+  return within + (buckets["train"] if split == "validation" else 0)
+
+
+def _pointers(
+  buckets: np.ndarray, documents: np.ndarray, data: bytes, itemsize: int
+) -> dict[str, list[int]]:
+  """Bucket -> [first document, documents, first token, tokens, CRCs]."""
+  pointers = {}
+  ends = np.concatenate([[0], np.cumsum(documents["length"], dtype=np.int64)])
+  numbers, firsts = np.unique(buckets, return_index=True)
+  stops = [*firsts[1:], len(buckets)]
+  for number, first, stop in zip(numbers, firsts, stops, strict=True):
+    low, high = int(ends[first]), int(ends[stop])
+    pointers[str(number)] = [
+      int(first),
+      int(stop - first),
+      low,
+      high - low,
+      zlib.crc32(documents[first:stop].tobytes()),
+      zlib.crc32(memoryview(data)[low * itemsize : high * itemsize]),
+    ]
+  return pointers
+
+
+def _read_piece(
+  unit: int, where: list[int], recipe: Recipe, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+  first, count, low, length, *expected = where
+  found = []
+  for suffix, kind, start, size, checksum in (
+    ("documents", _DOCUMENT, first, count, expected[0]),
+    ("tokens", dtype, low, length, expected[1]),
+  ):
+    path = recipe.unit_path(unit, suffix)
+    with open(path, "rb") as file:
+      file.seek(start * kind.itemsize)
+      data = file.read(size * kind.itemsize)
+    if zlib.crc32(data) != checksum:
+      raise ValueError(
+        f"{path}: damaged since it was written; remove {path.with_suffix('')}.*"
+        " and run the command again"
+      )
+    found.append(np.frombuffer(data, kind))
+  return found[0], found[1]
