@@ -28,8 +28,10 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
   ("batch", ("data", "fsdp")),
   ("length", "context"),
   # Rows of a lookup in a table that is itself split by "embed": only by the
-  # mesh axes that "embed" leaves free.
+  # mesh axes that "embed" leaves free. Then its channels, once the rows are
+  # split like a batch: by those that "batch" leaves free.
   ("lookup", "data"),
+  ("lookup_embed", "context"),
   # Parameters.
   ("embed", ("fsdp", "context")),
   ("mlp", "tensor"),

@@ -124,15 +124,17 @@ class Embedding(nn.Module):
       (self.vocab_size, self.model_dim),
       jnp.dtype(self.param_dtype),
     )
-    # Each device looks its channels of the table up, for the rows of all the
-    # devices that share the table; one all-to-all then gives every device its
-    # rows with all their channels. Unless the halfway point is named, XLA may
-    # find no way from one to the other but to replicate the activations.
+    # Each device looks its channels of the table up, for the tokens of all the
+    # devices that share the table; an all-to-all then gives every device its
+    # rows, and another, where rows are split as well, its tokens of them, with
+    # all their channels. Unless the stops on the way are named, XLA may find
+    # no way from one end to the other but to replicate the activations.
     tokens = nn.with_logical_constraint(tokens, ("lookup", None))
     # Filling with NaN turns a token that is out of range into a loud failure
     # where clamping would train on the wrong row.
     x = jnp.take(table.astype(self.dtype), tokens, axis=0, mode="fill")
-    return nn.with_logical_constraint(x, ("lookup", None, "embed"))
+    x = nn.with_logical_constraint(x, ("lookup", None, "embed"))
+    return nn.with_logical_constraint(x, ("batch", None, "lookup_embed"))
 
 
 class SwiGLU(nn.Module):
