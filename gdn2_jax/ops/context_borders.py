@@ -1,0 +1,175 @@
+"""Rows split over devices: what a shard knows of the shards before it.
+
+The segment rules are those of segments.py for the whole row: whether a document
+continues across a border is decided by the ids on its two sides, padding left
+out.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from gdn2_jax.ops.segments import segment_starts
+
+
+def check_axis(axis_name: str) -> int:
+  """The number of devices along a mesh axis.
+
+  Raises:
+    ValueError: the call is not under a shard_map over that axis.
+  """
+  try:
+    return lax.axis_size(axis_name)
+  except NameError:
+    raise ValueError(
+      f"axis_name: got {axis_name!r}, expected a mesh axis of the shard_map"
+      " that this is called under"
+    ) from None
+
+
+def left_halo(x: Array, length: int, *, axis_name: str) -> Array:
+  """The `length` tokens to the left of this shard, zeros before the first.
+
+  Args:
+    x: [B, T, ...], the tokens of this shard.
+    length: Any number; beyond T it takes a message for every shard.
+    axis_name: The mesh axis, shards in its order.
+
+  Returns:
+    [B, length, ...].
+  """
+  T, devices = x.shape[1], lax.axis_size(axis_name)
+  parts, missing = [], length
+  for distance in range(1, devices):
+    if missing == 0:
+      break
+    size = min(missing, T)
+    missing -= size
+    pairs = [(r, r + distance) for r in range(devices - distance)]
+    # Devices that nobody sends to receive zeros.
+    part = lax.ppermute(x[:, T - size :], axis_name, pairs)
+    parts.insert(0, part)
+  if missing:
+    parts.insert(
+      0, jnp.zeros_like(x, shape=(x.shape[0], missing, *x.shape[2:]))
+    )
+  return jnp.concatenate(parts, axis=1)
+
+
+class _Shards(NamedTuple):
+  """What every shard tells every other one, [B, P]."""
+
+  restarts: Bool[Array, "B P"]
+  tokens: Int[Array, "B P"]
+  starts: Int[Array, "B P"]
+  last_start: Int[Array, "B P"]
+
+
+def _gather_shards(segment_ids, starts, axis):
+  """Five numbers per row and shard: whatever the length of the row."""
+  T = segment_ids.shape[1]
+  valid = segment_ids != 0
+  index = jnp.arange(T, dtype=jnp.int32)[None]
+  first = jnp.where(valid, index, T - 1).min(axis=1, keepdims=True)
+  last = jnp.where(valid, index, 0).max(axis=1, keepdims=True)
+  count = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
+  # Padding only: both ends are 0, and no shard sees a border here.
+  ends = [jnp.take_along_axis(segment_ids, at, axis=1) for at in (first, last)]
+  numbers = [
+    *(jnp.where(valid.any(axis=1, keepdims=True), x, 0) for x in ends),
+    count[:, -1:],
+    starts.sum(axis=1, keepdims=True),
+    jnp.where(starts, count - 1, -1).max(axis=1, keepdims=True),
+  ]
+  numbers = [x.astype(jnp.int32) for x in numbers]
+  gathered = lax.all_gather(jnp.concatenate(numbers, axis=1), axis, axis=1)
+  ends = gathered[:, :, :2].reshape(gathered.shape[0], -1)
+  restarts = segment_starts(ends)[:, ::2]
+  tokens, starts, last_start = (gathered[:, :, i] for i in (2, 3, 4))
+  return _Shards(
+    restarts,
+    tokens,
+    starts + restarts,
+    # The first token of a shard is its token 0.
+    jnp.where(restarts & (last_start < 0), 0, last_start),
+  )
+
+
+def continues(
+  segment_ids: Int[Array, "B T"], *, axis_name: str
+) -> Bool[Array, "B"]:
+  """Whether the first token here goes on where the shards before it ended.
+
+  Args:
+    segment_ids: Of this shard; 0 is padding, which is looked through.
+    axis_name: The mesh axis, shards in its order.
+
+  Returns:
+    False where the state restarts at the shard's first token. True in rows
+    without a token before, or without one here.
+  """
+  starts = jnp.zeros_like(segment_ids, bool)
+  shards = _gather_shards(segment_ids, starts, axis_name)
+  return ~_own(shards.restarts, axis_name)
+
+
+def _own(x_BP, axis):
+  rank = lax.axis_index(axis)
+  return lax.dynamic_index_in_dim(x_BP, rank, axis=1, keepdims=False)
+
+
+def runs_and_positions(
+  segment_ids: Int[Array, "B T"], *, axis_name: str
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+  """Segments numbered along the whole row, and positions in them.
+
+  Args:
+    segment_ids: Of this shard, 0 for padding.
+    axis_name: The mesh axis, shards in its order.
+
+  Returns:
+    runs: from 1, distinct ids for distinct segments; 0 for padding.
+    positions: as segments.segment_positions gives them from position 0.
+  """
+  valid = segment_ids != 0
+  local = segment_starts(segment_ids)
+  shards = _gather_shards(segment_ids, local, axis_name)
+  count = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
+  restarts = _own(shards.restarts, axis_name)[:, None]
+  starts = local | (valid & (count == 1) & restarts)
+
+  rank = lax.axis_index(axis_name)
+  earlier = jnp.arange(shards.tokens.shape[1])[None] < rank
+  seen = jnp.cumsum(shards.tokens, axis=1) - shards.tokens  # before each shard
+  last_start = jnp.where(
+    earlier & (shards.last_start >= 0), shards.last_start + seen, 0
+  )
+  count = count + _own(seen, axis_name)[:, None]
+  before = lax.cummax(jnp.where(starts, count - 1, 0), axis=1)
+  before = jnp.maximum(before, last_start.max(axis=1, keepdims=True))
+  runs = jnp.cumsum(starts, axis=1, dtype=jnp.int32) + 1
+  runs = runs + jnp.where(earlier, shards.starts, 0).sum(axis=1, keepdims=True)
+  return jnp.where(valid, runs, 0), jnp.maximum(count - 1 - before, 0)
+
+
+def from_rank(x: Array, rank: int | Array, *, axis_name: str) -> Array:
+  """The value of one device, on all of them.
+
+  Args:
+    x: [B, ...].
+    rank: Of the device, one for all rows or [B].
+    axis_name: The mesh axis.
+  """
+  is_it = jnp.asarray(lax.axis_index(axis_name) == rank)
+  is_it = is_it.reshape(is_it.shape + (1,) * (x.ndim - is_it.ndim))
+  return lax.psum(jnp.where(is_it, x, jnp.zeros_like(x)), axis_name)
+
+
+def vary(x: jax.Array | None, axis_name: str) -> jax.Array | None:
+  """Marks an array that is the same on all devices as one that may differ."""
+  if x is None or axis_name in jax.typeof(x).manual_axis_type.varying:
+    return x
+  return lax.pcast(x, axis_name, to="varying")
