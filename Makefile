@@ -15,8 +15,8 @@ AOT_EXTRAS ?=
 AOT_VENV := .venv-aot-$(AOT_JAX)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train generate plan test lint format notebooks bench gpu \
-  aot aot-all clean
+.PHONY: help setup train generate plan test lint format notebooks faults bench \
+  gpu aot aot-all clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' \
@@ -61,6 +61,10 @@ format: $(READY) ## apply style and formatting
 
 notebooks: $(READY) ## run the notebooks top to bottom
 	$(BIN)/python -m pytest -q tests/test_notebooks.py $(ARGS)
+
+faults: $(READY) ## kill, damage and starve real training runs (~15 minutes)
+	$(BIN)/python -m gdn2_jax.faults --json=benchmarks/results/faults.json \
+	  $(ARGS)
 
 bench: $(READY) ## time the op against the token scan
 	$(BIN)/python -m gdn2_jax.bench op $(ARGS)

@@ -24,6 +24,7 @@ ALLOWED = {
   "analysis": {"typing", "ops", "model"},
   "eval": {"typing", "sharding", "model", "data"},
   "train": {"typing", "sharding", "model", "data", "eval", "inference"},
+  "faults": {"sharding", "model", "train"},
   "bench": {
     "typing",
     "sharding",

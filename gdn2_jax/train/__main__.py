@@ -30,6 +30,9 @@ from gdn2_jax import cli
 from gdn2_jax.data.tokenizer import load_tokenizer
 from gdn2_jax.inference import Sampler, generate
 from gdn2_jax.ops import self_check
+from gdn2_jax.train import distributed
+from gdn2_jax.train.checkpoint import SaveError
+from gdn2_jax.train.cluster import find_place
 from gdn2_jax.train.config import (
   TrainConfig,
   describe_fields,
@@ -52,7 +55,30 @@ _PROMPT = flags.DEFINE_string(
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
   False,
-  "Join the processes of a cluster (jax.distributed.initialize) first.",
+  "This is one of several processes of the run; which one is taken from SLURM, "
+  "Open MPI or Kubernetes, or from the next three flags, any of which implies "
+  "this one.",
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator_address", None, "host:port where process 0 shall listen."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "Number of processes of the run."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Which of the processes this is, from 0."
+)
+_INIT_TIMEOUT = flags.DEFINE_float(
+  "init_timeout",
+  300.0,
+  "Seconds until all processes must have met.",
+  lower_bound=1.0,
+)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_float(
+  "heartbeat_timeout",
+  100.0,
+  "Seconds of silence after which a process counts as lost.",
+  lower_bound=1.0,
 )
 _SELF_CHECK = flags.DEFINE_bool(
   "self_check",
@@ -130,6 +156,24 @@ def _say(line: str) -> None:
   print(line, flush=True)
 
 
+def _join_processes() -> None:
+  """Meets the other processes, if this is one of several."""
+  given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  if not _DISTRIBUTED.value and given == (None, None, None):
+    return
+  place = find_place(*given)
+  distributed.join(
+    place,
+    init_timeout=_INIT_TIMEOUT.value,
+    heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
+  )
+  if place.process_id == 0:
+    _say(
+      f"{place.num_processes} processes, {jax.device_count()} devices "
+      f"(place from {place.found_by}, coordinator {place.coordinator})"
+    )
+
+
 def _explain_out_of_memory(config: TrainConfig, error: Exception) -> NoReturn:
   print(str(error)[:2000], file=sys.stderr)
   batch = config.data.batch_size
@@ -145,10 +189,12 @@ def main(argv: list[str]) -> None:
   if not _WORKDIR.value:
     cli.fail("--workdir is missing, e.g. --workdir=runs/tiny")
   workdir = pathlib.Path(os.path.expanduser(_WORKDIR.value))
-  if _DISTRIBUTED.value:
-    jax.distributed.initialize()
-  with cli.one_line_errors(DivergedError):
+  with (
+    distributed.leaving_at_once(),
+    cli.one_line_errors(DivergedError, SaveError),
+  ):
     validate(config)
+    _join_processes()
     preflight(config, jax.device_count(), jax.process_count())
     probe(workdir)
     if config.compilation_cache:

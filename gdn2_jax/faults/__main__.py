@@ -1,0 +1,81 @@
+r"""Does to real training runs what clusters, disks and people do to them.
+
+  python -m gdn2_jax.faults                    the long version: `make faults`
+  python -m gdn2_jax.faults --scale=0.1        a tenth of the tries
+  python -m gdn2_jax.faults --only=kill,flip   faults whose name has a word
+
+Prints a table and writes it as JSON. Exit code 0 if every try survived, no
+committed step was lost and nothing went on with wrong numbers.
+"""
+
+import datetime
+import os
+import pathlib
+import platform
+import shutil
+import sys
+import tempfile
+
+from absl import flags
+from tqdm import tqdm
+
+from gdn2_jax import cli
+from gdn2_jax.faults.lab import Lab
+from gdn2_jax.faults.outcome import format_table
+from gdn2_jax.faults.plan import FAULTS
+from gdn2_jax.train.writer import versions, write_json
+
+_SCALE = flags.DEFINE_float(
+  "scale", 1.0, "Share of the tries; 1 each at least."
+)
+_ONLY = flags.DEFINE_list("only", [], "Words; only faults with one of them.")
+_JSON = flags.DEFINE_string("json", None, "Where to write the results.")
+_FOLDER = flags.DEFINE_string("folder", None, "Kept; by default a scratch one.")
+_STEPS = flags.DEFINE_integer("steps", 400, "Of a run.")
+
+
+def main(argv: list[str]) -> None:
+  """Entry point: all faults, one after the other."""
+  cli.refuse_positional(argv, "--scale=0.1")
+  if _SCALE.value <= 0 or _STEPS.value < 60:
+    cli.fail("--scale must be positive, --steps 60 or more")
+  planned = {
+    name: (run, max(round(_SCALE.value * count), 1))
+    for name, (run, count) in FAULTS.items()
+    if not _ONLY.value or any(word in name for word in _ONLY.value)
+  }
+  if not planned:
+    cli.fail(
+      f"--only={','.join(_ONLY.value)}: the faults are " + ", ".join(FAULTS)
+    )
+  kept = _FOLDER.value is not None
+  folder = pathlib.Path(_FOLDER.value or tempfile.mkdtemp(prefix="faults-"))
+  lab = Lab(folder, _STEPS.value)
+  lab.prepare()
+  outcomes = []
+  total = sum(count for _, count in planned.values())
+  with tqdm(total=total, unit="try", dynamic_ncols=True) as bar:
+    for name, (run, count) in planned.items():
+      bar.set_description(name)
+      outcomes.append(run(lab, count, bar.update))
+      bar.write(format_table(outcomes[-1:]).splitlines()[-1])
+  print(format_table(outcomes))
+  if _JSON.value:
+    write_json(
+      pathlib.Path(_JSON.value),
+      {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{os.cpu_count()} CPUs, {platform.machine()}",
+        "versions": versions(),
+        "scale": _SCALE.value,
+        "faults": [outcome.to_json() for outcome in outcomes],
+      },
+    )
+  if not kept:
+    shutil.rmtree(folder, ignore_errors=True)
+  if not all(outcome.passed for outcome in outcomes):
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+  cli.run(main, __doc__ or "")

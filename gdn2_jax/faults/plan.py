@@ -1,0 +1,24 @@
+"""Every fault by name, and how often the long version does it."""
+
+from collections.abc import Callable
+
+from gdn2_jax.faults import damage, kills, signals, stops, storage
+from gdn2_jax.faults.lab import Lab
+from gdn2_jax.faults.outcome import Outcome
+
+Fault = Callable[[Lab, int, Callable[[], object]], Outcome]
+
+FAULTS: dict[str, tuple[Fault, int]] = {
+  "kill": (kills.kill_loop, 50),
+  "kill_in_retention": (kills.kill_in_retention, 15),
+  "sigterm": (signals.sigterm, 5),
+  "second_signal": (signals.second_signal, 4),
+  "flip": (damage.bit_flips, 100),
+  "cut": (damage.cut_files, 60),
+  "broken_steps": (damage.broken_steps, 1),
+  "disk_full": (storage.disk_full, 3),
+  "failed_last_save": (storage.failed_last_save, 2),
+  "nan": (stops.not_a_number, 2),
+  "stuck": (stops.stuck, 3),
+  "in_use": (stops.in_use, 1),
+}
