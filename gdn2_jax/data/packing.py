@@ -189,7 +189,7 @@ def _write_split(
         offsets.append(offsets[-1] + len(ids))
         size = len(text.encode())
         counts["bytes"] += size
-        counts["predicted_bytes"] += size - len(tokenizer.token_bytes(ids[0]))
+        counts["predicted_bytes"] += size - tokenizer.first_token_bytes(ids[0])
     file.flush()
     os.fsync(file.fileno())
   counts["documents"] = len(offsets) - 1

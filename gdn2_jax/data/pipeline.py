@@ -1,27 +1,20 @@
-"""From a configuration to batches whose order is a function of the step.
+"""From a configuration to batches: the data of a run, opened and identified.
 
-The training stream is rows -> seeded shuffle, anew each epoch -> repeat ->
-global batches. Host h of H takes the h-th H-th of every global batch, so the
-concatenation over hosts is the same for any H, and the whole state of the
-stream is the step number: seeking to any step costs the same as to the next.
-
-This module never imports JAX itself; grain does, so it is imported on use.
+`gdn2_jax.data.sources` says what a source may be, `gdn2_jax.data.streams` how
+batches follow from the step.
 """
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import tokenizers
 
-from gdn2_jax.data import corpus as corpora
-from gdn2_jax.data import files, packing
-from gdn2_jax.data import packed as packed_lib
+from gdn2_jax.data import files, packed, shards, sources, streams, text_stream
 from gdn2_jax.data import tokenizer as tokenization
-from gdn2_jax.data.rows import PackedRows, check_batch, padding_row
+from gdn2_jax.data.rows import PackedRows, check_batch
+from gdn2_jax.data.streams import Batch, TrainBatches
 
 __all__ = [
   "DataConfig",
@@ -32,10 +25,8 @@ __all__ = [
   "validate",
 ]
 
-Batch = dict[str, np.ndarray]
-
-# Documents keep one order for all runs; the run's seed shuffles rows.
-_DOCUMENT_SEED = 0
+# Enough for n-gram baselines, which hold them in memory several times.
+_SAMPLE_TOKENS = 1 << 24
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -44,14 +35,18 @@ class DataConfig:
 
   Attributes:
     source: "embedded", "snapshot", or a folder of packed rows made by
-      `python -m gdn2_jax.data`.
-    tokenizer: "bytes", "bpe-N", or the path of a tokenizer.json. With a
-      packed folder it must be the one the folder was made with.
+      `python -m gdn2_jax.data`; a mixture of them, "data/a:0.7,data/b:0.3";
+      or "text:PATH", "tfds:FOLDER", which are packed while training.
+    tokenizer: "bytes", "bpe-N", or the path of a tokenizer.json or
+      tokenizer.model. With packed folders it must be the one they were made
+      with.
     seq_len: L, input tokens of a row.
     batch_size: global sequences per step.
     seed: of the row order.
     cache_dir: where tokenizers and packed rows are kept.
     num_threads: reader threads of a host; 0 reads in the caller's thread.
+    num_workers: reader processes of a host; 0 uses threads alone, which is
+      faster for packed rows. Neither changes the batches.
     verify_hashes: hash all files when opening; for very large folders one may
       check once with `python -m gdn2_jax.data inspect` and turn this off.
   """
@@ -63,6 +58,7 @@ class DataConfig:
   seed: int = 0
   cache_dir: str = "cache"
   num_threads: int = 2
+  num_workers: int = 0
   verify_hashes: bool = True
 
 
@@ -72,20 +68,19 @@ def validate(config: DataConfig) -> None:
   Raises:
     ValueError: naming the field, its value and what was expected.
   """
-  for name, low in (("seq_len", 1), ("batch_size", 1), ("num_threads", 0)):
+  lowest = {"seq_len": 1, "batch_size": 1, "num_threads": 0, "num_workers": 0}
+  for name, low in lowest.items():
     value = getattr(config, name)
     if value < low:
       raise ValueError(f"data.{name}={value}: expected at least {low}")
   if not 0 <= config.seed < 2**32:
     raise ValueError(f"data.seed={config.seed}: expected 0 <= seed < 2**32")
-  if config.source not in corpora.SOURCES and not _is_packed(config.source):
+  if config.num_workers and config.source.startswith(sources.TEXT_PREFIXES):
     raise ValueError(
-      f"data.source={config.source!r}: expected one of"
-      f" {', '.join(corpora.SOURCES)}, or a folder with a manifest.json made"
-      " by python -m gdn2_jax.data"
+      f"data.num_workers={config.num_workers}: {config.source!r} is packed"
+      " while training, by one thread; expected 0"
     )
-  if config.source in corpora.SOURCES:
-    tokenization.check_spec(config.tokenizer)
+  sources.check(config.source, config.tokenizer)
 
 
 def open_dataset(config: DataConfig) -> "Dataset":
@@ -96,19 +91,31 @@ def open_dataset(config: DataConfig) -> "Dataset":
       made with another tokenizer, or too little text for one row.
   """
   validate(config)
-  if config.source in corpora.SOURCES:
-    packed = _pack_built_in(config)
+  entries = sources.parse(config.source)
+  texts = None
+  if config.source.startswith(sources.TEXT_PREFIXES):
+    sample, texts = text_stream.open_stream(config.source, config.tokenizer)
+    opened = [sample]
   else:
-    packed = packing.open_packed(
-      config.source, verify_hashes=config.verify_hashes
-    )
-    _check_tokenizer(config, packed)
-  dataset = Dataset(dataclasses.replace(config), packed)
-  if len(dataset.train_rows()) == 0:
-    raise ValueError(
-      f"data.seq_len={config.seq_len}: the training split of"
-      f" {config.source!r} holds only {len(dataset.train_tokens())} tokens"
-    )
+    opened = [
+      sources.open_rows(
+        entry.name,
+        config.tokenizer,
+        cache_dir=config.cache_dir,
+        verify_hashes=config.verify_hashes,
+      )
+      for entry in entries
+    ]
+  _check_one_tokenizer(entries, opened)
+  weights = tuple(entry.weight for entry in entries)
+  dataset = Dataset(dataclasses.replace(config), tuple(opened), weights, texts)
+  for entry, found in zip(entries, opened, strict=True):
+    tokens = len(found.tokens["train"])
+    if tokens <= config.seq_len and texts is None:
+      raise ValueError(
+        f"data.seq_len={config.seq_len}: the training split of"
+        f" {entry.name!r} holds only {tokens} tokens"
+      )
   return dataset
 
 
@@ -122,7 +129,14 @@ class Dataset:
   """
 
   config: DataConfig
-  packed: packing.Packed
+  parts: tuple[packed.Packed, ...]
+  weights: tuple[float, ...] = (1.0,)
+  texts: text_stream.Texts | None = None
+
+  @property
+  def packed(self) -> packed.Packed:
+    """The packed rows; of a mixture, those of its first source."""
+    return self.parts[0]
 
   @property
   def tokenizer(self) -> tokenization.Tokenizer:
@@ -131,27 +145,39 @@ class Dataset:
 
   @property
   def manifest(self) -> dict[str, Any]:
-    """Counts, hashes and origin of the packed data."""
-    return self.packed.manifest
+    """Counts, hashes and origin; of a mixture, under the sources' names."""
+    if len(self.parts) == 1:
+      return self.packed.manifest
+    names = [entry.name for entry in sources.parse(self.config.source)]
+    return {
+      name: part.manifest for name, part in zip(names, self.parts, strict=True)
+    }
 
   @property
   def identity(self) -> dict[str, Any]:
     """The fields behind `fingerprint`, to show where two of them differ."""
-    return {
-      "format": f"{packed_lib.FORMAT}-{self.manifest['version']}",
+    one = len(self.parts) == 1
+    formats = [
+      f"{part.manifest['format']}-{part.manifest['version']}"
+      for part in self.parts
+    ]
+    hashes = [part.file_hashes() for part in self.parts]
+    found = {
+      "format": formats[0] if one else formats,
       "tokenizer_sha256": self.tokenizer.sha256,
-      "files_sha256": self.packed.file_hashes(),
+      "files_sha256": hashes[0] if one else hashes,
       "seq_len": self.config.seq_len,
       "seed": self.config.seed,
       "batch_size": self.config.batch_size,
     }
+    return found if one else found | {"weights": list(self.weights)}
 
   @property
   def fingerprint(self) -> str:
     """Hex SHA-256 of everything that decides the batch of a given step.
 
-    Host and thread counts do not take part. A run must not resume on data of
-    another fingerprint: the step number would mean other rows.
+    Host, thread and worker counts do not take part. A run must not resume on
+    data of another fingerprint: the step number would mean other rows.
     """
     return files.sha256_bytes(
       json.dumps(self.identity, sort_keys=True).encode()
@@ -169,25 +195,41 @@ class Dataset:
     Raises:
       ValueError: if the split is empty.
     """
-    entry = self.manifest["splits"]["validation"]
-    predicted = entry["tokens"] - entry["documents"]
+    entries = [part.manifest["splits"]["validation"] for part in self.parts]
+    predicted = sum(e["tokens"] - e["documents"] for e in entries)
     if predicted == 0:
       raise ValueError("the validation split predicts no token")
-    return entry["predicted_bytes"] / predicted
+    return sum(e["predicted_bytes"] for e in entries) / predicted
 
-  def train_tokens(self) -> np.ndarray:
-    """All training tokens [tokens], uint16 or uint32: widen before sums."""
-    return self.packed.tokens["train"]
+  def train_tokens(self, limit: int = _SAMPLE_TOKENS) -> np.ndarray:
+    """The first training tokens, uint16 or uint32: widen before sums.
 
-  def validation_tokens(self) -> np.ndarray:
+    Args:
+      limit: at most so many, of a mixture each source by its weight.
+    """
+    shares = [limit * w / sum(self.weights) for w in self.weights]
+    tokens = [
+      part.tokens["train"][: round(share)]
+      for part, share in zip(self.parts, shares, strict=True)
+    ]
+    return tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
+
+  def validation_tokens(self) -> shards.Tokens:
     """All validation tokens [tokens], uint16 or uint32."""
-    return self.packed.tokens["validation"]
+    tokens = [part.tokens["validation"] for part in self.parts]
+    if len(tokens) == 1:
+      return tokens[0]
+    return np.concatenate([np.asarray(array) for array in tokens])
 
-  def train_rows(self) -> PackedRows:
-    """Training rows of config.seq_len by index; a short last one is dropped."""
-    packed = self.packed
+  def train_rows(self, part: int = 0) -> PackedRows:
+    """Training rows of config.seq_len by index; a short last one is dropped.
+
+    Args:
+      part: which source of a mixture.
+    """
+    found = self.parts[part]
     return PackedRows(
-      packed.tokens["train"], packed.offsets["train"], self.config.seq_len
+      found.tokens["train"], found.offsets["train"], self.config.seq_len
     )
 
   def train_batches(
@@ -195,7 +237,7 @@ class Dataset:
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-  ) -> "TrainBatches":
+  ) -> TrainBatches | text_stream.TextBatches:
     """This host's part of the endless training stream, from a step on.
 
     Args:
@@ -220,8 +262,23 @@ class Dataset:
       raise ValueError(
         f"process_index={process_index}: expected one of {process_count} hosts"
       )
+    place = {
+      "seed": self.config.seed,
+      "batch_size": batch_size,
+      "start_step": start_step,
+      "process_index": process_index,
+      "process_count": process_count,
+    }
+    if self.texts is not None:
+      return text_stream.TextBatches(
+        self.texts, self.tokenizer, seq_len=self.config.seq_len, **place
+      )
     return TrainBatches(
-      self.train_rows(), self.config, start_step, process_index, process_count
+      [self.train_rows(part) for part in range(len(self.parts))],
+      self.weights,
+      num_threads=self.config.num_threads,
+      num_workers=self.config.num_workers,
+      **place,
     )
 
   def validation_batches(
@@ -244,111 +301,31 @@ class Dataset:
     for name, value in (("batch_size", batch_size), ("limit", limit)):
       if value is not None and value < 1:
         raise ValueError(f"{name}={value}: expected at least 1")
-    rows = PackedRows(
-      self.packed.tokens["validation"],
-      self.packed.offsets["validation"],
-      seq_len,
-      keep_partial=True,
+    rows = [
+      PackedRows(
+        part.tokens["validation"],
+        part.offsets["validation"],
+        seq_len,
+        keep_partial=True,
+      )
+      for part in self.parts
+    ]
+    return streams.fixed_batches(
+      rows[0] if len(rows) == 1 else streams.InterleavedRows(rows),
+      batch_size,
+      limit,
+      self.tokenizer.vocab_size,
     )
-    return _fixed_batches(
-      rows, batch_size, limit, self.packed.tokenizer.vocab_size
-    )
 
 
-class TrainBatches(Iterator[Batch]):
-  """An endless iterator whose whole state is `step`, the next step's number."""
-
-  def __init__(
-    self,
-    rows: PackedRows,
-    config: DataConfig,
-    start_step: int,
-    process_index: int,
-    process_count: int,
-  ):
-    import grain  # imports JAX, which numpy-only callers need not pay for
-
-    batches = (
-      grain.MapDataset.source(rows)
-      .seed(config.seed)
-      .shuffle()
-      .repeat()
-      # The stream has no end, so nothing is dropped; the exact ceiling that
-      # keeps a remainder overflows at one row per host.
-      .batch(config.batch_size // process_count, drop_remainder=True)
-    )[process_index::process_count]
-    options = grain.ReadOptions(
-      num_threads=config.num_threads,
-      prefetch_buffer_size=2 * config.num_threads,
-    )
-    self._batches = iter(batches.to_iter_dataset(options))
-    self.step = start_step
-    self.seek(start_step)
-
-  def seek(self, step: int) -> None:
-    """Makes `step` the next one; costs the same for any step."""
-    self._batches.set_state({"next_index": step})
-    self.step = step
-
-  def __next__(self) -> Batch:
-    batch = next(self._batches)
-    self.step += 1
-    return batch
-
-  def close(self) -> None:
-    """Stops the reader threads."""
-    self._batches.close()
-
-
-def _fixed_batches(
-  rows: PackedRows, batch_size: int, limit: int | None, vocab_size: int
-) -> Iterator[Batch]:
-  count = -(-len(rows) // batch_size)
-  for index in range(count if limit is None else min(count, limit)):
-    start = index * batch_size
-    stop = min(start + batch_size, len(rows))
-    members = [rows[i] for i in range(start, stop)]
-    members += [padding_row(rows.seq_len)] * (batch_size - len(members))
-    batch = {name: np.stack([r[name] for r in members]) for name in members[0]}
-    check_batch(batch, vocab_size)
-    yield batch
-
-
-def _is_packed(source: str) -> bool:
-  return (pathlib.Path(source) / "manifest.json").is_file()
-
-
-def _check_tokenizer(config: DataConfig, packed: packing.Packed) -> None:
-  recorded = packed.manifest["tokenizer"]
-  if config.tokenizer == recorded["spec"]:
-    return
-  if pathlib.Path(config.tokenizer).is_file():
-    given = tokenization.load_tokenizer(config.tokenizer)
-    if given.sha256 == recorded["sha256"]:
-      return
-  raise ValueError(
-    f"data.tokenizer={config.tokenizer!r}: {config.source!r} was packed with"
-    f" {recorded['spec']!r} (sha256 {recorded['sha256'][:16]})"
-  )
-
-
-def _pack_built_in(config: DataConfig) -> packing.Packed:
-  spec = config.tokenizer
-  is_named = spec == "bytes" or spec.startswith("bpe-")
-  key = {
-    "source": corpora.source_key(config.source),
-    "tokenizer": spec if is_named else files.sha256_file(spec),
-    "tokenizers": tokenizers.__version__,
-    "version": packed_lib.VERSION,
-    "seed": _DOCUMENT_SEED,
-  }
-  digest = files.sha256_bytes(json.dumps(key).encode())[:16]
-  label = spec if is_named else "file"
-  cache = pathlib.Path(config.cache_dir)
-  path = cache / "packed" / f"{config.source}-{label}-{digest}"
-  if path.is_dir():
-    return packing.open_packed(path, verify_hashes=config.verify_hashes)
-  corpus = corpora.read_corpus(config.source)
-  return packing.pack_corpus(
-    corpus, path, tokenizer_spec=spec, cache_dir=cache, seed=_DOCUMENT_SEED
-  )
+def _check_one_tokenizer(
+  entries: tuple[sources.Weighted, ...], opened: list[packed.Packed]
+) -> None:
+  first = opened[0].tokenizer.sha256
+  for entry, found in zip(entries, opened, strict=True):
+    if found.tokenizer.sha256 != first:
+      raise ValueError(
+        f"data.source: {entry.name!r} was packed with another tokenizer"
+        f" (sha256 {found.tokenizer.sha256[:16]}) than {entries[0].name!r}"
+        f" ({first[:16]})"
+      )

@@ -7,11 +7,18 @@ sharding and resuming exact.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
-from gdn2_jax.data.shards import Offsets, Tokens, borders_within
+from gdn2_jax.data.shards import (
+  Offsets,
+  Tokens,
+  attached,
+  borders_within,
+  detached,
+)
 
 Row = dict[str, np.ndarray]
 
@@ -38,6 +45,11 @@ class PackedRows:
     if self.seq_len < 1:
       raise ValueError(f"seq_len={self.seq_len}: expected at least 1")
 
+  def __reduce__(self) -> tuple[Any, ...]:
+    # A memory map would pickle as a copy of the file.
+    arrays = (detached(self.tokens), detached(self.offsets))
+    return _restored, (type(self), *arrays, self.seq_len, self.keep_partial)
+
   def __len__(self) -> int:
     pairs = max(len(self.tokens) - 1, 0)
     return (
@@ -53,6 +65,10 @@ class PackedRows:
     return make_row(
       self.tokens, self.offsets, start=index * self.seq_len, length=self.seq_len
     )
+
+
+def _restored(kind: type, tokens: Any, offsets: Any, *rest: Any) -> PackedRows:
+  return kind(attached(tokens), attached(offsets), *rest)
 
 
 def make_row(

@@ -22,6 +22,21 @@ def map_file(path: str | os.PathLike[str], dtype: np.dtype) -> np.ndarray:
   return np.memmap(path, dtype, mode="r")
 
 
+def detached(array: Any) -> Any:
+  """What to pickle for an array: a map of a whole file as path and dtype."""
+  if (
+    isinstance(array, np.memmap)
+    and array.nbytes == os.stat(array.filename).st_size
+  ):
+    return os.fspath(array.filename), array.dtype
+  return array
+
+
+def attached(array: Any) -> Any:
+  """The inverse of `detached`."""
+  return map_file(*array) if isinstance(array, tuple) else array
+
+
 class ShardedTokens:
   """The tokens [tokens] of all shards of a split, end to end.
 

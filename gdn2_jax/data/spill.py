@@ -263,7 +263,7 @@ def _count(
   counts["long_documents"] += len(text.text) > LONG_BYTES
   counts["tokens"] += len(tokens)
   counts["bytes"] += size
-  counts["predicted_bytes"] += size - len(tokenizer.token_bytes(tokens[0]))
+  counts["predicted_bytes"] += size - tokenizer.first_token_bytes(tokens[0])
 
 
 def _bucket(key: int, split: str, buckets: dict[str, int]) -> int:

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, a byte-level BPE trained here, or any tokenizer.json.
+"""Tokenizers: bytes, a byte-level BPE trained here, or a file users bring.
 
 All of them treat text as text: a document that spells a special token gets
 ordinary tokens for it, so no input can forge the end of a document. Ids of
@@ -6,7 +6,6 @@ special tokens decode to nothing. "bytes" and "bpe-N" are lossless,
 `decode(encode(text)) == text` for every string.
 """
 
-import abc
 import dataclasses
 import functools
 import json
@@ -19,7 +18,8 @@ from typing import SupportsIndex, override
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from gdn2_jax.data import files
+from gdn2_jax.data import files, sentencepiece_tokenizer
+from gdn2_jax.data.tokenizer_base import Tokenizer, check_text
 
 EOS = "<|eos|>"
 # Names under which published tokenizers carry the end of a document.
@@ -27,68 +27,6 @@ _EOS_NAMES = (EOS, "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
 _BYTES_FORMAT = "gdn2-bytes-tokenizer"
 _BYTES_SPECIAL = (EOS, "<|bos|>", "<|pad|>")
 _MIN_BPE = 257  # all bytes and the end of a document
-
-
-class Tokenizer(abc.ABC):
-  """What packing, generation and evaluation rely on; picklable.
-
-  Attributes:
-    vocab_size: one more than the largest id.
-    eos_id: the id that ends every document.
-  """
-
-  vocab_size: int
-  eos_id: int
-
-  @abc.abstractmethod
-  def encode(self, text: str) -> list[int]:
-    """Ids of a text, without any special token."""
-
-  @abc.abstractmethod
-  def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-    """`encode` of every text, in parallel where the backend can."""
-
-  @abc.abstractmethod
-  def decode(self, ids: Iterable[SupportsIndex]) -> str:
-    """Text of ids; special tokens give "", broken UTF-8 gives U+FFFD."""
-
-  @abc.abstractmethod
-  def token_bytes(self, token_id: SupportsIndex) -> bytes:
-    """The UTF-8 bytes one id stands for, b"" for special tokens."""
-
-  @abc.abstractmethod
-  def to_json(self) -> str:
-    """The content of a tokenizer.json that `load_tokenizer` reads back."""
-
-  @functools.cached_property
-  def sha256(self) -> str:
-    """Hex SHA-256 of everything that decides the ids."""
-    return files.sha256_bytes(self.to_json().encode())
-
-  def bytes_per_token(self, texts: Iterable[str]) -> float:
-    """UTF-8 bytes over tokens of some texts, end of documents not counted.
-
-    Raises:
-      ValueError: if there is no token at all.
-    """
-    texts = list(texts)
-    count = sum(len(ids) for ids in self.encode_batch(texts))
-    if count == 0:
-      raise ValueError("texts: expected at least one token, got none")
-    return sum(len(text.encode()) for text in texts) / count
-
-  def save(self, path: str | os.PathLike[str]) -> None:
-    """Writes `to_json()` to a file, whole or not at all."""
-    files.write_atomic(pathlib.Path(path), self.to_json().encode())
-
-  def _check_ids(self, ids: Iterable[SupportsIndex]) -> list[int]:
-    checked = [int(token) for token in ids]
-    for token in checked:
-      if not 0 <= token < self.vocab_size:
-        raise ValueError(
-          f"ids: {token} is outside [0, {self.vocab_size}), the vocabulary"
-        )
-    return checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +38,7 @@ class BytesTokenizer(Tokenizer):
 
   @override
   def encode(self, text: str) -> list[int]:
-    return list(_utf8(text))
+    return list(check_text(text))
 
   @override
   def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
@@ -151,14 +89,14 @@ class BPETokenizer(Tokenizer):
 
   @override
   def encode(self, text: str) -> list[int]:
-    _utf8(text)
+    check_text(text)
     return self._backend.encode(text, add_special_tokens=False).ids
 
   @override
   def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
     texts = list(texts)
     for text in texts:
-      _utf8(text)
+      check_text(text)
     encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
     return [item.ids for item in encoded]
 
@@ -202,7 +140,7 @@ def open_tokenizer(
 
   Args:
     spec: "bytes"; "bpe-N", trained on `train_texts` to at most N ids; or the
-      path of a tokenizer.json.
+      path of a tokenizer.json or a SentencePiece tokenizer.model.
     train_texts: texts of the training documents, for "bpe-N" only.
     corpus_sha256: hash of those texts; with N and the library's version it
       names the cached result.
@@ -237,12 +175,12 @@ def check_spec(spec: str) -> None:
   elif spec != "bytes" and not pathlib.Path(spec).is_file():
     raise ValueError(
       f"tokenizer={spec!r}: expected 'bytes', 'bpe-N' or the path of a"
-      " tokenizer.json"
+      " tokenizer.json or tokenizer.model"
     )
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-  """Reads a tokenizer.json: ours for bytes, or one of `tokenizers`.
+  """Reads a tokenizer.json, ours or one of `tokenizers`, or a tokenizer.model.
 
   Truncation and padding set in the file are switched off, and the token that
   ends documents is found by name among the usual ones.
@@ -252,14 +190,21 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
       the end of a document.
   """
   check_spec(os.fspath(path))
-  text = pathlib.Path(path).read_text(encoding="utf-8")
   try:
+    if pathlib.Path(path).suffix == ".model":
+      return sentencepiece_tokenizer.load_model(path)
+    text = pathlib.Path(path).read_text(encoding="utf-8")
     content = json.loads(text)
-    if isinstance(content, dict) and content.get("format") == _BYTES_FORMAT:
+    kind = content.get("format") if isinstance(content, dict) else None
+    if kind == _BYTES_FORMAT:
       if content.get("version") != 1:
         raise ValueError("a newer version of the bytes format")
       return BytesTokenizer()
+    if kind == sentencepiece_tokenizer.FORMAT:
+      return sentencepiece_tokenizer.from_json(content)
     return BPETokenizer(text)
+  except ModuleNotFoundError:
+    raise
   except Exception as error:  # the library raises bare Exception
     raise ValueError(f"tokenizer={os.fspath(path)!r}: {error}") from error
 
@@ -305,15 +250,6 @@ def _bpe_size(spec: str) -> int:
       f"tokenizer={spec!r}: expected bpe-N with N at least {_MIN_BPE}"
     )
   return int(digits)
-
-
-def _utf8(text: str) -> bytes:
-  if not isinstance(text, str):
-    raise ValueError(f"text: expected a string, got {type(text).__name__}")
-  try:
-    return text.encode()
-  except UnicodeEncodeError as error:
-    raise ValueError(f"text: a lone surrogate at {error.start}") from error
 
 
 @functools.cache

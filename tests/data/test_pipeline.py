@@ -120,9 +120,10 @@ reads: list[int] = []
 def test_seeking_reads_no_row_on_the_way(dataset):
   rows = dataset.train_rows()
   counted = _CountedRows(rows.tokens, rows.offsets, rows.seq_len)
-  config = dataclasses.replace(dataset.config, num_threads=0)
   reads.clear()
-  batches = TrainBatches(counted, config, 2_000_000, 0, 1)
+  batches = TrainBatches(
+    [counted], [1.0], seed=3, batch_size=BATCH, start_step=2_000_000
+  )
   next(batches)
   assert len(reads) == BATCH
   batches.close()
@@ -132,9 +133,8 @@ def _epochs(dataset, seed, count):
   """The row indices of the first epochs, as tuples."""
   rows = dataset.train_rows()
   counted = _CountedRows(rows.tokens, rows.offsets, 8 * rows.seq_len)
-  config = dataclasses.replace(dataset.config, num_threads=0, seed=seed)
   reads.clear()
-  batches = TrainBatches(counted, config, 0, 0, 1)
+  batches = TrainBatches([counted], [1.0], seed=seed, batch_size=BATCH)
   while len(reads) < count * len(counted):
     next(batches)
   batches.close()
