@@ -133,9 +133,13 @@ def _train(config: TrainConfig, workdir: pathlib.Path) -> None:
   result = train(config, workdir, say=_say)
   if result.stopped_by:
     return
+  if jax.process_count() > 1:
+    # The parameters are spread over processes; one of them generates alone.
+    if jax.process_index() == 0:
+      _say(f"\nnext:\n{_next_commands(workdir)}")
+    return
   text = _sample(config, result.state.params, workdir, _PROMPT.value)
-  if jax.process_index() == 0:
-    _say(f"\nsample:\n{text}\n\nnext:\n{_next_commands(workdir)}")
+  _say(f"\nsample:\n{text}\n\nnext:\n{_next_commands(workdir)}")
 
 
 def _next_commands(workdir: pathlib.Path) -> str:

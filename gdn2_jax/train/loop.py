@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding
 
 from gdn2_jax.data.pipeline import check_batch, open_dataset
@@ -23,7 +22,9 @@ from gdn2_jax.train.config import (
   preflight,
   validate,
 )
+from gdn2_jax.train.distributed import leaving_if_a_peer_is_lost
 from gdn2_jax.train.evaluation import brief, eval_row, evaluate
+from gdn2_jax.train.feed import part_to_read, put_batch
 from gdn2_jax.train.finish import finish
 from gdn2_jax.train.lock import WorkdirLock
 from gdn2_jax.train.metrics import MetricsReader, Progress
@@ -34,8 +35,6 @@ from gdn2_jax.train.state import TrainState, init_state, plan_state
 from gdn2_jax.train.step import make_train_step
 from gdn2_jax.train.throughput import Throughput
 from gdn2_jax.train.watchdog import Watchdog
-
-_BATCH_KEYS = ("inputs", "targets", "segment_ids", "loss_mask")
 
 Say = Callable[[str], None]
 
@@ -126,6 +125,8 @@ def train(
       )
     )
     watchdog = stack.enter_context(Watchdog(config.watchdog_seconds))
+    # Innermost: what was entered before waits for the peers as it leaves.
+    stack.enter_context(leaving_if_a_peer_is_lost())
     result = _run_steps(
       config,
       state,
@@ -184,10 +185,11 @@ def _run_steps(
     log_every=config.log_every,
     max_skipped=config.max_skipped,
   )
+  part = part_to_read(sharding, config.data.batch_size, config.data.seq_len)
   batches = dataset.train_batches(
     start_step=first_step,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=part.index,
+    process_count=part.count,
   )
   step, stopped_by = first_step, ""
   with Preemption(checkpointer.reached_preemption) as preemption:
@@ -196,7 +198,7 @@ def _run_steps(
       check_batch(batch, config.model.vocab_size)
       # Anything that moves between host and device by accident is an error.
       with jax.transfer_guard("disallow"):
-        state, metrics = train_step(state, put_batch(batch, sharding))
+        state, metrics = train_step(state, put_batch(batch, sharding, part))
       step += 1
       reader.push(step, metrics)
       beat()
@@ -225,16 +227,6 @@ def _run_steps(
 
 def _is_due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
-
-
-def put_batch(
-  batch: Mapping[str, np.ndarray], sharding: NamedSharding
-) -> dict[str, jax.Array]:
-  """This process's rows of a batch as one global array per name."""
-  return {
-    name: jax.make_array_from_process_local_data(sharding, batch[name])
-    for name in _BATCH_KEYS
-  }
 
 
 def _check_vocabulary(config: TrainConfig, dataset: Any) -> None:

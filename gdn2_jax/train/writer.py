@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import platform
+import socket
 import subprocess
 from collections.abc import Mapping
 from importlib import metadata
@@ -52,7 +53,8 @@ def probe(directory: pathlib.Path) -> None:
   Raises:
     ValueError: the directory cannot be made or written to.
   """
-  path = directory / ".probe"
+  # Several processes may share the directory.
+  path = directory / f".probe-{socket.gethostname()}-{os.getpid()}"
   try:
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "probe")
