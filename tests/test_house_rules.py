@@ -47,7 +47,7 @@ ALLOWED = {
   },
 }
 # Entry points stand above all layers and are imported by nobody.
-ENTRY_POINTS = {"generate", "plan"}
+ENTRY_POINTS = {"generate", "launch", "plan"}
 
 
 def layer_of(path: pathlib.Path) -> str:
