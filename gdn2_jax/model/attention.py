@@ -13,10 +13,17 @@ from flax import linen as nn
 from flax import struct
 
 from gdn2_jax.model.layers import Linear, fan_in_uniform
+from gdn2_jax.model.shards import length_axis, on_shards
 from gdn2_jax.ops.attention import attention_step, sliding_window_attention
+from gdn2_jax.ops.context import attention_context
+from gdn2_jax.ops.context_borders import runs_and_positions
 from gdn2_jax.ops.rope import apply_rope
 from gdn2_jax.ops.segments import reset_counts, segment_positions
 from gdn2_jax.typing import Activations, SegmentIds
+
+# Logical names, for shards of tokens.
+_TOKENS = ("batch", "length", "heads", None)
+_KV_TOKENS = ("batch", "length", "kv_heads", None)
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -118,13 +125,33 @@ class AttentionMixer(nn.Module):
     q = self._project("q_proj", c.num_heads, "heads")(x)
     k = self._project("k_proj", c.kv_heads, "kv_heads")(x)
     v = self._project("v_proj", c.kv_heads, "kv_heads")(x)
-    runs, positions = _runs_and_positions(x, segment_ids, cache)
+    axis = None
+    if cache is None:
+      axis = length_axis((q, _TOKENS), (k, _KV_TOKENS))
+    if axis is None:
+      o, cache = self._mix(q, k, v, segment_ids, cache)
+    else:
+      o = self._mix_on_shards(q, k, v, segment_ids, axis)
+    y = Linear(
+      (x.shape[-1],),
+      ("heads", "head_dim", "embed"),
+      fan_in_uniform(1.0 / math.sqrt(2.0 * self.num_layers), 2),
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      name="o_proj",
+    )(o)
+    return y, cache
+
+  def _mix(self, q, k, v, segment_ids, cache):
+    """Attention of whole rows; the new cache if there was one."""
+    c = self.config
+    runs, positions = _runs_and_positions(q, segment_ids, cache)
     q = apply_rope(q, positions, base=c.rope_base)
     k = apply_rope(k, positions, base=c.rope_base)
 
     if cache is None:
       o = self._attend(q, k, v, runs, runs)
-    elif x.shape[1] == 1 and segment_ids is None:
+    elif q.shape[1] == 1 and segment_ids is None:
       cache = _write(cache, k, v, jnp.ones_like(positions), positions)
       # Every slot is within the window: the new token overwrote the oldest.
       o = attention_step(q[:, 0], cache.k, cache.v, cache.positions >= 0)
@@ -140,15 +167,28 @@ class AttentionMixer(nn.Module):
         jnp.concatenate([past_runs, runs], axis=1),
       )
       cache = _write(cache, k, v, runs, positions)
-    y = Linear(
-      (x.shape[-1],),
-      ("heads", "head_dim", "embed"),
-      fan_in_uniform(1.0 / math.sqrt(2.0 * self.num_layers), 2),
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      name="o_proj",
-    )(o)
-    return y, cache
+    return o, cache
+
+  def _mix_on_shards(self, q, k, v, segment_ids, axis):
+    """The same without a cache, on tokens that are split over devices."""
+    c = self.config
+    if segment_ids is None:
+      segment_ids = jnp.ones(q.shape[:2], jnp.int32)
+
+    def run(q, k, v, segment_ids):
+      runs, positions = runs_and_positions(segment_ids, axis_name=axis)
+      return attention_context(
+        apply_rope(q, positions, base=c.rope_base),
+        apply_rope(k, positions, base=c.rope_base),
+        v,
+        axis_name=axis,
+        window=c.window,
+        segment_ids=runs,
+        implementation=c.implementation or None,
+      )
+
+    into = (_TOKENS, _KV_TOKENS, _KV_TOKENS, ("batch", "length"))
+    return on_shards(run, into, _TOKENS)(q, k, v, segment_ids)
 
   def _project(self, name, heads, axis):
     return Linear(

@@ -17,6 +17,8 @@ from flax import linen as nn
 from flax import struct
 
 from gdn2_jax.model.layers import Linear, fan_in_uniform, xavier_uniform
+from gdn2_jax.model.shards import length_axis, on_shards
+from gdn2_jax.ops.context import gdn2_context, short_conv_context
 from gdn2_jax.ops.gdn2 import IMPLEMENTATIONS, gdn2, gdn2_step
 from gdn2_jax.ops.norm import gated_rms_norm, l2_norm
 from gdn2_jax.ops.short_conv import short_conv, short_conv_step
@@ -137,6 +139,29 @@ def _init_dt_bias(key, shape, dtype):
   return dt + jnp.log(-jnp.expm1(-dt))
 
 
+# Logical names, for shards of tokens.
+_IDS = ("batch", "length")
+_TOKENS = ("batch", "length", "heads", None)
+_STATE = ("batch", "heads", None, None)
+
+
+def _convolve(x, kernel, segment_ids, tail):
+  """short_conv of [B, T, C], wherever the tokens are."""
+  tokens, tails = ("batch", "length", "heads"), ("batch", None, "heads")
+  taps = kernel.shape[0] - 1
+  axis = length_axis((x, tokens), tokens=taps)
+  if axis is None:
+    return short_conv(x, kernel, segment_ids=segment_ids, state=tail)
+
+  def run(x, kernel, segment_ids, tail):
+    return short_conv_context(
+      x, kernel, axis_name=axis, segment_ids=segment_ids, state=tail
+    )
+
+  into = (tokens, (None, "heads"), _IDS, tails)
+  return on_shards(run, into, [tokens, tails])(x, kernel, segment_ids, tail)
+
+
 class GDN2Mixer(nn.Module):
   """x [B, T, D] -> y [B, T, D] through the GDN-2 recurrence."""
 
@@ -204,7 +229,7 @@ class GDN2Mixer(nn.Module):
       flat, tail = short_conv_step(flat[:, 0], kernel, tail)
       flat = flat[:, None]
     else:
-      flat, tail = short_conv(flat, kernel, segment_ids=segment_ids, state=tail)
+      flat, tail = _convolve(flat, kernel, segment_ids, tail)
     return jax.nn.silu(flat).reshape(y.shape), tail
 
   def _gates(self, x):
@@ -261,17 +286,20 @@ class GDN2Mixer(nn.Module):
       token = (a[:, 0] for a in (q, k, v, g, b, w))
       o, state = gdn2_step(*token, state, implementation=implementation)
       return o[:, None], state
-    return gdn2(
-      q,
-      k,
-      v,
-      g,
-      b,
-      w,
-      state=state,
-      segment_ids=segment_ids,
-      implementation=implementation,
-    )
+
+    options = {"implementation": implementation}
+    axis = length_axis((q, _TOKENS), (v, _TOKENS))
+    op = gdn2
+    if axis is not None:
+      op, options = gdn2_context, options | {"axis_name": axis}
+
+    def run(q, k, v, g, b, w, state, ids):
+      return op(q, k, v, g, b, w, state=state, segment_ids=ids, **options)
+
+    if axis is not None:
+      into = (*6 * (_TOKENS,), _STATE, _IDS)
+      run = on_shards(run, into, [_TOKENS, _STATE])
+    return run(q, k, v, g, b, w, state, segment_ids)
 
   def _output(self, x, o):
     """Gated norm per head, then the projection back to D."""

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from gdn2_jax.model.block import Group, init_mixer_cache
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.layers import Embedding, RMSNorm, fan_in_uniform
+from gdn2_jax.model.shards import shards_as_rows
 from gdn2_jax.ops.loss import cross_entropy
 from gdn2_jax.typing import Activations, SegmentIds, Tokens
 
@@ -118,9 +119,11 @@ class LM(nn.Module):
     Never holds all logits: see `gdn2_jax.ops.loss.cross_entropy`.
     """
     x, _ = self.hidden(tokens, segment_ids)
-    return cross_entropy(
+    (x, targets), join = shards_as_rows(x, targets)
+    nll = cross_entropy(
       x, self.head.astype(x.dtype), targets, chunk=self.config.loss_chunk
     )
+    return join(nll)
 
 
 def init_cache(config: ModelConfig, batch_size: int) -> Any:

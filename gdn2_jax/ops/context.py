@@ -165,6 +165,11 @@ def short_conv_context(
       f"x: expected [B, T, C] with T >= {taps} tokens to a device for a kernel"
       f" of {taps + 1} taps, got {x.shape}"
     )
+  # The kernel before it meets x: its gradient is then summed over devices as
+  # [W, C], and not where the two have met.
+  x, kernel, bias, segment_ids, state = gdn2_inputs.vary_together(
+    (vary(x, axis_name), kernel, bias, segment_ids, state)
+  )
   halo = left_halo(x, taps, axis_name=axis_name)
   if segment_ids is not None:
     ids = left_halo(segment_ids, taps, axis_name=axis_name)
@@ -174,7 +179,7 @@ def short_conv_context(
     halo = jnp.where(same[:, :, None] == 1, halo, 0)
   if state is not None:
     rank = lax.axis_index(axis_name)
-    halo = jnp.where(rank == 0, vary(state, axis_name), halo)
+    halo = jnp.where(rank == 0, state, halo)
   y, end = short_conv(x, kernel, bias=bias, segment_ids=segment_ids, state=halo)
   last = devices - 1
   if segment_ids is not None:

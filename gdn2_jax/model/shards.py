@@ -1,0 +1,109 @@
+"""Layers on tokens that are split over devices.
+
+What mixes tokens cannot be left to XLA where the rules split the logical axis
+"length": it would gather whole sequences. Such layers ask `length_axis` whether
+this is so here, and then run on every device's own tokens, through `on_shards`,
+exchanging what gdn2_jax.ops.context exchanges. Arrays are described by logical
+names, as elsewhere in the model; None is an axis that is not split.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array
+
+Names = tuple[str | None, ...]
+
+
+def length_axis(*arrays: tuple[Any, Names], tokens: int = 1) -> str | None:
+  """The mesh axis that "length" is split over, None where it is whole.
+
+  Also None where a size does not divide, or a device would hold fewer tokens
+  than asked for: XLA then splits the layer in its own way, with the same
+  result.
+
+  Args:
+    *arrays: Of the layer, each with its logical names.
+    tokens: That a device must hold.
+  """
+  (axis,) = _mesh_axes("length")[:1] or (None,)
+  mesh = jax.sharding.get_abstract_mesh()
+  if axis is None or mesh.empty or axis not in mesh.shape:
+    return None
+  kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  if mesh.shape[axis] == 1 or kinds[axis] != AxisType.Auto:
+    return None
+  for x, names in arrays:
+    for size, name in zip(x.shape, names, strict=True):
+      parts = math.prod(mesh.shape[a] for a in _mesh_axes(name))
+      if size % parts or (name == "length" and size < tokens * parts):
+        return None
+  return axis
+
+
+def on_shards(
+  fun: Callable[..., Any], into: Any, out: Any
+) -> Callable[..., Any]:
+  """fun, run by every device on its own part of the arguments.
+
+  Args:
+    fun: Of local arrays; inside, every mesh axis is one for collectives.
+    into: Logical names of each argument, a tuple of names for each; those of
+      an argument that is None do not matter.
+    out: Logical names of the result, or a list of them for a tuple.
+
+  Returns:
+    The function of whole arrays.
+  """
+  if isinstance(out, list):
+    out_specs = tuple(nn.logical_to_mesh_axes(names) for names in out)
+  else:
+    out_specs = nn.logical_to_mesh_axes(out)
+  in_specs = tuple(nn.logical_to_mesh_axes(names) for names in into)
+  return jax.shard_map(fun, in_specs=in_specs, out_specs=out_specs)
+
+
+def shards_as_rows(
+  *arrays: Array,
+) -> tuple[tuple[Array, ...], Callable[[Array], Array]]:
+  """[B, T, ...] as [P * B, T / P, ...], and back, without moving anything.
+
+  For what goes through the tokens in pieces without mixing them: every device
+  then takes pieces of its own tokens. P is 1 where tokens are not split.
+
+  Args:
+    *arrays: Of the same B and T.
+
+  Returns:
+    The arrays, and a function that takes a result [P * B, T / P] to [B, T].
+  """
+  names = [("batch", "length", *(None,) * (x.ndim - 2)) for x in arrays]
+  axis = length_axis(*zip(arrays, names, strict=True))
+  if axis is None:
+    return arrays, lambda x: x
+  P = jax.sharding.get_abstract_mesh().shape[axis]
+  rows = PartitionSpec((axis, *_mesh_axes("batch")))
+  B, T = arrays[0].shape[:2]
+
+  def split(x):
+    x = x.reshape(B, P, T // P, *x.shape[2:]).swapaxes(0, 1)
+    x = x.reshape(P * B, T // P, *x.shape[3:])
+    return jax.lax.with_sharding_constraint(x, rows)
+
+  def join(x):
+    x = x.reshape(P, B, T // P).swapaxes(0, 1).reshape(B, T)
+    return nn.with_logical_constraint(x, ("batch", "length"))
+
+  return tuple(map(split, arrays)), join
+
+
+def _mesh_axes(name: str | None) -> tuple[str, ...]:
+  """The mesh axes of one logical axis."""
+  axes = nn.logical_to_mesh_axes((name,))[0]
+  if axes is None:
+    return ()
+  return (axes,) if isinstance(axes, str) else tuple(axes)
