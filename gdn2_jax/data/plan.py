@@ -203,7 +203,7 @@ def _survey(
   usable, parts, skipped = {}, {}, []
   for name, path in paths.items():
     try:
-      parts[name] = inputs.cut_into_parts(path)
+      parts[name] = inputs.cut_into_parts(path, UNIT_BYTES)
       usable[name] = path
     except inputs.BadInputError as error:
       if not skip_bad:

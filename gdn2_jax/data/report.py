@@ -32,6 +32,10 @@ def print_manifest(found: packed.Packed) -> None:
     f" {tokenizer['vocab_size']} ids, EOS {tokenizer['eos_id']};"
     f" {manifest['eos_policy']}"
   )
+  print(
+    f"  --config.model.vocab_size={padded_size(tokenizer['vocab_size'])} or"
+    f" {tokenizer['vocab_size']}: a model may have more ids than the tokenizer"
+  )
   for split in packed.SPLITS:
     entry = manifest["splits"][split]
     text_tokens = entry["tokens"] - entry["documents"]
@@ -46,6 +50,11 @@ def print_manifest(found: packed.Packed) -> None:
         print(f"    {entry[name]} documents {text}")
     for name, recorded in entry["files"].items():
       print(f"    {name}: {recorded['size']} bytes, {recorded['sha256']}")
+
+
+def padded_size(vocab_size: int) -> int:
+  """The next multiple of 128: what matrix units and meshes divide best."""
+  return -(-vocab_size // 128) * 128
 
 
 def print_row(found: packed.Packed, split: str, index: int, length: int):

@@ -15,7 +15,7 @@ import dataclasses
 import json
 import pathlib
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -101,18 +101,17 @@ def spill_unit(unit: Unit, recipe: Recipe, tokenizer: Tokenizer) -> dict:
   keys, buckets, ids = [], [], []
   dtype = packed.token_dtype(tokenizer.vocab_size).newbyteorder("<")
   texts = _texts(unit, recipe, bad)
-  for batch in _batches(texts):
+  for batch in _batches(texts, lambda item: len(item.text)):
     encoded = encode_documents([text.text for _, text in batch], tokenizer)
     for (file, text), tokens in zip(batch, encoded, strict=True):
       split = unit.split or _split_of(text.text, recipe.validation_fraction)
       _count(counts[split], text, tokens, tokenizer)
       if not text.text:
         continue
-      assert min(tokens) >= 0 and max(tokens) < tokenizer.vocab_size
       key = document_key(recipe.seed, file, text.place)
       keys.append(key)
       buckets.append(_bucket(key, split, recipe.buckets))
-      ids.append(np.asarray(tokens, dtype))
+      ids.append(tokens)
   order = np.argsort(np.asarray(buckets, np.int64), kind="stable")
   documents = np.zeros(len(order), _DOCUMENT)
   documents["key"] = np.asarray(keys, np.uint64)[order]
@@ -188,15 +187,29 @@ def document_key(seed: int, file: int, place: int) -> int:
   return int(files.sha256_bytes(f"{seed}:{file}:{place}".encode())[:16], 16)
 
 
-def encode_documents(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
-  """Ids of documents, each with its EOS; an empty document gets EOS alone."""
-  pieces = [pieces_of(text) for text in texts]
-  encoded = iter(tokenizer.encode_batch(p for group in pieces for p in group))
-  documents = []
-  for group in pieces:
-    ids = [token for _ in group for token in next(encoded)]
-    documents.append([*ids, tokenizer.eos_id])
-  return documents
+def encode_documents(
+  texts: list[str], tokenizer: Tokenizer
+) -> list[np.ndarray]:
+  """Ids of documents, each with its EOS; an empty document gets EOS alone.
+
+  Returns:
+    For each text an array [tokens], uint16 or uint32.
+  """
+  dtype = packed.token_dtype(tokenizer.vocab_size).newbyteorder("<")
+  found: list[list[np.ndarray]] = [[] for _ in texts]
+  pieces = (
+    (index, piece)
+    for index, text in enumerate(texts)
+    for piece in pieces_of(text)
+  )
+  # Lists of integers take ten times the memory of arrays: a little at a time.
+  for batch in _batches(pieces, len):
+    encoded = tokenizer.encode_batch([piece for _, piece in batch])
+    for (index, _), ids in zip(batch, encoded, strict=True):
+      assert not ids or (min(ids) >= 0 and max(ids) < tokenizer.vocab_size)
+      found[index].append(np.asarray(ids, dtype))
+  end = np.asarray([tokenizer.eos_id], dtype)
+  return [np.concatenate([*parts, end]) for parts in found]
 
 
 def pieces_of(text: str, limit: int = LONG_BYTES) -> list[str]:
@@ -230,11 +243,14 @@ def _texts(
       yield file, text
 
 
-def _batches(texts: Iterable[Any]) -> Iterator[list[Any]]:
+def _batches(
+  pairs: Iterable[tuple[int, Any]], size_of: Callable[[Any], int]
+) -> Iterator[list[tuple[int, Any]]]:
+  """Pairs of a number and an item, up to `_BATCH_BYTES` of items at a time."""
   batch, size = [], 0
-  for item in texts:
-    batch.append(item)
-    size += len(item[1].text)
+  for pair in pairs:
+    batch.append(pair)
+    size += size_of(pair[1])
     if size >= _BATCH_BYTES:
       yield batch
       batch, size = [], 0
@@ -250,7 +266,7 @@ def _split_of(text: str, fraction: float) -> str:
 def _count(
   counts: dict[str, int],
   text: inputs.Text,
-  tokens: list[int],
+  tokens: np.ndarray,
   tokenizer: Tokenizer,
 ) -> None:
   if not text.text:
@@ -276,7 +292,9 @@ def _pointers(
   buckets: np.ndarray, documents: np.ndarray, data: bytes, itemsize: int
 ) -> dict[str, list[int]]:
   """Bucket -> [first document, documents, first token, tokens, CRCs]."""
-  pointers = {}
+  pointers: dict[str, list[int]] = {}
+  if len(buckets) == 0:
+    return pointers
   ends = np.concatenate([[0], np.cumsum(documents["length"], dtype=np.int64)])
   numbers, firsts = np.unique(buckets, return_index=True)
   stops = [*firsts[1:], len(buckets)]

@@ -210,7 +210,7 @@ class _Lane:
 
   def __init__(self, first: int, stride: int):
     self._next, self._stride = first, stride
-    self.tokens = np.zeros(0, np.int64)
+    self.tokens = np.zeros(0, np.uint16)
     self._borders = np.zeros(0, np.int64)
 
   def next_document(self) -> int:
@@ -218,9 +218,9 @@ class _Lane:
     self._next += self._stride
     return index
 
-  def append(self, ids: list[int]) -> None:
+  def append(self, ids: np.ndarray) -> None:
     self._borders = np.append(self._borders, len(self.tokens))
-    self.tokens = np.concatenate([self.tokens, np.asarray(ids, np.int64)])
+    self.tokens = np.concatenate([self.tokens, ids])
 
   def row(self, length: int) -> Batch:
     return make_row(self.tokens, self._borders, start=0, length=length)
@@ -289,10 +289,10 @@ def _pack(
   texts: Iterable[str], tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
   counts = dict.fromkeys(packed.COUNTS, 0)
-  arrays = [np.zeros(0, np.uint32)]
+  arrays = [np.zeros(0, packed.token_dtype(tokenizer.vocab_size))]
   for text in texts:
     (ids,) = spill.encode_documents([text], tokenizer)
-    arrays.append(np.asarray(ids, np.uint32))
+    arrays.append(ids)
     size = len(text.encode())
     counts["documents"] += 1
     counts["tokens"] += len(ids)
