@@ -235,14 +235,11 @@ class Checkpointer:
         name: read_arrays(folder / name, part)
         for name, part in _items(abstract).items()
       }
-    except Exception as e:
+    except DamagedError as e:
       damage = e
     # The digest takes all processes, so they have to agree before.
     if not _everywhere(damage is None):
-      if isinstance(damage, DamagedError):
-        raise damage
-      reason = first_line(damage) if damage else "not by all processes"
-      raise DamagedError(f"step {step}: unreadable: {reason}")
+      raise damage or DamagedError("another process cannot read it")
     verify(restored, meta)
     return TrainState(params=restored["params"], **restored["optimizer"])
 

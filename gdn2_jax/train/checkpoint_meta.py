@@ -31,6 +31,10 @@ _ENTRIES = {
   "_CHECKPOINT_METADATA",
   COMMITTED,
 }
+_DTYPES = {
+  f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
+}
+_DTYPES |= {"float16", "bfloat16", "float32", "float64", "bool"}
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
 _MAX_META_BYTES = 64 << 20
 
@@ -120,9 +124,11 @@ def read_meta(directory: str | os.PathLike, step: int) -> dict[str, Any]:
   """
   path = pathlib.Path(directory) / str(step) / "meta" / "metadata"
   try:
-    size = path.lstat().st_size
-    if size > _MAX_META_BYTES:
-      raise DamagedError(f"{path}: {size:,} bytes of meta data")
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+      raise DamagedError(f"{path}: a link or a special file")
+    if found.st_size > _MAX_META_BYTES:
+      raise DamagedError(f"{path}: {found.st_size:,} bytes of meta data")
     meta = json.loads(path.read_text(encoding="utf-8"))
   except DamagedError:
     raise
@@ -209,7 +215,7 @@ def _is_spec(value: Any) -> bool:
     and len(value) == 2
     and isinstance(value[0], list)
     and all(type(size) is int and size >= 0 for size in value[0])
-    and isinstance(value[1], str)
+    and value[1] in _DTYPES
   )
 
 
@@ -235,6 +241,8 @@ def check_files(step_dir: pathlib.Path, claimed_bytes: int = 0) -> None:
   """
   if step_dir.is_symlink():
     raise DamagedError(f"{step_dir}: a link, not a directory")
+  if not step_dir.is_dir():
+    raise DamagedError(f"{step_dir}: not a directory")
   unknown = sorted({entry.name for entry in step_dir.iterdir()} - _ENTRIES)
   if unknown:
     raise DamagedError(f"{step_dir / unknown[0]}: not part of a checkpoint")

@@ -1,11 +1,16 @@
 """Reading checkpoints: arrays, their verification, and whole runs."""
 
+import asyncio
+import contextlib
 import dataclasses
+import gc
 import json
 import math
 import os
 import pathlib
 import sys
+import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +35,7 @@ from gdn2_jax.train.digest import digest
 from gdn2_jax.train.state import abstract_params
 
 _MOST_LAYERS = 100_000
+_IN_FLIGHT_SECONDS = 0.1
 
 
 def first_line(error: Exception) -> str:
@@ -40,10 +46,52 @@ def first_line(error: Exception) -> str:
   return f"{type(error).__name__}: {text}"
 
 
+def _end_orphans() -> None:
+  """Ends what a failed read of orbax leaves behind.
+
+  Its event loop is closed while other reads still wait on it. They would
+  complain on stderr whenever they are collected, at the latest on exit.
+  """
+  hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+  try:
+    # Reads in flight report to the closed loop, and fail at that.
+    time.sleep(_IN_FLIGHT_SECONDS)
+    for task in gc.get_objects():
+      if isinstance(task, asyncio.Task) and task.get_loop().is_closed():
+        with contextlib.suppress(Exception):
+          task._log_destroy_pending = False
+          if task.done():
+            task.exception()  # now it counts as seen
+          else:
+            task.get_coro().close()
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", RuntimeWarning)
+      gc.collect()
+  finally:
+    sys.unraisablehook = hook
+
+
+# Says nothing about the files: another try, or another machine, may read them.
+_NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "DEADLINE_EXCEEDED")
+
+
 def read_arrays(path: pathlib.Path, abstract: Any) -> Any:
-  """The arrays of one item, in the shapes and shardings of `abstract`."""
-  with ocp.StandardCheckpointer() as reader:
-    return reader.restore(path, abstract)
+  """The arrays of one item, in the shapes and shardings of `abstract`.
+
+  Raises:
+    DamagedError: the files are not those of such arrays.
+    Exception: they cannot be read for a reason of another kind.
+  """
+  try:
+    with ocp.StandardCheckpointer() as reader:
+      return reader.restore(path, abstract)
+  except Exception as e:
+    refused = isinstance(e, (MemoryError, PermissionError))
+    if refused or any(word in str(e) for word in _NOT_DAMAGE):
+      raise
+    reason = first_line(e)
+  _end_orphans()
+  raise DamagedError(f"{path}: unreadable: {reason}")
 
 
 def verify(items: dict[str, Any], meta: dict[str, Any]) -> None:
@@ -60,12 +108,12 @@ def verify(items: dict[str, Any], meta: dict[str, Any]) -> None:
     return
   saved, found = meta.get("digests"), digest(items)
   if not isinstance(saved, dict):
-    raise DamagedError(f"step {meta['step']}: the digests are missing")
+    raise DamagedError("the digests are missing")
   bad = [path for path, value in found.items() if saved.get(path) != value]
   if bad:
     raise DamagedError(
-      f"step {meta['step']}: {len(bad)} of {len(found)} arrays are not what "
-      f"was saved (digest), the first is {bad[0]}"
+      f"{len(bad)} of {len(found)} arrays are not what was saved (digest), the "
+      f"first is {bad[0]}"
     )
 
 
@@ -126,8 +174,8 @@ def load_run(
       config, params = _load_params(directory, candidate, mesh)
     except DamagedError as e:
       if step is not None or candidate == steps[0]:
-        raise
-      warn(f"WARNING: passed over a damaged checkpoint: {e}")
+        raise DamagedError(f"checkpoint of step {candidate}: {e}") from e
+      warn(f"WARNING: damaged checkpoint passed over: step {candidate}: {e}")
       continue
     break
   return Run(
@@ -149,25 +197,20 @@ def _load_params(
     for path, spec in meta["tree"].items()
     if path.startswith("params/")
   }
-  # Shapes cost nothing, but tracing this many layers would take for ever.
-  if config.model.num_layers > _MOST_LAYERS:
-    raise DamagedError(f"step {step}: {config.model.num_layers} layers")
-  abstract = _abstract_for_inference(LM(config.model), mesh)
-  changes = list(differences(saved, tree_spec(abstract)))
-  if changes:
-    raise DamagedError(f"step {step} does not fit its own config: {changes[0]}")
   claimed = sum(
     math.prod(shape) * jnp.dtype(dtype).itemsize
     for shape, dtype in saved.values()
   )
   folder = directory / str(step)
-  try:
-    check_files(folder, claimed)
-    params = read_arrays(folder / "params", abstract)
-  except DamagedError:
-    raise
-  except Exception as e:
-    raise DamagedError(f"step {step}: unreadable: {first_line(e)}") from e
+  check_files(folder, claimed)
+  # Shapes cost nothing, but tracing this many layers would take for ever.
+  if config.model.num_layers > _MOST_LAYERS:
+    raise DamagedError(f"a model of {config.model.num_layers} layers")
+  abstract = _abstract_for_inference(LM(config.model), mesh)
+  changes = list(differences(saved, tree_spec(abstract)))
+  if changes:
+    raise DamagedError(f"it does not fit its own config: {changes[0]}")
+  params = read_arrays(folder / "params", abstract)
   verify({"params": params}, meta)
   return config, params
 

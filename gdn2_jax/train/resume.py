@@ -64,19 +64,23 @@ def resume(
   else:
     candidates = complete[::-1]
   damage = {
-    step: DamagedError(f"step {step}: incomplete")
-    for step in set(present) - set(complete)
+    step: DamagedError("incomplete") for step in set(present) - set(complete)
   }
   for step in candidates:
     try:
       state, saved = _restore(config, checkpointer, step, abstract, meta)
     except DamagedError as e:
       if config.restore_step:
-        raise
+        raise DamagedError(
+          f"--config.checkpoint.restore_step={step}: {e}"
+        ) from e
       damage[step] = e
       continue
     for older in sorted(damage, reverse=True):
-      say(f"WARNING: damaged checkpoint passed over: {damage[older]}")
+      say(
+        "WARNING: damaged checkpoint passed over: step "
+        f"{older}: {damage[older]}"
+      )
     checkpointer.set_aside(s for s in present if s > step or s in damage)
     for line in differences(saved["config"], meta["config"], "--config"):
       say(f"changed since the checkpoint: {line}")
@@ -100,7 +104,7 @@ def _restore(
   check_meta(saved, meta, allow_data_change=config.allow_data_change)
   state = checkpointer.restore(step, abstract, saved)
   if int(jax.device_get(state.step)) != step:
-    raise DamagedError(f"step {step}: holds the state of another step")
+    raise DamagedError("it holds the state of another step")
   return state, saved
 
 
@@ -110,7 +114,7 @@ def _refuse_or_warn(
   damage: dict[int, DamagedError],
   say: Say,
 ) -> None:
-  reasons = [str(damage[step]) for step in sorted(damage, reverse=True)]
+  reasons = [f"step {s}: {damage[s]}" for s in sorted(damage, reverse=True)]
   if not config.allow_fresh_start:
     raise CheckpointError(
       f"{checkpointer.directory}: no checkpoint is usable:\n  "
