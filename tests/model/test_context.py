@@ -51,7 +51,9 @@ def loss(params, batch, config):
 
 def compile_gradient(config, params, batch):
   fun = jax.value_and_grad(loss, has_aux=True)
-  return jax.jit(fun, static_argnums=2).lower(params, batch, config).compile()
+  lowered = jax.jit(fun, static_argnums=2).lower(params, batch, config)
+  # Runs once: LLVM would optimise for longer than all the rest takes.
+  return lowered.compile({"xla_backend_optimization_level": 0})
 
 
 @functools.cache

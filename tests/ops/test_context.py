@@ -81,18 +81,32 @@ def packed_case():
 
 
 @pytest.mark.parametrize(
-  ("devices", "scheme"),
-  [(2, None), (4, "doubling"), (8, "all_to_all"), (8, "ring")],
+  ("devices", "scheme", "implementation"),
+  [
+    (2, None, "xla"),
+    (4, "doubling", "reference"),
+    (8, "all_to_all", "xla"),
+    (8, "ring", "reference"),
+  ],
 )
-def test_documents_over_devices_equal_one_device(devices, scheme):
+def test_documents_over_devices_equal_one_device(
+  devices, scheme, implementation
+):
   case, exact = packed_case()
-  assert_close(evaluate(over_devices(devices, scheme), case), exact)
+  run = over_devices(devices, scheme, implementation)
+  assert_close(evaluate(run, case), exact)
 
 
-@pytest.mark.parametrize("decay", [(-5.0, -0.1), 0.0, -200.0])
-def test_one_document_over_devices_equals_one_device(rng, decay):
+@pytest.mark.parametrize(
+  ("decay", "implementation"),
+  [((-5.0, -0.1), "xla"), (0.0, "reference"), (-200.0, "reference")],
+)
+def test_one_document_over_devices_equals_one_device(
+  rng, decay, implementation
+):
   case = make_case(rng, 2, T, 2, 16, 24, g=decay)
-  assert_close(evaluate(over_devices(4), case), oracle(case))
+  run = over_devices(4, None, implementation)
+  assert_close(evaluate(run, case), oracle(case))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -171,7 +185,7 @@ def test_nothing_passes_a_border_of_documents_or_goes_back(scheme):
   case, _ = packed_case()
   inputs = [jnp.asarray(case[n]) for n in INPUTS]
   state, ids = case["initial_state"], jnp.asarray(case["segment_ids"])
-  run = jax.jit(over_devices(4, scheme), static_argnums=3)
+  run = jax.jit(over_devices(4, scheme, "reference"), static_argnums=3)
   before, _ = run(tuple(inputs), state, ids, None)
   inputs[2] = inputs[2].at[0, 12:41].mul(1e3)
   after, _ = run(tuple(inputs), 1e3 * state, ids, None)
@@ -191,7 +205,8 @@ def test_bfloat16_is_as_good_as_on_one_device(rng):
 
   floor = evaluate(one_device, case)
   bound = {n: 2 * rel_rms(floor[n], x) for n, x in exact.items()}
-  assert_close(evaluate(over_devices(4), case), exact, bound)
+  got = evaluate(over_devices(4, None, "reference"), case)
+  assert_close(got, exact, bound)
 
 
 @pytest.mark.parametrize(
@@ -211,9 +226,8 @@ def test_schemes_that_do_not_fit_are_refused(rng, scheme, message):
 def test_one_shard_is_the_op(rng):
   case = make_case(rng, 1, 8, 1, 16, 16)
   inputs = tuple(case[n] for n in INPUTS)
-  o, state = jax.jit(over_devices(1), static_argnums=3)(
-    inputs, None, None, None
-  )
-  want, want_state = gdn2(*inputs, implementation="xla")
+  run = jax.jit(over_devices(1, None, "reference"), static_argnums=3)
+  o, state = run(inputs, None, None, None)
+  want, want_state = gdn2(*inputs, implementation="reference")
   np.testing.assert_array_equal(o, want)
   np.testing.assert_array_equal(state, want_state)
