@@ -17,8 +17,8 @@ not worth a copy.
 import concurrent.futures
 import hashlib
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -35,6 +35,15 @@ SAMPLE_BYTES = 8 << 20
 Batch = dict[str, np.ndarray]
 
 
+@runtime_checkable
+class Records(Protocol):
+  """Anything with a length whose items can be had by number."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> Any: ...
+
+
 class Texts:
   """Random access to the documents of one split.
 
@@ -43,7 +52,7 @@ class Texts:
     name: of the source, for errors.
   """
 
-  def __init__(self, records: Sequence[Any], name: str):
+  def __init__(self, records: Records, name: str):
     self._records = records
     self._name = name
 
