@@ -17,7 +17,7 @@ def backward(q, k, v, g, b, w, kinds, residuals, do, dstate, scale):
     w: [B, T, H, V].
     kinds: [B, T] int32.
     residuals: what the forward pass saved.
-    do: gradient of the output [B, T, H, V], in its dtype.
+    do: gradient of the output [B, T, H, V], in its dtype, zero at padding.
     dstate: gradient of the final state [B, H, K, V], float32.
     scale: factor on the output.
 

@@ -112,27 +112,36 @@ def split_pairs(a: tuple[Any, ...], b: tuple[Any, ...]) -> list[Any]:
   return [(x, y) for n, x in enumerate(a) for y in b[: len(b) - n]]
 
 
-_zero: contextvars.ContextVar[Any] = contextvars.ContextVar("zero", default=0)
+_opaque: contextvars.ContextVar[Any] = contextvars.ContextVar(
+  "opaque", default=None
+)
 
 
 @contextlib.contextmanager
 def recomputed(kinds_ref: Any) -> Iterator[None]:
-  """Keeps masks and addresses made inside from being hoisted out of a loop.
+  """Keeps masks and addresses made inside out of the registers of the rest.
 
-  LLVM moves what a loop does not change in front of it: here over a hundred
-  registers of masks and matrix descriptors, which then spill. Inside, they
-  depend on a zero that only a load at run time reveals: kinds are below 256.
+  LLVM computes what it can only once, and what a loop does not change in front
+  of it: here over a hundred registers of masks and matrix descriptors, which
+  then spill. Inside, they depend on a zero that only a load at run time shows:
+  kinds are below 256.
   """
-  token = _zero.set(lax.shift_right_logical(kinds_ref[0], jnp.int32(8)))
+  token = _opaque.set(kinds_ref[0])
   try:
     yield
   finally:
-    _zero.reset(token)
+    _opaque.reset(token)
+
+
+def _zero() -> Any:
+  """A zero; inside `recomputed` one that LLVM cannot know."""
+  word = _opaque.get()
+  return 0 if word is None else lax.shift_right_logical(word, jnp.int32(8))
 
 
 def tile_slice(n: Any) -> Any:
   """Rows or channels 64*n to 64*(n+1)."""
-  return pl.ds((n + _zero.get()) * C, C)
+  return pl.ds((n + _zero()) * C, C)
 
 
 def tile_of(ref: Any, n: Any) -> Any:
@@ -145,7 +154,7 @@ def tile_of(ref: Any, n: Any) -> Any:
 
 def _iota(shape: tuple[int, int], dimension: int) -> Any:
   x = plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=ROWS)
-  zero = _zero.get()
+  zero = _zero()
   return x if isinstance(zero, int) else x + zero
 
 
@@ -215,9 +224,15 @@ def decay(span: Any, g_hi: Any, g_lo: Any) -> Any:
   """exp of the log-decays summed over `span` [C, C]: in [0, 1].
 
   Sums of terms of one sign: nothing cancels, nothing overflows.
+
+  Args:
+    span: booleans, or a buffer of zeros and ones in the dtype of g_hi.
+    g_hi: high part of the log-decays [C, TILE].
+    g_lo: low part.
   """
-  m = jnp.where(span, 1.0, 0.0).astype(g_hi.dtype)
-  return jnp.exp(dot(zeros(), (m, g_hi), (m, g_lo)))
+  if span.dtype == jnp.bool_:
+    span = jnp.where(span, 1.0, 0.0).astype(g_hi.dtype)
+  return jnp.exp(dot(zeros(), (span, g_hi), (span, g_lo)))
 
 
 def of_rows(vector: Any, shape: tuple[int, int] = (C, TILE)) -> Any:

@@ -74,13 +74,14 @@ def gdn2_mosaic_gpu(
     o in the dtype of v, and the final state.
   """
   (B, T, _, K), V = q.shape, v.shape[-1]
+  is_token = None
   if kinds is None:
     kinds = jnp.ones((B, T), jnp.int32)
   else:
-    # The kernels mask what has a key axis. What stands in v and w at padding
-    # (also NaN) goes here, where XLA fuses it with what made them.
+    # The kernels mask what has a key axis. What stands in v, w and the gradient
+    # of o at padding (also NaN) goes here, where XLA fuses it with its source.
     is_token = (kinds != 0)[:, :, None, None]
-    v, w = (jnp.where(is_token, x, jnp.zeros((), x.dtype)) for x in (v, w))
+  v, w = _zero_unless(is_token, v), _zero_unless(is_token, w)
   tokens = -T % CHUNK
   # One tile of keys, or two.
   keys, values = (64 if K <= 64 else MAX_KEY_DIM) - K, -V % _VALUE_TILE
@@ -99,7 +100,14 @@ def gdn2_mosaic_gpu(
     jnp.pad(kinds.astype(jnp.int32), ((0, 0), (0, tokens))),
     scale,
   )
-  return o[:, :T, :, :V], final[:, :, :K, :V]
+  o = _zero_unless(is_token, o[:, :T, :, :V])
+  return o, final[:, :, :K, :V]
+
+
+def _zero_unless(is_token, x):
+  if is_token is None:
+    return x
+  return jnp.where(is_token, x, jnp.zeros((), x.dtype))
 
 
 def _kernels():

@@ -18,15 +18,13 @@ from gdn2_jax.pallas import blocks
 _DT, _DAQK, _OWN = 0, 2, 4
 
 
-def through_the_tree(chunk, scores, dE_neg, dQg, dKd, dgamma_C):
+def through_the_tree(chunk, scores, dE_neg, dQg, dKd):
   """From the sums over values to dq, dk, db, dg, which it writes."""
   with chunk.recomputed():
-    _share_scores(chunk, scores, dgamma_C)
-  dk_parked = tuple(chunk.slot(_OWN + 2 * chunk.wg + n) for n in range(2))
-  dq_parked = chunk.own("S"), chunk.own("dS")
-  for x, parked in ((dKd, dk_parked), (dQg, dq_parked)):
+    _share_scores(chunk, scores)
+  for x, parked in ((dKd, _parked_dk), (dQg, _parked_dq)):
     with chunk.recomputed():
-      blocks.store_split(x, *parked)
+      blocks.store_split(x, *parked(chunk))
 
   def load_e():
     return chunk.load("b") * chunk.load("k")
@@ -39,14 +37,14 @@ def through_the_tree(chunk, scores, dE_neg, dQg, dKd, dgamma_C):
   de, dg = _walk(chunk, functools.partial(_later, load_e, _DT), de, dg)
   with chunk.recomputed():
     chunk.write_key(2, chunk.load("k") * de, chunk.own("Kd"))
-    dk = _load_split(dk_parked)
+    dk = _load_split(_parked_dk(chunk))
     dk *= blocks.decay(blocks.suffix_span(), *chunk.g_parts())
     dg = _add_dg(chunk, dg, blocks.suffix_span, chunk.load("k") * dk)
-    blocks.store_split(dk + chunk.load("b") * de, *dk_parked)
+    blocks.store_split(dk + chunk.load("b") * de, *_parked_dk(chunk))
 
   load_q = functools.partial(chunk.load, "q")
   with chunk.recomputed():
-    dq = _load_split(dq_parked)
+    dq = _load_split(_parked_dq(chunk))
     dq *= blocks.decay(blocks.prefix_span(), *chunk.g_parts())
     dg = _add_dg(chunk, dg, blocks.prefix_span, load_q() * dq)
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # db has left
@@ -56,15 +54,25 @@ def through_the_tree(chunk, scores, dE_neg, dQg, dKd, dgamma_C):
     chunk.write_key(0, dq * chunk.scale, chunk.own("Kd"))
 
   with chunk.recomputed():
-    dk = _load_split(dk_parked)
-  dk, dg = _walk(chunk, functools.partial(_earlier, dk_parked), dk, dg)
+    dk = _load_split(_parked_dk(chunk))
+  dk, dg = _walk(chunk, _earlier, dk, dg)
   with chunk.recomputed():
     dk += _diagonal(chunk) * chunk.load("q")
     chunk.write_key(1, dk, chunk.own("k"))
     chunk.write_dg(dg)
 
 
-def _share_scores(chunk, scores, dgamma_C):
+def _parked_dk(chunk):
+  """Where dk waits, high and low part; later the masked scores."""
+  return tuple(chunk.slot(_OWN + 2 * chunk.wg + n) for n in range(2))
+
+
+def _parked_dq(chunk):
+  """Where dq waits."""
+  return chunk.own("S"), chunk.own("dS")
+
+
+def _share_scores(chunk, scores):
   """Stores dT and dAqk where all warpgroups see them."""
 
   # dv and dw may still be leaving from slots that are filled next.
@@ -78,15 +86,12 @@ def _share_scores(chunk, scores, dgamma_C):
   for n, x in zip(own, scores, strict=True):
     x = jnp.where(blocks.everywhere(n == 0), -x, x)
     blocks.store_split(x, chunk.slot(2 * n), chunk.slot(2 * n + 1))
-  chunk.s["dgamma_C"].at[chunk.channels][...] = dgamma_C
   chunk.meet()
 
 
 def _dg_of_chunk(chunk):
   """What the decay of the whole chunk gives every log-decay [C, TILE]."""
-  dgamma_C = plgpu.load(
-    chunk.s["dgamma_C"].at[chunk.channels], layout=blocks.ROWS.reduce(0)
-  )
+  dgamma_C = plgpu.load(chunk.dgamma_C, layout=blocks.ROWS.reduce(0))
   gamma_C = blocks.decay(blocks.chunk_span(), *chunk.g_parts())
   return blocks.in_rows(gamma_C * blocks.of_columns(dgamma_C))
 
@@ -128,17 +133,19 @@ def _level_span(half):
 
 def _later(load_y, slot, chunk, half, dy, dg):
   """A level of y = b*k or q, rows of the second halves: dy, dg."""
-  kx = chunk.own("E_neg"), chunk.own("Kd")
   with chunk.recomputed():
+    kx = chunk.own("E_neg"), chunk.own("Kd")
     x = blocks.decay(blocks.level_span(half), *chunk.g_parts())
     second = (blocks.row_iota() & half) != 0
     blocks.store_split(jnp.where(second, 0.0, chunk.load("k") * x), *kx)
   plgpu.commit_smem()
   with chunk.recomputed():
+    kx = chunk.own("E_neg"), chunk.own("Kd")
     high = _masked(half, chunk.slot(slot))
     dyx = blocks.dot(blocks.zeros(), (high, kx[0]), (high, kx[1]))
   with chunk.recomputed():
-    dyx = blocks.dot(dyx, (_masked(half, chunk.slot(slot + 1)), kx[0]))
+    low = _masked(half, chunk.slot(slot + 1))
+    dyx = blocks.dot(dyx, (low, chunk.own("E_neg")))
     second = (blocks.row_iota() & half) != 0
     dyx = jnp.where(second, dyx * x, 0.0)
   with chunk.recomputed():
@@ -146,23 +153,25 @@ def _later(load_y, slot, chunk, half, dy, dg):
   return dy + dyx, dg
 
 
-def _earlier(masked, chunk, half, dk, dg):
+def _earlier(chunk, half, dk, dg):
   """A level of k, rows of the first halves: dk, dg."""
-  ex, qx = chunk.own("S"), chunk.own("dS")
   with chunk.recomputed():
+    ex = chunk.own("S")
     x = blocks.decay(blocks.level_span(half), *chunk.g_parts())
     second = (blocks.row_iota() & half) != 0
     e = chunk.load("b") * chunk.load("k")
     ex[...] = jnp.where(second, e * x, 0.0).astype(ex.dtype)
   with chunk.recomputed():
+    qx = chunk.own("dS")
     second = (blocks.row_iota() & half) != 0
     qx[...] = jnp.where(second, chunk.load("q") * x, 0.0).astype(qx.dtype)
-  for ref, slot in zip(masked, (_DT, _DAQK), strict=True):
+  for n, slot in enumerate((_DT, _DAQK)):
     with chunk.recomputed():
-      ref[...] = _masked(half, chunk.slot(slot))
+      _parked_dk(chunk)[n][...] = _masked(half, chunk.slot(slot))
   plgpu.commit_smem()
-  dT_T, dAqk_T = map(blocks.transposed, masked)
   with chunk.recomputed():
+    ex, qx = chunk.own("S"), chunk.own("dS")
+    dT_T, dAqk_T = map(blocks.transposed, _parked_dk(chunk))
     dkx = blocks.dot(blocks.zeros(), (dT_T, ex), (dAqk_T, qx))
     second = (blocks.row_iota() & half) != 0
     dkx = jnp.where(second, 0.0, dkx * x)

@@ -226,7 +226,7 @@ def test_what_padding_holds_changes_no_bit(rng):
   )
   results = []
   for fill in (0, np.nan):
-    for name in INPUTS:
+    for name in (*INPUTS, "do"):
       case[name][padding] = fill
     results.append(interpreted(numerics.evaluate, kernels, case))
   zeros, nans = results
