@@ -141,6 +141,15 @@ def preflight(
       (f"{path}.num_kv_heads", "kv_heads", model.attention.kv_heads),
     ]
   check_divisible(shape, sizes)
+  tokens, taps = config.data.seq_len // shape["context"], 0
+  if "G" in model.pattern and shape["context"] > 1:
+    taps = model.gdn2.conv_width - 1
+  if tokens < taps:
+    raise ValueError(
+      f"--config.mesh.context={shape['context']} leaves {tokens} of"
+      f" --config.data.seq_len={config.data.seq_len} tokens to a device;"
+      f" --config.model.gdn2.conv_width={taps + 1} needs {taps}"
+    )
   if batch_size % num_processes:
     raise ValueError(
       f"--config.data.batch_size={batch_size} does not divide over "

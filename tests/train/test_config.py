@@ -77,6 +77,9 @@ def test_validate_names_the_flag_and_the_value(config, path, value):
       {"data": 2, "tensor": 4},
       "attention.num_heads gives 2 along 'heads'.*tensor=4",
     ),
+    ("data.seq_len", 36, {"context": 8}, "seq_len gives 36 along 'length'"),
+    ("data.seq_len", 16, {"context": 8}, "context=8 leaves 2 .* needs 3"),
+    ("model.model_dim", 36, {"context": 8}, "model_dim gives 36 along 'embed'"),
   ],
 )
 def test_preflight_names_dimension_and_axis(config, path, value, mesh, message):

@@ -153,7 +153,11 @@ def test_fsdp_equals_single_device(sharded, batch, expected):
 
 @pytest.mark.parametrize(
   ("mesh", "accumulate"),
-  [(MeshConfig(data=8), 1), (MeshConfig(data=2, fsdp=2, tensor=2), 2)],
+  [
+    (MeshConfig(data=8), 1),
+    (MeshConfig(data=2, fsdp=2, tensor=2), 2),
+    (MeshConfig(fsdp=2, context=4), 2),
+  ],
 )
 def test_sharded_equals_single_device(
   module_config, batch, expected, mesh, accumulate
