@@ -39,7 +39,9 @@ from gdn2_jax.train.checkpoint_meta import (
   tree_spec,
 )
 from gdn2_jax.train.digest import digest
+from gdn2_jax.train.distributed import is_lost_peer
 from gdn2_jax.train.load import Run, first_line, load_run, read_arrays, verify
+from gdn2_jax.train.orphans import end_orphans
 from gdn2_jax.train.state import TrainState
 
 __all__ = [
@@ -183,6 +185,8 @@ class Checkpointer:
       self._failed.clear()
 
   def _fail(self, step: int, cause: Exception) -> None:
+    if is_lost_peer(cause):
+      raise cause  # nothing is wrong with the disk
     most = self._config.max_failed_saves
     newest = self.latest_step()
     error = SaveError(
@@ -199,6 +203,7 @@ class Checkpointer:
     # A new manager knows only what is on disk, and gives the space of the
     # unfinished files back.
     self._discard_manager()
+    end_orphans()
     for path in self.directory.glob(f"{step}.*tmp*"):
       shutil.rmtree(path, ignore_errors=True)
     self._warn(f"WARNING: {error}")
@@ -256,6 +261,17 @@ class Checkpointer:
     self._settle()
     if self._failed:
       raise self._failed[-1]
+
+  def finish(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+    """Waits for the last save of a run, and tries once more if it failed.
+
+    Raises:
+      SaveError: it failed again.
+    """
+    self._settle()
+    if self._failed and step not in committed_steps(self.directory):
+      self.save(step, state, meta)
+    self.wait()
 
   def close(self) -> None:
     """Waits for the last save, raises if it failed, and stops the threads."""

@@ -1,16 +1,11 @@
 """Reading checkpoints: arrays, their verification, and whole runs."""
 
-import asyncio
-import contextlib
 import dataclasses
-import gc
 import json
 import math
 import os
 import pathlib
 import sys
-import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -32,10 +27,11 @@ from gdn2_jax.train.checkpoint_meta import (
 )
 from gdn2_jax.train.config import TrainConfig, config_from_json, differences
 from gdn2_jax.train.digest import digest
+from gdn2_jax.train.distributed import is_lost_peer
+from gdn2_jax.train.orphans import end_orphans
 from gdn2_jax.train.state import abstract_params
 
 _MOST_LAYERS = 100_000
-_IN_FLIGHT_SECONDS = 0.1
 
 
 def first_line(error: Exception) -> str:
@@ -44,31 +40,6 @@ def first_line(error: Exception) -> str:
   if len(text) > 400:
     text = f"{text[:200]} ... {text[-200:]}"
   return f"{type(error).__name__}: {text}"
-
-
-def _end_orphans() -> None:
-  """Ends what a failed read of orbax leaves behind.
-
-  Its event loop is closed while other reads still wait on it. They would
-  complain on stderr whenever they are collected, at the latest on exit.
-  """
-  hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-  try:
-    # Reads in flight report to the closed loop, and fail at that.
-    time.sleep(_IN_FLIGHT_SECONDS)
-    for task in gc.get_objects():
-      if isinstance(task, asyncio.Task) and task.get_loop().is_closed():
-        with contextlib.suppress(Exception):
-          task._log_destroy_pending = False
-          if task.done():
-            task.exception()  # now it counts as seen
-          else:
-            task.get_coro().close()
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore", RuntimeWarning)
-      gc.collect()
-  finally:
-    sys.unraisablehook = hook
 
 
 # Says nothing about the files: another try, or another machine, may read them.
@@ -87,10 +58,11 @@ def read_arrays(path: pathlib.Path, abstract: Any) -> Any:
       return reader.restore(path, abstract)
   except Exception as e:
     refused = isinstance(e, (MemoryError, PermissionError))
-    if refused or any(word in str(e) for word in _NOT_DAMAGE):
+    refused = refused or any(word in str(e) for word in _NOT_DAMAGE)
+    if refused or is_lost_peer(e):
       raise
     reason = first_line(e)
-  _end_orphans()
+  end_orphans()
   raise DamagedError(f"{path}: unreadable: {reason}")
 
 

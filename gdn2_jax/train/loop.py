@@ -143,7 +143,7 @@ def train(
       watchdog=watchdog,
     )
     with watchdog.saving():
-      checkpointer.wait()
+      checkpointer.finish(result.step, result.state, meta)
     if result.stopped_by:
       say(f"{result.stopped_by}: saved step {result.step}, stopping")
     else:

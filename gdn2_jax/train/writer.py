@@ -50,17 +50,24 @@ def write_json(path: pathlib.Path, tree: Any) -> None:
 def probe(directory: pathlib.Path) -> None:
   """Makes the directory and writes to it, so that hours later nothing fails.
 
+  Its checkpoints may lie on another disk: if they exist, they are tried too.
+
   Raises:
-    ValueError: the directory cannot be made or written to.
+    ValueError: a directory cannot be made or written to.
   """
   # Several processes may share the directory.
-  path = directory / f".probe-{socket.gethostname()}-{os.getpid()}"
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "probe")
-    path.unlink()
-  except OSError as e:
-    raise ValueError(f"--workdir={directory}: cannot write there: {e}") from e
+  name = f".probe-{socket.gethostname()}-{os.getpid()}"
+  for folder in (directory, directory / "checkpoints"):
+    path = folder / name
+    try:
+      if folder == directory:
+        folder.mkdir(parents=True, exist_ok=True)
+      elif not folder.is_symlink() and not folder.exists():
+        continue
+      write_atomically(path, "probe")
+      path.unlink()
+    except OSError as e:
+      raise ValueError(f"--workdir={folder}: cannot write there: {e}") from e
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -1,5 +1,9 @@
 """A small TrainState and checkpoints of it, without any model."""
 
+import contextlib
+import resource
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +39,19 @@ def same_bits(a: TrainState, b: TrainState) -> bool:
     x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
   )
+
+
+@contextlib.contextmanager
+def no_file_larger_than(size: int):
+  """As a full disk: writes beyond `size` fail, with an error not a signal."""
+  old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, old_handler)
 
 
 class SmallRun:

@@ -1,10 +1,7 @@
 """Saving, keeping, refusing and loading checkpoints, without a training run."""
 
-import contextlib
 import json
-import resource
 import shutil
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +23,7 @@ from gdn2_jax.train.checkpoint_meta import seal
 from gdn2_jax.train.config import config_from_json, config_to_json
 from gdn2_jax.train.state import TrainState
 from tests import tiny_run
+from tests.train.states import no_file_larger_than
 
 
 def make_state(step: int, size: int = 3) -> TrainState:
@@ -114,19 +112,6 @@ def test_a_step_is_not_saved_twice(tmp_path):
   with pytest.raises(Exception, match="3"):
     checkpointer.save(3, make_state(3), {})
   checkpointer.close()
-
-
-@contextlib.contextmanager
-def no_file_larger_than(size: int):
-  """As a full disk: writes beyond `size` fail, with an error not a signal."""
-  old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, old_handler)
 
 
 def test_failed_save_surfaces_and_never_becomes_the_latest(tmp_path):

@@ -68,7 +68,7 @@ def huge_shape(meta):
 
 
 def object_array(meta):
-  meta["tree"]["params/embedding"][1] = "object"
+  meta["tree"]["optimizer/step"] = [[], "object"]
 
 
 def many_layers(meta):
