@@ -142,7 +142,7 @@ def _run(
     started = time.perf_counter()
     summary = _read_json(partial / "units.json")
     done = {"documents": 0, "tokens": 0, "bytes": 0}
-    if summary is None:
+    if summary is None or not _has_units(planned):
       summary = _spill_all(partial, planned, pool, done, bar, say)
     spilled = time.perf_counter()
     records = _merge_all(planned, summary, pool, bar)
@@ -155,6 +155,14 @@ def _run(
     all_bytes=whole,
   )
   return summary, records, rates
+
+
+def _has_units(planned: plan.Plan) -> bool:
+  """Whether no unit was removed, as the error about a damaged one asks for."""
+  return all(
+    planned.recipe.unit_path(unit.index, "json").is_file()
+    for unit in planned.units
+  )
 
 
 def _spill_all(
@@ -198,8 +206,7 @@ def _spill_all(
   bad = [entry for record in ordered for entry in record["bad"]]
   for entry in bad:
     say(f"left out {entry['path']}: {entry['where']}: {entry['reason']}")
-  buckets = [record["buckets"] for record in ordered]
-  summary = {"counts": counts, "bad": bad, "buckets": buckets}
+  summary = {"counts": counts, "bad": bad}
   files.write_atomic(partial / "units.json", json.dumps(summary).encode())
   return summary
 
@@ -215,12 +222,10 @@ def _merge_all(
     for index in range(recipe.buckets[split])
   ]
   records = {name: _read_json(recipe.shard_record(*name)) for name in names}
-  tasks = [
-    (split, index, _pieces(summary["buckets"], number))
-    for number, (split, index) in enumerate(names)
-    if records[split, index] is None
-  ]
-  total = sum(w[3] for _, _, pieces in tasks for _, w in pieces)
+  units = len(planned.units)
+  tasks = [(*name, units) for name in names if records[name] is None]
+  total = sum(counts["tokens"] for counts in summary["counts"].values())
+  total -= sum(record["tokens"] for record in records.values() if record)
   progress = bar("shuffle", "tok", total)
   with contextlib.closing(progress):
     for (split, index, _), record in pool.run(_merge, tasks):
@@ -230,17 +235,10 @@ def _merge_all(
 
 
 def _merge(
-  task: tuple[str, int, list], recipe: spill.Recipe, tokenizer: Tokenizer
+  task: tuple[str, int, int], recipe: spill.Recipe, tokenizer: Tokenizer
 ) -> dict[str, Any]:
   dtype = packed.token_dtype(tokenizer.vocab_size).newbyteorder("<")
   return spill.merge_bucket(*task, recipe, dtype)
-
-
-def _pieces(
-  buckets: Sequence[Mapping[str, list[int]]], number: int
-) -> list[tuple[int, list[int]]]:
-  key = str(number)
-  return [(unit, b[key]) for unit, b in enumerate(buckets) if key in b]
 
 
 def _publish(

@@ -156,7 +156,10 @@ def decode(raw: bytes | str) -> tuple[str, bool]:
     The text, each run of undecodable bytes one U+FFFD; True if there was one.
   """
   if isinstance(raw, bytes):
-    raw = raw.decode("utf-8", "surrogateescape")
+    try:
+      return raw.decode(), False
+    except UnicodeDecodeError:
+      raw = raw.decode("utf-8", "surrogateescape")
   text = _SURROGATES.sub("\ufffd", raw)
   return text, text != raw
 

@@ -20,7 +20,10 @@ from gdn2_jax.data import corpus, files, inputs, packed, spill
 from gdn2_jax.data.tokenizer import Tokenizer, open_tokenizer
 
 SHARD_TOKENS = 1 << 27
+# Of text in a unit: at least, and at most. What a build does between its passes
+# grows with units times shards, so more input makes larger units.
 UNIT_BYTES = inputs.PART_BYTES
+MAX_UNIT_BYTES = 4 * UNIT_BYTES
 # A bpe-N is trained on the beginning of the training text.
 TRAIN_BYTES = 16 << 20
 
@@ -111,7 +114,8 @@ def make_plan(
       file to hold out that is not there, or an unusable tokenizer.
   """
   held_out = _held_out(list(paths), options.validation_files)
-  usable, parts, skipped = _survey(paths, options.skip_bad)
+  unit_bytes = _unit_bytes(paths)
+  usable, parts, skipped = _survey(paths, unit_bytes, options.skip_bad)
   digests = _hash_inputs(usable, folder, workers, bar)
   for name in list(usable):
     expected = checksums.get(name, digests[name])
@@ -121,7 +125,7 @@ def make_plan(
         raise inputs.BadInputError(f"{paths[name]}: {reason}")
       skipped.append({"path": name, "reason": reason})
       del usable[name], parts[name]
-  units, sizes = _units(parts, held_out, options)
+  units, sizes = _units(parts, unit_bytes, held_out, options)
   tokenizer = _tokenizer(units, options)
   buckets = {split: _buckets(sizes[split], options) for split in packed.SPLITS}
   content = {
@@ -155,7 +159,7 @@ def make_plan(
     },
     "dtype": packed.token_dtype(tokenizer.vocab_size).name,
     "skip_bad_shards": options.skip_bad,
-    "unit_bytes": UNIT_BYTES,
+    "unit_bytes": unit_bytes,
     "buckets": buckets,
   }
   recipe = spill.Recipe(
@@ -196,14 +200,19 @@ def _split(name: str, held_out: set[str]) -> str:
   return "validation" if name in held_out else "train"
 
 
+def _unit_bytes(paths: Mapping[str, pathlib.Path]) -> int:
+  size = sum(p.stat().st_size for p in paths.values() if p.is_file())
+  return min(max(UNIT_BYTES, size // 1024), MAX_UNIT_BYTES)
+
+
 def _survey(
-  paths: Mapping[str, pathlib.Path], skip_bad: bool
+  paths: Mapping[str, pathlib.Path], unit_bytes: int, skip_bad: bool
 ) -> tuple[dict[str, pathlib.Path], dict[str, list], list[dict[str, str]]]:
   """Which files can be read, their parts, and what is wrong with the others."""
   usable, parts, skipped = {}, {}, []
   for name, path in paths.items():
     try:
-      parts[name] = inputs.cut_into_parts(path, UNIT_BYTES)
+      parts[name] = inputs.cut_into_parts(path, unit_bytes)
       usable[name] = path
     except inputs.BadInputError as error:
       if not skip_bad:
@@ -247,7 +256,10 @@ def _hash_inputs(
 
 
 def _units(
-  parts: Mapping[str, list[inputs.Part]], held_out: set[str], options: Options
+  parts: Mapping[str, list[inputs.Part]],
+  unit_bytes: int,
+  held_out: set[str],
+  options: Options,
 ) -> tuple[list[spill.Unit], dict[str, int]]:
   """Tasks of the first pass, and the bytes of text of each split."""
   numbers = {name: number for number, name in enumerate(parts)}
@@ -257,7 +269,7 @@ def _units(
     parts, lambda name: _split(name, held_out)
   ):
     owner = [(numbers[name], part) for name in names for part in parts[name]]
-    groups = inputs.group_parts([part for _, part in owner], UNIT_BYTES)
+    groups = inputs.group_parts([part for _, part in owner], unit_bytes)
     flat = iter(owner)
     for group in groups:
       members = tuple(itertools.islice(flat, len(group)))

@@ -33,8 +33,8 @@ def print_manifest(found: packed.Packed) -> None:
     f" {manifest['eos_policy']}"
   )
   print(
-    f"  --config.model.vocab_size={padded_size(tokenizer['vocab_size'])} or"
-    f" {tokenizer['vocab_size']}: a model may have more ids than the tokenizer"
+    f"  --config.model.vocab_size={tokenizer['vocab_size']} or more; the next"
+    f" multiple of 128 is {padded_size(tokenizer['vocab_size'])}"
   )
   for split in packed.SPLITS:
     entry = manifest["splits"][split]

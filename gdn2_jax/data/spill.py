@@ -12,6 +12,7 @@ record comes last: what has one is done, and is not done again.
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import zlib
@@ -40,6 +41,17 @@ COUNTS = (
 
 _BATCH_BYTES = 1 << 20
 _DOCUMENT = np.dtype([("key", "<u8"), ("length", "<u4")])
+# Where a bucket lies in the files of a unit, and checksums of it.
+_POINTER = np.dtype(
+  [
+    ("document", "<i8"),
+    ("documents", "<i8"),
+    ("token", "<i8"),
+    ("tokens", "<i8"),
+    ("documents_crc", "<u4"),
+    ("tokens_crc", "<u4"),
+  ]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +90,7 @@ class Recipe:
   skip_bad: bool
 
   def unit_path(self, index: int, suffix: str) -> pathlib.Path:
-    """A file of a unit; suffix "tokens", "documents" or "json"."""
+    """A file of a unit; suffix tokens, documents, buckets or json."""
     return self.folder / "units" / f"{index:06d}.{suffix}"
 
   def shard_record(self, split: str, index: int) -> pathlib.Path:
@@ -90,8 +102,7 @@ def spill_unit(unit: Unit, recipe: Recipe, tokenizer: Tokenizer) -> dict:
   """Tokenises a unit's documents and writes them grouped by bucket.
 
   Returns:
-    The unit's record: counts per split, what was left out, and the place and
-    checksum of each bucket.
+    The unit's record: counts per split and what was left out.
 
   Raises:
     BadInputError: for input that cannot be read, unless it is to be skipped.
@@ -117,36 +128,36 @@ def spill_unit(unit: Unit, recipe: Recipe, tokenizer: Tokenizer) -> dict:
   documents["key"] = np.asarray(keys, np.uint64)[order]
   documents["length"] = [len(ids[i]) for i in order]
   data = b"".join(ids[i].tobytes() for i in order)
+  pointers = _pointers(
+    np.asarray(buckets, np.int64)[order],
+    sum(recipe.buckets.values()),
+    documents,
+    data,
+    dtype.itemsize,
+  )
   record = {
     "counts": counts,
     "bad": [dataclasses.asdict(entry) for entry in bad],
-    "buckets": _pointers(
-      np.asarray(buckets, np.int64)[order], documents, data, dtype.itemsize
-    ),
   }
-  files.write_atomic(recipe.unit_path(unit.index, "tokens"), data)
-  files.write_atomic(
-    recipe.unit_path(unit.index, "documents"), documents.tobytes()
-  )
-  files.write_atomic(
-    recipe.unit_path(unit.index, "json"), json.dumps(record).encode()
-  )
+  for suffix, content in (
+    ("tokens", data),
+    ("documents", documents.tobytes()),
+    ("buckets", pointers.tobytes()),
+    ("json", json.dumps(record).encode()),
+  ):
+    files.write_atomic(recipe.unit_path(unit.index, suffix), content)
   return record
 
 
 def merge_bucket(
-  split: str,
-  index: int,
-  pieces: Iterable[tuple[int, list[int]]],
-  recipe: Recipe,
-  dtype: np.dtype,
+  split: str, index: int, units: int, recipe: Recipe, dtype: np.dtype
 ) -> dict[str, Any]:
   """Orders the documents of one bucket and writes them as one shard.
 
   Args:
     split: "train" or "validation".
     index: of the shard within the split.
-    pieces: unit index and what its record says of this bucket.
+    units: how many there are.
     recipe: of the build.
     dtype: of the tokens.
 
@@ -156,7 +167,9 @@ def merge_bucket(
   Raises:
     ValueError: if a file of the first pass was damaged since, by name.
   """
-  found = [_read_piece(unit, where, recipe, dtype) for unit, where in pieces]
+  number = index + (recipe.buckets["train"] if split == "validation" else 0)
+  pieces = (_read_piece(unit, number, recipe, dtype) for unit in range(units))
+  found = [piece for piece in pieces if piece is not None]
   documents = np.concatenate([np.zeros(0, _DOCUMENT), *(d for d, _ in found)])
   tokens = np.concatenate([np.zeros(0, dtype), *(t for _, t in found)])
   del found
@@ -289,45 +302,56 @@ def _bucket(key: int, split: str, buckets: dict[str, int]) -> int:
 
 
 def _pointers(
-  buckets: np.ndarray, documents: np.ndarray, data: bytes, itemsize: int
-) -> dict[str, list[int]]:
-  """Bucket -> [first document, documents, first token, tokens, CRCs]."""
-  pointers: dict[str, list[int]] = {}
-  if len(buckets) == 0:
-    return pointers
+  buckets: np.ndarray,
+  count: int,
+  documents: np.ndarray,
+  data: bytes,
+  itemsize: int,
+) -> np.ndarray:
+  """One `_POINTER` per bucket; `buckets` is that of each document, sorted."""
+  pointers = np.zeros(count, _POINTER)
   ends = np.concatenate([[0], np.cumsum(documents["length"], dtype=np.int64)])
-  numbers, firsts = np.unique(buckets, return_index=True)
-  stops = [*firsts[1:], len(buckets)]
-  for number, first, stop in zip(numbers, firsts, stops, strict=True):
-    low, high = int(ends[first]), int(ends[stop])
-    pointers[str(number)] = [
-      int(first),
-      int(stop - first),
+  borders = np.searchsorted(buckets, np.arange(count + 1))
+  for number, (first, stop) in enumerate(itertools.pairwise(borders)):
+    low, high = ends[first], ends[stop]
+    pointers[number] = (
+      first,
+      stop - first,
       low,
       high - low,
       zlib.crc32(documents[first:stop].tobytes()),
       zlib.crc32(memoryview(data)[low * itemsize : high * itemsize]),
-    ]
+    )
   return pointers
 
 
 def _read_piece(
-  unit: int, where: list[int], recipe: Recipe, dtype: np.dtype
-) -> tuple[np.ndarray, np.ndarray]:
-  first, count, low, length, *expected = where
+  unit: int, number: int, recipe: Recipe, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray] | None:
+  """Documents and tokens of a bucket in one unit; None if there are none."""
+  path = recipe.unit_path(unit, "buckets")
+  (where,) = _read(path, _POINTER, number, 1)
+  if where["documents"] == 0:
+    return None
   found = []
-  for suffix, kind, start, size, checksum in (
-    ("documents", _DOCUMENT, first, count, expected[0]),
-    ("tokens", dtype, low, length, expected[1]),
+  for kind, suffix, first, count in (
+    (_DOCUMENT, "documents", "document", "documents"),
+    (dtype, "tokens", "token", "tokens"),
   ):
     path = recipe.unit_path(unit, suffix)
-    with open(path, "rb") as file:
-      file.seek(start * kind.itemsize)
-      data = file.read(size * kind.itemsize)
-    if zlib.crc32(data) != checksum:
+    array = _read(path, kind, int(where[first]), int(where[count]))
+    if zlib.crc32(array.tobytes()) != where[f"{suffix}_crc"]:
       raise ValueError(
         f"{path}: damaged since it was written; remove {path.with_suffix('')}.*"
         " and run the command again"
       )
-    found.append(np.frombuffer(data, kind))
+    found.append(array)
   return found[0], found[1]
+
+
+def _read(
+  path: pathlib.Path, kind: np.dtype, first: int, count: int
+) -> np.ndarray:
+  with open(path, "rb") as file:
+    file.seek(first * kind.itemsize)
+    return np.fromfile(file, kind, count)

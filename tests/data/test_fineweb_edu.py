@@ -191,7 +191,7 @@ def test_parquet_to_rows_to_batches(folder, tmp_path, capsys):
     "at this rate sample-10BT takes",
     "at this rate sample-100BT takes",
     "held out: 002_00000.parquet",
-    "--config.model.vocab_size=384 or 300",
+    "--config.model.vocab_size=300 or more; the next multiple of 128 is 384",
     "train row 0:",
   ):
     assert part in printed.out, part
