@@ -13,6 +13,9 @@ _ODD = {
 }
 
 
+_LEAST_SECONDS = 5.0
+
+
 def print_manifest(found: packed.Packed) -> None:
   """Origin, tokenizer, counts and files of a packed folder."""
   manifest = found.manifest
@@ -88,7 +91,7 @@ def print_rates(rates: build.Rates, workers: int) -> None:
   have 4.7 per GPT-2 token.
   """
   seconds = rates.tokenize_seconds
-  if rates.bytes == 0 or seconds <= 0:
+  if rates.bytes == 0:
     return
   print(
     f"tokenized {rates.documents:,} documents in {seconds:.1f} s with {workers}"
@@ -97,6 +100,8 @@ def print_rates(rates: build.Rates, workers: int) -> None:
     f" {rates.bytes / seconds / 1e6:.2f} MB/s;"
     f" shuffled in {rates.shuffle_seconds:.1f} s"
   )
+  if seconds < _LEAST_SECONDS:
+    return  # starting the workers is all that was measured
   per_byte = seconds / rates.bytes + rates.shuffle_seconds / rates.all_bytes
   for name, tokens in fineweb_edu.GPT2_TOKENS.items():
     hours = tokens * fineweb_edu.BYTES_PER_GPT2_TOKEN * per_byte / 3600

@@ -1,5 +1,6 @@
 """FineWeb-Edu: names, files, downloads and the command line."""
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -9,7 +10,7 @@ import types
 import pytest
 
 from gdn2_jax.data import __main__ as cli
-from gdn2_jax.data import fineweb_edu, packed
+from gdn2_jax.data import build, fineweb_edu, packed, report
 from gdn2_jax.data.pipeline import DataConfig, open_dataset
 from tests.data import parquet_files
 
@@ -188,8 +189,6 @@ def test_parquet_to_rows_to_batches(folder, tmp_path, capsys):
   for part in (
     "documents/s",
     "tokens/s",
-    "at this rate sample-10BT takes",
-    "at this rate sample-100BT takes",
     "held out: 002_00000.parquet",
     "--config.model.vocab_size=300 or more; the next multiple of 128 is 384",
     "train row 0:",
@@ -219,6 +218,25 @@ def test_parquet_to_rows_to_batches(folder, tmp_path, capsys):
   shard.unlink()
   assert cli.main(["inspect", str(out)]) == 2
   assert "train-00001.tokens.bin: missing" in capsys.readouterr().err
+
+
+def test_projection_goes_by_bytes(capsys):
+  rates = build.Rates(
+    documents=1000,
+    tokens=1_000_000,
+    bytes=4_700_000,
+    tokenize_seconds=9.0,
+    shuffle_seconds=2.0,
+    all_bytes=9_400_000,  # half of it was tokenised by an earlier run
+  )
+  report.print_rates(rates, 2)
+  printed = capsys.readouterr().out
+  assert "111 documents/s, 111,111 tokens/s, 0.52 MB/s" in printed
+  # 1e10 tokens of 4.7 bytes at (9 / 4.7e6 + 2 / 9.4e6) seconds a byte.
+  assert "sample-10BT takes 27.8 hours" in printed
+  assert "sample-100BT takes 277.8 hours" in printed
+  report.print_rates(dataclasses.replace(rates, tokenize_seconds=1.0), 2)
+  assert "at this rate" not in capsys.readouterr().out
 
 
 def test_checksums_file(folder, tmp_path, capsys):
