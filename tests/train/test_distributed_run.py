@@ -78,6 +78,12 @@ class Gang:
     return self._process.returncode, out
 
 
+def compiled_steps(workdir):
+  """{file: time of writing} of the training steps in the compilation cache."""
+  files = (workdir / ".jax_cache").glob("jit_train_step-*-cache")
+  return {path.name: path.stat().st_mtime_ns for path in files}
+
+
 def by_step(losses):
   """{step: bits}, after checking that a step repeated had the same bits."""
   found = {}
@@ -95,6 +101,7 @@ def gang(cache_dir, tmp_path_factory):
   # Steps 5 to 7 are lost, and have to come out the same.
   gang.wait_for(lambda rows: rows and rows[-1][0] >= 7)
   before = len(gang.losses(0))
+  gang.compiled = compiled_steps(gang.workdir)
   gang.send(1, signal.SIGKILL)
   gang.wait_for(lambda rows: len(rows) > before + 5)
   gang.send(1, signal.SIGTERM)
@@ -113,6 +120,11 @@ def test_a_killed_process_costs_a_restart_and_no_bit(gang):
   assert steps.count(resumed + 2) == 2, "nothing was computed twice"
   found = by_step(gang.losses(0))
   assert list(found) == list(range(1, len(found) + 1))
+
+
+def test_the_restart_finds_the_compiled_step(gang):
+  assert len(gang.compiled) == 1
+  assert compiled_steps(gang.workdir) == gang.compiled
 
 
 def test_both_processes_see_the_same_losses(gang):
