@@ -30,6 +30,7 @@ from gdn2_jax.train.lock import WorkdirLock
 from gdn2_jax.train.metrics import MetricsReader, Progress
 from gdn2_jax.train.optimizer import learning_rate
 from gdn2_jax.train.preemption import Preemption
+from gdn2_jax.train.records import SkippedBatches
 from gdn2_jax.train.resume import resume
 from gdn2_jax.train.state import TrainState, init_state, plan_state
 from gdn2_jax.train.step import make_train_step
@@ -139,6 +140,7 @@ def train(
       writer=writer,
       throughput=throughput,
       progress=progress,
+      skipped=SkippedBatches(root / "skipped.jsonl", dataset),
       beat=lock.beat if lock else (lambda: None),
       watchdog=watchdog,
     )
@@ -174,6 +176,7 @@ def _run_steps(
   writer: writer_lib.Writer,
   throughput: Throughput,
   progress: Progress,
+  skipped: SkippedBatches,
   beat: Callable[[], None],
   watchdog: Watchdog,
 ) -> Result:
@@ -184,6 +187,7 @@ def _run_steps(
     progress,
     log_every=config.log_every,
     max_skipped=config.max_skipped,
+    note_skipped=skipped.note,
   )
   part = part_to_read(sharding, config.data.batch_size, config.data.seq_len)
   batches = dataset.train_batches(

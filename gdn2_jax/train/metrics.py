@@ -86,6 +86,8 @@ class MetricsReader:
     progress: shows the rows.
     log_every: steps between rows.
     max_skipped: batches in a row without an update before DivergedError.
+    note_skipped: (step, loss, gradient norm) -> a few words about the batch,
+      called for each one without an update.
   """
 
   def __init__(
@@ -96,12 +98,14 @@ class MetricsReader:
     *,
     log_every: int,
     max_skipped: int,
+    note_skipped: Callable[[int, float, float], str],
   ):
     self._writer = writer
     self._throughput = throughput
     self._progress = progress
     self._log_every = log_every
     self._max_skipped = max_skipped
+    self._note_skipped = note_skipped
     self._pending: tuple[int, Any] | None = None
     self._measuring = False
 
@@ -126,10 +130,13 @@ class MetricsReader:
       # The first step after a start or a pause may have compiled.
       self._throughput.restart(step)
       self._measuring = True
+    records = ""
     if in_a_row:
+      records = self._note_skipped(step, values["loss"], values["grad_norm"])
       self._progress.say(
         f"step {step}: loss {values['loss']}, gradient norm "
-        f"{values['grad_norm']}: update skipped ({in_a_row} in a row)"
+        f"{values['grad_norm']}: update skipped ({in_a_row} in a row), "
+        f"{records}"
       )
     if step % self._log_every == 0:
       values |= self._throughput.read(step)
@@ -138,10 +145,13 @@ class MetricsReader:
     if in_a_row >= self._max_skipped:
       raise DivergedError(
         f"steps {step - in_a_row + 1} to {step}: {in_a_row} batches in a row "
-        "gave no finite loss and gradient (--config.max_skipped="
+        "gave no finite loss and gradient, or none below "
+        f"--config.optimizer.skip_norm (--config.max_skipped="
         f"{self._max_skipped}); the parameters are those before step "
-        f"{step - in_a_row + 1}. Try a lower --config.optimizer.lr, a longer "
-        "--config.optimizer.warmup_fraction, or --config.model.dtype=float32"
+        f"{step - in_a_row + 1}. The last batch had {records}; skipped.jsonl "
+        "in the workdir has them all. Try a lower --config.optimizer.lr, a "
+        "longer --config.optimizer.warmup_fraction, or "
+        "--config.model.dtype=float32"
       )
 
   def pause(self) -> None:
