@@ -95,7 +95,9 @@ def gdn2_context(
   if devices == 1:
     o, end = gdn2(*inputs, state=state, segment_ids=segment_ids, **options)
     return o, from_rank(end, 0, axis_name=axis_name)
-  M, U = _affine_map(*inputs, segment_ids, dtype, implementation)
+  M, U = affine_map(
+    *inputs, segment_ids=segment_ids, implementation=implementation
+  )
   keep = None
   if segment_ids is not None:
     keep = continues(segment_ids, axis_name=axis_name)[:, None, None, None]
@@ -114,10 +116,38 @@ def gdn2_context(
   return o, from_rank(end, devices - 1, axis_name=axis_name)
 
 
-def _affine_map(q, k, v, g, b, w, segment_ids, dtype, implementation):
-  """M [B, H, K, K] and U [B, H, K, V'] of a shard, value heads folded."""
+def affine_map(
+  q: Float[Array, "B T H K"],
+  k: Float[Array, "B T H K"],
+  v: Float[Array, "B T HV V"],
+  g: Float[Array, "B T H K"],
+  b: Float[Array, "B T H K"],
+  w: Float[Array, "B T HV V"],
+  *,
+  segment_ids: Int[Array, "B T"] | None = None,
+  implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B H K K"], Float[Array, "B H K VH"]]:
+  """What Eq. 10 does to a state over these tokens: S -> M S + U.
+
+  Args:
+    q: Read by nothing; the op takes queries.
+    k: Keys, checked by the caller like the others.
+    v: Values.
+    g: Log-decay.
+    b: Erase gate.
+    w: Write gate.
+    segment_ids: [B, T] or None; a restart inside makes M exactly zero.
+    implementation: Of the op, for V + K value channels.
+
+  Returns:
+    M, and U with the value heads of a key head side by side, VH = HV // H * V;
+    float32 (float64 where an input is).
+
+  Raises:
+    NotImplementedError: the named implementation cannot run this call.
+  """
   B, _, H, K = q.shape
-  # The queries are read by nothing here.
+  dtype = gdn2_inputs.dtype_of(q, k, v, g, b, w)
   q = lax.stop_gradient(q)
   v, w = (gdn2_dispatch.fold_values(x, H) for x in (v, w))
   V = v.shape[-1]

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from gdn2_jax.ops.context import gdn2_context
+from gdn2_jax.ops.context import affine_map, gdn2_context
 from gdn2_jax.ops.context_states import SCHEMES, choose_scheme, start_states
 from gdn2_jax.ops.gdn2 import gdn2
+from gdn2_jax.pallas import target
 from tests.numerics import (
   INPUTS,
   assert_close,
@@ -231,3 +232,31 @@ def test_one_shard_is_the_op(rng):
   want, want_state = gdn2(*inputs, implementation="reference")
   np.testing.assert_array_equal(o, want)
   np.testing.assert_array_equal(state, want_state)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_the_kernels_give_the_map_of_a_shard(rng, restart):
+  """Interpreted, on one device: the interpreter knows no other."""
+  ids = np.ones((1, 64), np.int32)
+  if restart:
+    ids[:, 40:] = 2
+  case = make_case(
+    rng, 1, 64, 1, 32, 32, dtype=jnp.bfloat16, g=(-0.05, 0.0), segments=ids
+  )
+  inputs = tuple(jnp.asarray(case[n]) for n in INPUTS)
+
+  @functools.partial(jax.jit, static_argnames="name")
+  def run(*inputs, name):
+    documents = jnp.asarray(ids)
+    return affine_map(*inputs, segment_ids=documents, implementation=name)
+
+  with target.use("interpret"):
+    M, U = run(*inputs, name="mosaic_gpu")
+  want_M, want_U = run(*inputs, name="xla")
+  # One rounding step of bfloat16: the kernels multiply 16-bit operands.
+  assert rel_rms(U, want_U) < 2**-7
+  if restart:
+    np.testing.assert_array_equal(M, 0)
+    np.testing.assert_array_equal(want_M, 0)
+  else:
+    assert np.abs(want_M).max() > 0.01 and rel_rms(M, want_M) < 2**-7

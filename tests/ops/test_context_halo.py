@@ -99,9 +99,16 @@ def test_convolution(rng, devices, packed):
 
 
 @pytest.mark.parametrize(
-  ("devices", "window"), [(2, 7), (8, 5), (8, 12), (4, None), (2, 1)]
+  ("devices", "window", "packed"),
+  [
+    (2, 7, True),
+    (8, 5, False),
+    (8, 12, True),
+    (4, None, True),
+    (4, None, False),
+    (2, 1, True),
+  ],
 )
-@pytest.mark.parametrize("packed", [False, True])
 def test_attention(rng, devices, window, packed):
   """Windows within a neighbour, over several shards, over all, and of one."""
   q, k, v = (
