@@ -20,9 +20,10 @@ from absl import flags
 from tqdm import tqdm
 
 from gdn2_jax import cli
+from gdn2_jax.faults import pair
 from gdn2_jax.faults.lab import Lab
-from gdn2_jax.faults.outcome import format_table
-from gdn2_jax.faults.plan import FAULTS
+from gdn2_jax.faults.outcome import Outcome, format_table
+from gdn2_jax.faults.plan import FAULTS, PAIR_FAULTS, Fault
 from gdn2_jax.train.writer import versions, write_json
 
 _SCALE = flags.DEFINE_float(
@@ -34,31 +35,47 @@ _FOLDER = flags.DEFINE_string("folder", None, "Kept; by default a scratch one.")
 _STEPS = flags.DEFINE_integer("steps", 400, "Of a run.")
 
 
+def _chosen(faults: dict[str, tuple[Fault, int]]) -> dict:
+  """Those asked for, with the number of tries."""
+  return {
+    name: (run, max(round(_SCALE.value * count), 1))
+    for name, (run, count) in faults.items()
+    if not _ONLY.value or any(word in name for word in _ONLY.value)
+  }
+
+
+def _run_all(folder: pathlib.Path) -> list[Outcome]:
+  alone, pairs = _chosen(FAULTS), _chosen(PAIR_FAULTS)
+  if not alone and not pairs:
+    names = ", ".join([*FAULTS, *PAIR_FAULTS])
+    cli.fail(f"--only={','.join(_ONLY.value)}: the faults are {names}")
+  outcomes = []
+  total = sum(count for _, count in [*alone.values(), *pairs.values()])
+  with tqdm(total=total, unit="try", dynamic_ncols=True) as bar:
+    for name, planned, steps in (
+      ("one", alone, _STEPS.value),
+      ("two", pairs, min(_STEPS.value, 120)),
+    ):
+      if not planned:
+        continue
+      bar.set_description("uninterrupted run")
+      lab = Lab(folder / name, steps)
+      lab.prepare() if name == "one" else pair.prepare(lab)
+      for fault, (run, count) in planned.items():
+        bar.set_description(fault)
+        outcomes.append(run(lab, count, bar.update))
+        bar.write(format_table(outcomes[-1:]).split("\n", 2)[2])
+  return outcomes
+
+
 def main(argv: list[str]) -> None:
   """Entry point: all faults, one after the other."""
   cli.refuse_positional(argv, "--scale=0.1")
   if _SCALE.value <= 0 or _STEPS.value < 60:
     cli.fail("--scale must be positive, --steps 60 or more")
-  planned = {
-    name: (run, max(round(_SCALE.value * count), 1))
-    for name, (run, count) in FAULTS.items()
-    if not _ONLY.value or any(word in name for word in _ONLY.value)
-  }
-  if not planned:
-    cli.fail(
-      f"--only={','.join(_ONLY.value)}: the faults are " + ", ".join(FAULTS)
-    )
   kept = _FOLDER.value is not None
   folder = pathlib.Path(_FOLDER.value or tempfile.mkdtemp(prefix="faults-"))
-  lab = Lab(folder, _STEPS.value)
-  lab.prepare()
-  outcomes = []
-  total = sum(count for _, count in planned.values())
-  with tqdm(total=total, unit="try", dynamic_ncols=True) as bar:
-    for name, (run, count) in planned.items():
-      bar.set_description(name)
-      outcomes.append(run(lab, count, bar.update))
-      bar.write(format_table(outcomes[-1:]).splitlines()[-1])
+  outcomes = _run_all(folder)
   print(format_table(outcomes))
   if _JSON.value:
     write_json(

@@ -38,6 +38,7 @@ class Child:
     flags: further flags of the training command.
     faults: what goes wrong inside, see `gdn2_jax.faults.inject`.
     log: file for all its output; overwritten.
+    devices: stand-in devices it sees.
   """
 
   def __init__(
@@ -47,6 +48,7 @@ class Child:
     *flags: str,
     faults: Sequence[str] = (),
     log: pathlib.Path | None = None,
+    devices: int = 1,
   ):
     self.workdir = workdir
     self.log = log or workdir.with_name(workdir.name + ".log")
@@ -58,7 +60,7 @@ class Child:
       self.process = subprocess.Popen(
         command,
         cwd=pathlib.Path(__file__).parents[2],
-        env=environment(),
+        env=environment(devices),
         stdout=output,
         stderr=subprocess.STDOUT,
       )
@@ -132,10 +134,10 @@ class Child:
     return self.process.wait()
 
 
-def environment() -> dict[str, str]:
-  """One CPU device; programs that compile fast rather than run fast."""
+def environment(devices: int = 1) -> dict[str, str]:
+  """CPU devices; programs that compile fast rather than run fast."""
   return os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "JAX_NUM_CPU_DEVICES": "1",
+    "JAX_NUM_CPU_DEVICES": str(devices),
     "XLA_FLAGS": "--xla_backend_optimization_level=0",
   }

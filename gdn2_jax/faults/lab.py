@@ -102,6 +102,10 @@ class Lab:
     )
     if child.end() != 0:
       raise RuntimeError(child.output)
+    self.adopt_truth()
+
+  def adopt_truth(self) -> None:
+    """Reads what the uninterrupted run left behind."""
     self.truth = train_rows(self.straight)
     self.digests = digests_of(self.straight)
 
@@ -128,12 +132,18 @@ class Lab:
     return path
 
   def start(
-    self, workdir: pathlib.Path, *flags: str, faults: Sequence[str] = ()
+    self,
+    workdir: pathlib.Path,
+    *flags: str,
+    faults: Sequence[str] = (),
+    devices: int = 1,
   ) -> Child:
     """The training command on a workdir, with a log of its own."""
     self._made += 1
     log = self.folder / f"{workdir.name}.{self._made}.log"
-    return Child(self.config_file, workdir, *flags, faults=faults, log=log)
+    return Child(
+      self.config_file, workdir, *flags, faults=faults, log=log, devices=devices
+    )
 
   def wrong_steps(self, workdir: pathlib.Path) -> list[int]:
     """Steps whose numbers or checkpoints differ from the truth in any bit."""

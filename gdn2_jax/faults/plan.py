@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from gdn2_jax.faults import damage, kills, signals, stops, storage
+from gdn2_jax.faults import damage, kills, meshes, pair, signals, stops, storage
 from gdn2_jax.faults.lab import Lab
 from gdn2_jax.faults.outcome import Outcome
 
@@ -21,4 +21,12 @@ FAULTS: dict[str, tuple[Fault, int]] = {
   "nan": (stops.not_a_number, 2),
   "stuck": (stops.stuck, 3),
   "in_use": (stops.in_use, 1),
+  "meshes": (meshes.other_meshes, 4),
+}
+
+# Two processes have a truth of their own: sums over devices round otherwise.
+PAIR_FAULTS: dict[str, tuple[Fault, int]] = {
+  "kill_one_of_two": (pair.kill_one, 10),
+  "sigterm_one_of_two": (pair.sigterm_one, 4),
+  "stuck_one_of_two": (pair.stuck_one, 2),
 }
