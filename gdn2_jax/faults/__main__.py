@@ -2,13 +2,15 @@ r"""Does to real training runs what clusters, disks and people do to them.
 
   python -m gdn2_jax.faults                    the long version: `make faults`
   python -m gdn2_jax.faults --scale=0.1        a tenth of the tries
-  python -m gdn2_jax.faults --only=kill,flip   faults whose name has a word
+  python -m gdn2_jax.faults --only=flip,stuck  these faults
 
-Prints a table and writes it as JSON. Exit code 0 if every try survived, no
-committed step was lost and nothing went on with wrong numbers.
+Prints a table and writes it as JSON, after every fault; what a file already
+says about other faults stays. Exit code 0 if every try survived, no committed
+step was lost and nothing went on with wrong numbers.
 """
 
 import datetime
+import json
 import os
 import pathlib
 import platform
@@ -29,7 +31,7 @@ from gdn2_jax.train.writer import versions, write_json
 _SCALE = flags.DEFINE_float(
   "scale", 1.0, "Share of the tries; 1 each at least."
 )
-_ONLY = flags.DEFINE_list("only", [], "Words; only faults with one of them.")
+_ONLY = flags.DEFINE_list("only", [], "Names of faults; by default all.")
 _JSON = flags.DEFINE_string("json", None, "Where to write the results.")
 _FOLDER = flags.DEFINE_string("folder", None, "Kept; by default a scratch one.")
 _STEPS = flags.DEFINE_integer("steps", 400, "Of a run.")
@@ -40,15 +42,16 @@ def _chosen(faults: dict[str, tuple[Fault, int]]) -> dict:
   return {
     name: (run, max(round(_SCALE.value * count), 1))
     for name, (run, count) in faults.items()
-    if not _ONLY.value or any(word in name for word in _ONLY.value)
+    if not _ONLY.value or name in _ONLY.value
   }
 
 
 def _run_all(folder: pathlib.Path) -> list[Outcome]:
   alone, pairs = _chosen(FAULTS), _chosen(PAIR_FAULTS)
-  if not alone and not pairs:
+  unknown = set(_ONLY.value) - set(FAULTS) - set(PAIR_FAULTS)
+  if unknown:
     names = ", ".join([*FAULTS, *PAIR_FAULTS])
-    cli.fail(f"--only={','.join(_ONLY.value)}: the faults are {names}")
+    cli.fail(f"--only={sorted(unknown)[0]}: the faults are {names}")
   outcomes = []
   total = sum(count for _, count in [*alone.values(), *pairs.values()])
   with tqdm(total=total, unit="try", dynamic_ncols=True) as bar:
@@ -64,8 +67,26 @@ def _run_all(folder: pathlib.Path) -> list[Outcome]:
       for fault, (run, count) in planned.items():
         bar.set_description(fault)
         outcomes.append(run(lab, count, bar.update))
+        _record(fault, outcomes[-1])
         bar.write(format_table(outcomes[-1:]).split("\n", 2)[2])
   return outcomes
+
+
+def _record(name: str, outcome: Outcome) -> None:
+  """Adds a result to the file, in the order of the plan."""
+  if not _JSON.value:
+    return
+  path = pathlib.Path(_JSON.value)
+  found = json.loads(path.read_text())["faults"] if path.exists() else {}
+  found[name] = outcome.to_json() | {
+    "date": datetime.date.today().isoformat(),
+    "scale": _SCALE.value,
+    "machine": f"{os.cpu_count()} CPUs, {platform.machine()}",
+    "versions": versions(),
+  }
+  order = [name for name in [*FAULTS, *PAIR_FAULTS] if name in found]
+  path.parent.mkdir(parents=True, exist_ok=True)
+  write_json(path, {"faults": {name: found[name] for name in order}})
 
 
 def main(argv: list[str]) -> None:
@@ -77,17 +98,6 @@ def main(argv: list[str]) -> None:
   folder = pathlib.Path(_FOLDER.value or tempfile.mkdtemp(prefix="faults-"))
   outcomes = _run_all(folder)
   print(format_table(outcomes))
-  if _JSON.value:
-    write_json(
-      pathlib.Path(_JSON.value),
-      {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} CPUs, {platform.machine()}",
-        "versions": versions(),
-        "scale": _SCALE.value,
-        "faults": [outcome.to_json() for outcome in outcomes],
-      },
-    )
   if not kept:
     shutil.rmtree(folder, ignore_errors=True)
   if not all(outcome.passed for outcome in outcomes):
