@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 SUFFIXES = (".parquet", ".jsonl", ".txt")
-PART_BYTES = 64 << 20  # of text, before compression
+PART_BYTES = 64 << 20  # of text, unless the caller says otherwise
 
 _SURROGATES = re.compile("[\ud800-\udfff]+")
 

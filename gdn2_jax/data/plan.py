@@ -22,8 +22,8 @@ from gdn2_jax.data.tokenizer import Tokenizer, open_tokenizer
 SHARD_TOKENS = 1 << 27
 # Of text in a unit: at least, and at most. What a build does between its passes
 # grows with units times shards, so more input makes larger units.
-UNIT_BYTES = inputs.PART_BYTES
-MAX_UNIT_BYTES = 4 * UNIT_BYTES
+UNIT_BYTES = 8 << 20
+MAX_UNIT_BYTES = 256 << 20
 # A bpe-N is trained on the beginning of the training text.
 TRAIN_BYTES = 16 << 20
 

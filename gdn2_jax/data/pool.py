@@ -26,9 +26,11 @@ class Workers:
     self._count = count
     self._shared = shared
     self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+    self._others: list[Any] = []
 
   def __enter__(self) -> "Workers":
     if self._count:
+      self._others = multiprocessing.active_children()
       self._pool = concurrent.futures.ProcessPoolExecutor(
         self._count,
         # A fork would copy threads of the tokenizer in an unknown state.
@@ -38,9 +40,14 @@ class Workers:
       )
     return self
 
-  def __exit__(self, *_: object) -> None:
-    if self._pool is not None:
-      self._pool.shutdown(cancel_futures=True)
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    if self._pool is None:
+      return
+    if kind is not None:  # a task half done is done again by the next build
+      for child in multiprocessing.active_children():
+        if child not in self._others:
+          child.kill()
+    self._pool.shutdown(cancel_futures=True)
 
   def run(
     self, function: Callable[..., Any], tasks: Iterable[Any]

@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import json
+import multiprocessing
+import time
 
 import numpy as np
 import pytest
@@ -202,3 +204,19 @@ def test_sources_of_other_tokenizers_are_refused(config, folders, tmp_path):
   )
   with pytest.raises(ValueError, match=r"data.tokenizer='bytes': .*bpe-300"):
     pipeline.open_dataset(mixed)
+
+
+def test_a_killed_reader_is_an_error_not_a_wait(config):
+  dataset = pipeline.open_dataset(dataclasses.replace(config, num_workers=1))
+  others = multiprocessing.active_children()
+  batches = dataset.train_batches()
+  next(batches)
+  children = multiprocessing.active_children()
+  (reader,) = [child for child in children if child not in others]
+  reader.kill()
+  started = time.monotonic()
+  with pytest.raises(RuntimeError, match="terminated unexpectedly"):
+    for _ in range(10_000):
+      next(batches)
+  assert time.monotonic() - started < 10
+  batches.close()
