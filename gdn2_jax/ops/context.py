@@ -12,8 +12,10 @@ States that come in and go out are those of the whole sequence, the same on all
 devices. No message grows with T, but for windows longer than T.
 """
 
-from typing import no_type_check
+import functools
+from typing import NamedTuple, no_type_check
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -54,7 +56,7 @@ def gdn2_context(
   The op runs twice: once with the values [v | 0] from the state [0 | I], whose
   final state is the shard's affine map [U | M], and once from the state that
   the maps of the shards before give. A document that begins in the shard makes
-  M exactly zero, and so does one that begins at its border.
+  M exactly zero, and so does one that begins at its border. Backward runs once.
 
   Args:
     q: Queries of this shard [B, T, H, K]; the arguments are those of gdn2.
@@ -86,34 +88,112 @@ def gdn2_context(
   dtype = gdn2_inputs.dtype_of(q, k, v, g, b, w)
   state = gdn2_inputs.check_state(state, q, v, dtype)
   segment_ids = gdn2_inputs.check_segment_ids(segment_ids, q.shape[:2])
-  options = {"scale": scale, "implementation": implementation}
   scheme = choose_scheme(scheme, devices, q.shape[0] * q.shape[2])
-  state = vary(state, axis_name)
   *inputs, state, segment_ids = gdn2_inputs.vary_together(
-    (q, k, v, g, b, w, state, segment_ids)
+    (q, k, v, g, b, w, vary(state, axis_name), segment_ids)
+  )
+  options = _Options(
+    axis_name,
+    gdn2_inputs.check_scale(scale, q.shape[-1]),
+    implementation,
+    scheme,
   )
   if devices == 1:
-    o, end = gdn2(*inputs, state=state, segment_ids=segment_ids, **options)
-    return o, from_rank(end, 0, axis_name=axis_name)
-  M, U = affine_map(
-    *inputs, segment_ids=segment_ids, implementation=implementation
+    o, end = _shard(tuple(inputs), state, segment_ids, options)
+  else:
+    keep = None
+    if segment_ids is not None:
+      keep = continues(segment_ids, axis_name=axis_name)[:, None, None, None]
+    o, end = _chained(tuple(inputs), state, segment_ids, keep, options)
+  return o, from_rank(end, devices - 1, axis_name=axis_name)
+
+
+class _Options(NamedTuple):
+  axis_name: str
+  scale: float
+  implementation: Implementation | None
+  scheme: Scheme
+
+
+def _shard(inputs, start, segment_ids, options):
+  """The op over this shard from its start state."""
+  return gdn2(
+    *inputs,
+    state=start,
+    segment_ids=segment_ids,
+    scale=options.scale,
+    implementation=options.implementation,
   )
-  keep = None
-  if segment_ids is not None:
-    keep = continues(segment_ids, axis_name=axis_name)[:, None, None, None]
-    M = jnp.where(keep, M, 0)
+
+
+def _start(inputs, state, segment_ids, keep, options):
+  """The start state of this shard; M and reads of its map, for the backward."""
+  M, U, reads = affine_map(
+    *inputs, segment_ids=segment_ids, implementation=options.implementation
+  )
+  M = _mask(keep, M)
   start = start_states(
     M,
     U,
-    gdn2_dispatch.fold_state(state, q.shape[2]),
-    axis_name=axis_name,
-    scheme=scheme,
+    gdn2_dispatch.fold_state(state, M.shape[1]),
+    axis_name=options.axis_name,
+    scheme=options.scheme,
   )
-  if keep is not None:
-    start = jnp.where(keep, start, 0)
-  start = gdn2_dispatch.unfold_state(start, state.shape)
-  o, end = gdn2(*inputs, state=start, segment_ids=segment_ids, **options)
-  return o, from_rank(end, devices - 1, axis_name=axis_name)
+  start = gdn2_dispatch.unfold_state(_mask(keep, start), state.shape)
+  return start, M, reads
+
+
+def _mask(keep, x):
+  return x if keep is None else jnp.where(keep, x, 0)
+
+
+# Differentiated as the op is, shard by shard. The gradient of a shard's start
+# state is affine in that of its end state,
+#   dS_r = M_r^T dS_{r+1} + D_r,   D_r = scale * sum_t reads_t do_t^T,
+# so it goes from shard to shard as the state does, the other way. Then one
+# backward pass of the op has all it needs: none goes through the maps.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _chained(inputs, state, segment_ids, keep, options):
+  start, _, _ = _start(inputs, state, segment_ids, keep, options)
+  return _shard(inputs, start, segment_ids, options)
+
+
+def _chained_fwd(inputs, state, segment_ids, keep, options):
+  start, M, reads = _start(inputs, state, segment_ids, keep, options)
+  outputs, pullback = jax.vjp(
+    lambda inputs, start: _shard(inputs, start, segment_ids, options),
+    inputs,
+    start,
+  )
+  return outputs, (pullback, M, reads, keep)
+
+
+def _chained_bwd(options, residuals, cotangents):
+  pullback, M, reads, keep = residuals
+  do, dend = cotangents  # dend is zero but on the last device
+  D = options.scale * jnp.einsum(
+    "bthk,bthv->bhkv",
+    reads,
+    gdn2_dispatch.fold_values(do, M.shape[1]),
+    precision=lax.Precision.HIGHEST,
+    preferred_element_type=M.dtype,
+  )
+  dend_folded = start_states(
+    jnp.swapaxes(M, -1, -2),
+    _mask(keep, D),
+    gdn2_dispatch.fold_state(dend, M.shape[1]),
+    axis_name=options.axis_name,
+    scheme=options.scheme,
+    reverse=True,
+  )
+  dend = gdn2_dispatch.unfold_state(dend_folded, dend.shape)
+  dinputs, dstart = pullback((do, dend))
+  is_first = lax.axis_index(options.axis_name) == 0
+  dstate = jnp.where(is_first, _mask(keep, dstart), 0)
+  return dinputs, dstate, None, None
+
+
+_chained.defvjp(_chained_fwd, _chained_bwd)
 
 
 def affine_map(
@@ -126,12 +206,19 @@ def affine_map(
   *,
   segment_ids: Int[Array, "B T"] | None = None,
   implementation: Implementation | None = None,
-) -> tuple[Float[Array, "B H K K"], Float[Array, "B H K VH"]]:
-  """What Eq. 10 does to a state over these tokens: S -> M S + U.
+) -> tuple[
+  Float[Array, "B H K K"], Float[Array, "B H K VH"], Float[Array, "B T H K"]
+]:
+  """What Eq. 10 does to a state over these tokens, and what they read of it.
+
+    S -> M S + U,   q_t^T S_t = reads_t^T S + (what they read without it)
+
+  The op with the values [v | 0] from the state [0 | I]. Not differentiated:
+  gdn2_context does without.
 
   Args:
-    q: Read by nothing; the op takes queries.
-    k: Keys, checked by the caller like the others.
+    q: Queries, checked by the caller like the others.
+    k: Keys.
     v: Values.
     g: Log-decay.
     b: Erase gate.
@@ -140,25 +227,29 @@ def affine_map(
     implementation: Of the op, for V + K value channels.
 
   Returns:
-    M, and U with the value heads of a key head side by side, VH = HV // H * V;
-    float32 (float64 where an input is).
+    M, and U with the value heads of a key head side by side, VH = HV // H * V,
+    both float32 (float64 where an input is); reads are too, but by kernels in
+    the dtype of v.
 
   Raises:
     NotImplementedError: the named implementation cannot run this call.
   """
   B, _, H, K = q.shape
   dtype = gdn2_inputs.dtype_of(q, k, v, g, b, w)
-  q = lax.stop_gradient(q)
   v, w = (gdn2_dispatch.fold_values(x, H) for x in (v, w))
   V = v.shape[-1]
   v, w = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, K))) for x in (v, w))
   zeros_and_one = jnp.eye(K, V + K, V, dtype=dtype)[None, None]
   state = jnp.broadcast_to(zeros_and_one, (B, H, K, V + K))
   name = gdn2_dispatch.resolve(implementation, q, k, v, g, b, w, step=False)
+  if name in ("reference", "xla"):
+    # They return reads in the dtype of v, and rounding it would cost accuracy
+    # in the gradients of everything before. Kernels take 16 bits only.
+    v, w = v.astype(dtype), w.astype(dtype)
   *inputs, state = gdn2_inputs.vary_together((q, k, v, g, b, w, state))
   run = gdn2_dispatch.sequence_of(name)
-  _, end = run(*inputs, state, segment_ids, 1.0)
-  return end[..., V:], end[..., :V]
+  o, end = run(*inputs, state, segment_ids, 1.0)
+  return end[..., V:], end[..., :V], o[..., V:]
 
 
 def short_conv_context(

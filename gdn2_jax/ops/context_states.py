@@ -18,7 +18,7 @@ Legend: P devices, B batch, H key heads, K key channels, V value channels of all
 the value heads of a key head, R rows (B * H).
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -70,77 +70,103 @@ def start_states(
   *,
   axis_name: str,
   scheme: Scheme,
+  reverse: bool = False,
 ) -> Float[Array, "B H K V"]:
   """The state from which this device's shard starts.
 
-  Call it under shard_map. Differentiable in M, U and state.
+  Call it under shard_map.
 
   Args:
     M: The linear part of this shard's map, in the dtype of the state.
     U: What the shard makes of a state of zeros.
-    state: S_0, the same on all devices but marked as varying over axis_name.
+    state: S_0; only the first device's is read.
     axis_name: The mesh axis, shards in its order.
     scheme: From choose_scheme.
+    reverse: Chain from the last shard to the first: S_{r-1} = M_r S_r + U_r,
+      with S_{P-1} the state of the last device.
 
   Returns:
     S_r.
   """
   run = {"ring": _ring, "all_to_all": _all_to_all, "doubling": _doubling}
-  return run[scheme](M, U, state, axis_name)
+  return run[scheme](M, U, state, _Chain(axis_name, reverse))
+
+
+class _Chain(NamedTuple):
+  """Devices in the order of the chain: place 0 holds the first map."""
+
+  axis: str
+  reverse: bool
+
+  @property
+  def devices(self):
+    return lax.axis_size(self.axis)
+
+  @property
+  def place(self):
+    """Of this device."""
+    rank = lax.axis_index(self.axis)
+    return self.devices - 1 - rank if self.reverse else rank
+
+  def by_device(self, x):
+    """A list by place as one by device, or the other way round."""
+    return x[::-1] if self.reverse else x
+
+  def send(self, x, distance, places=None):
+    """x from places (all) to the places after; zeros where nothing arrives."""
+    device = self.by_device(list(range(self.devices)))
+    places = range(self.devices - distance) if places is None else places
+    pairs = [(device[p], device[p + distance]) for p in places]
+    return lax.ppermute(x, self.axis, pairs)
 
 
 def _compose(M, X):
   return jnp.matmul(M, X, precision=lax.Precision.HIGHEST)
 
 
-def _ring(M, U, state, axis):
-  """Device r sends S_{r+1} on as soon as it has S_r."""
-  rank = lax.axis_index(axis)
+def _ring(M, U, state, chain):
+  """Place p sends S_{p+1} on as soon as it has S_p."""
   start = state
-  for sender in range(lax.axis_size(axis) - 1):
-    end = _compose(M, start) + U
-    received = lax.ppermute(end, axis, [(sender, sender + 1)])
-    start = jnp.where(rank == sender + 1, received, start)
+  for sender in range(chain.devices - 1):
+    received = chain.send(_compose(M, start) + U, 1, [sender])
+    start = jnp.where(chain.place == sender + 1, received, start)
   return start
 
 
-def _all_to_all(M, U, state, axis):
+def _first_as_state(M, U, state, chain):
+  """U, that of place 0 the state after it: S_1."""
+  return jnp.where(chain.place == 0, _compose(M, state) + U, U)
+
+
+def _all_to_all(M, U, state, chain):
   """Device i chains the maps of all shards for the i-th part of the rows."""
-  devices, (K, V) = lax.axis_size(axis), U.shape[-2:]
+  devices, (K, V) = chain.devices, U.shape[-2:]
   rows = M.shape[0] * M.shape[1]
-  part = rows // devices
 
   def exchange(x_RK_):
-    return lax.all_to_all(x_RK_, axis, 0, 0, tiled=True)
+    return lax.all_to_all(x_RK_, chain.axis, 0, 0, tiled=True)
 
+  U = _first_as_state(M, U, state, chain)
   maps = jnp.concatenate([M, U], axis=-1).reshape(rows, K, K + V)
-  maps = exchange(maps).reshape(devices, part, K, K + V)
-  first = lax.axis_index(axis) * part
-  start = lax.dynamic_slice_in_dim(state.reshape(rows, K, V), first, part)
-  starts = [start]
-  for shard in range(devices - 1):
-    M_s, U_s = maps[shard, ..., :K], maps[shard, ..., K:]
-    starts.append(_compose(M_s, starts[-1]) + U_s)
-  return exchange(jnp.concatenate(starts)).reshape(U.shape)
+  maps = exchange(maps).reshape(devices, rows // devices, K, K + V)
+  maps = chain.by_device(maps)  # now by place
+  starts = [jnp.zeros_like(maps[0, ..., K:]), maps[0, ..., K:]]
+  for M_p, U_p in zip(maps[1:-1, ..., :K], maps[1:-1, ..., K:], strict=True):
+    starts.append(_compose(M_p, starts[-1]) + U_p)
+  starts = exchange(jnp.concatenate(chain.by_device(starts)))
+  return jnp.where(chain.place == 0, state, starts.reshape(U.shape))
 
 
-def _doubling(M, U, state, axis):
+def _doubling(M, U, state, chain):
   """Composes the maps of 1, 2, 4, ... shards up to this one."""
-  devices, rank = lax.axis_size(axis), lax.axis_index(axis)
-
-  def from_left(x, distance):
-    # Devices that nobody sends to receive zeros.
-    pairs = [(r, r + distance) for r in range(devices - distance)]
-    return lax.ppermute(x, axis, pairs)
-
-  # The first map takes any state to S_1, so that U becomes a state.
-  U = jnp.where(rank == 0, _compose(M, state) + U, U)
-  M = jnp.where(rank == 0, jnp.zeros_like(M), M)
+  # The first map takes any state to S_1: its M is zero.
+  U = _first_as_state(M, U, state, chain)
+  M = jnp.where(chain.place == 0, jnp.zeros_like(M), M)
   distance = 1
-  while distance < devices:
-    U = _compose(M, from_left(U, distance)) + U
-    if 2 * distance < devices:
-      earlier = from_left(M, distance)
-      M = jnp.where(rank >= distance, _compose(M, earlier), M)
+  while distance < chain.devices:
+    U = _compose(M, chain.send(U, distance)) + U
+    if 2 * distance < chain.devices:
+      earlier = _compose(M, chain.send(M, distance))
+      M = jnp.where(chain.place >= distance, earlier, M)
     distance *= 2
-  return jnp.where(rank == 0, state, from_left(U, 1))
+  return jnp.where(chain.place == 0, state, chain.send(U, 1))

@@ -1,6 +1,7 @@
 """The recurrence over 2, 4 and 8 devices equals one device."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -112,18 +113,28 @@ def test_one_document_over_devices_equals_one_device(
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("devices", [2, 3, 4, 8])
-def test_schemes_give_the_start_of_every_shard(rng, devices, scheme):
+@pytest.mark.parametrize("reverse", [False, True])
+def test_schemes_give_the_start_of_every_shard(rng, devices, scheme, reverse):
   B, H, K, V = 3, devices, 16, 24
   M = rng.standard_normal((devices, B, H, K, K)).astype(np.float32) / 4
   U = rng.standard_normal((devices, B, H, K, V)).astype(np.float32)
   state = rng.standard_normal((B, H, K, V)).astype(np.float32)
-  want = [state.astype(np.float64)]
-  for r in range(devices - 1):
-    want.append(M[r].astype(np.float64) @ want[-1] + U[r])
+  order = range(devices)[:: -1 if reverse else 1]
+  want = {order[0]: state.astype(np.float64)}
+  for r, after in itertools.pairwise(order):
+    want[after] = M[r].astype(np.float64) @ want[r] + U[r]
 
   def local(M, U, state):
-    state = jax.lax.pcast(state, "context", to="varying")
-    start = start_states(M[0], U[0], state, axis_name="context", scheme=scheme)
+    # Only the first device of the chain knows the state.
+    is_first = jax.lax.axis_index("context") == order[0]
+    start = start_states(
+      M[0],
+      U[0],
+      jnp.where(is_first, state, np.nan),
+      axis_name="context",
+      scheme=scheme,
+      reverse=reverse,
+    )
     return start[None]
 
   shards = PartitionSpec("context")
@@ -135,8 +146,8 @@ def test_schemes_give_the_start_of_every_shard(rng, devices, scheme):
       out_specs=shards,
     )
   )(M, U, state)
-  np.testing.assert_array_equal(got[0], state)
-  assert rel_rms(got, np.stack(want)) < 1e-6
+  np.testing.assert_array_equal(got[order[0]], state)
+  assert rel_rms(got, np.stack([want[r] for r in range(devices)])) < 1e-6
 
 
 def test_the_scheme_follows_from_the_size():
@@ -251,10 +262,11 @@ def test_the_kernels_give_the_map_of_a_shard(rng, restart):
     return affine_map(*inputs, segment_ids=documents, implementation=name)
 
   with target.use("interpret"):
-    M, U = run(*inputs, name="mosaic_gpu")
-  want_M, want_U = run(*inputs, name="xla")
+    M, U, reads = run(*inputs, name="mosaic_gpu")
+  want_M, want_U, want_reads = run(*inputs, name="xla")
   # One rounding step of bfloat16: the kernels multiply 16-bit operands.
   assert rel_rms(U, want_U) < 2**-7
+  assert rel_rms(reads, want_reads) < 2**-7
   if restart:
     np.testing.assert_array_equal(M, 0)
     np.testing.assert_array_equal(want_M, 0)
