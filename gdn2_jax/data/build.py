@@ -37,6 +37,7 @@ class Rates:
     documents: tokenised, in this run.
     tokens: of them.
     bytes: of their text.
+    cpu_seconds: of the first pass, of all workers together.
     tokenize_seconds: of the first pass.
     shuffle_seconds: of the second pass.
     all_bytes: of the text of the whole build, this run's and earlier ones'.
@@ -45,6 +46,7 @@ class Rates:
   documents: int
   tokens: int
   bytes: int
+  cpu_seconds: float
   tokenize_seconds: float
   shuffle_seconds: float
   all_bytes: int
@@ -141,7 +143,7 @@ def _run(
   with Workers(workers, recipe, tokenizer) as pool:
     started = time.perf_counter()
     summary = _read_json(partial / "units.json")
-    done = {"documents": 0, "tokens": 0, "bytes": 0}
+    done = {"documents": 0, "tokens": 0, "bytes": 0, "cpu_seconds": 0.0}
     if summary is None or not _has_units(planned):
       summary = _spill_all(partial, planned, pool, done, bar, say)
     spilled = time.perf_counter()
@@ -169,7 +171,7 @@ def _spill_all(
   partial: pathlib.Path,
   planned: plan.Plan,
   pool: Workers,
-  done: dict[str, int],
+  done: dict[str, Any],
   bar: Bar,
   say: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -187,8 +189,9 @@ def _spill_all(
   with contextlib.closing(progress):
     for unit, record in pool.run(spill.spill_unit, left):
       records[unit.index] = record
+      done["cpu_seconds"] += record["cpu_seconds"]
       for counts in record["counts"].values():
-        for name in done:
+        for name in ("documents", "tokens", "bytes"):
           done[name] += counts[name]
       progress.update(unit.size)
   counts = {

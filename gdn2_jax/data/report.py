@@ -100,12 +100,20 @@ def print_rates(rates: build.Rates, workers: int) -> None:
     f" {rates.bytes / seconds / 1e6:.2f} MB/s;"
     f" shuffled in {rates.shuffle_seconds:.1f} s"
   )
+  cpu = max(rates.cpu_seconds, 1e-9)
+  print(
+    f"  per core and second of CPU: {rates.documents / cpu:,.0f} documents,"
+    f" {rates.tokens / cpu:,.0f} tokens, {rates.bytes / cpu / 1e6:.2f} MB"
+  )
   if seconds < _LEAST_SECONDS:
     return  # starting the workers is all that was measured
   per_byte = seconds / rates.bytes + rates.shuffle_seconds / rates.all_bytes
   for name, tokens in fineweb_edu.GPT2_TOKENS.items():
-    hours = tokens * fineweb_edu.BYTES_PER_GPT2_TOKEN * per_byte / 3600
-    print(f"at this rate sample-{name} takes {hours:,.1f} hours")
+    size = tokens * fineweb_edu.BYTES_PER_GPT2_TOKEN
+    print(
+      f"at this rate sample-{name} takes {size * per_byte / 3600:,.1f} hours,"
+      f" {size * cpu / rates.bytes / 3600:,.1f} hours of CPU for the tokens"
+    )
 
 
 def _print_source(manifest: dict) -> None:

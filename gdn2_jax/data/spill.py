@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -102,11 +103,13 @@ def spill_unit(unit: Unit, recipe: Recipe, tokenizer: Tokenizer) -> dict:
   """Tokenises a unit's documents and writes them grouped by bucket.
 
   Returns:
-    The unit's record: counts per split and what was left out.
+    The unit's record, counts per split and what was left out; and the seconds
+    of CPU that it took, which are not in the record on disk.
 
   Raises:
     BadInputError: for input that cannot be read, unless it is to be skipped.
   """
+  started = time.process_time()
   counts = {split: dict.fromkeys(COUNTS, 0) for split in packed.SPLITS}
   bad: list[inputs.Bad] = []
   keys, buckets, ids = [], [], []
@@ -146,7 +149,7 @@ def spill_unit(unit: Unit, recipe: Recipe, tokenizer: Tokenizer) -> dict:
     ("json", json.dumps(record).encode()),
   ):
     files.write_atomic(recipe.unit_path(unit.index, suffix), content)
-  return record
+  return record | {"cpu_seconds": time.process_time() - started}
 
 
 def merge_bucket(

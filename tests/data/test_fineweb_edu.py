@@ -225,6 +225,7 @@ def test_projection_goes_by_bytes(capsys):
     documents=1000,
     tokens=1_000_000,
     bytes=4_700_000,
+    cpu_seconds=4.0,
     tokenize_seconds=9.0,
     shuffle_seconds=2.0,
     all_bytes=9_400_000,  # half of it was tokenised by an earlier run
@@ -232,8 +233,9 @@ def test_projection_goes_by_bytes(capsys):
   report.print_rates(rates, 2)
   printed = capsys.readouterr().out
   assert "111 documents/s, 111,111 tokens/s, 0.52 MB/s" in printed
+  assert "CPU: 250 documents, 250,000 tokens, 1.18 MB" in printed
   # 1e10 tokens of 4.7 bytes at (9 / 4.7e6 + 2 / 9.4e6) seconds a byte.
-  assert "sample-10BT takes 27.8 hours" in printed
+  assert "sample-10BT takes 27.8 hours, 11.1 hours of CPU" in printed
   assert "sample-100BT takes 277.8 hours" in printed
   report.print_rates(dataclasses.replace(rates, tokenize_seconds=1.0), 2)
   assert "at this rate" not in capsys.readouterr().out
