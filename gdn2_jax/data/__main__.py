@@ -66,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
 
   fineweb = add("fineweb_edu", "pack FineWeb-Edu, downloaded or brought")
   _add_fineweb_flags(fineweb)
+  fineweb.add_argument(
+    "--checksums", help="file of `sha256sum` lines that the inputs must match"
+  )
   _add_output_flags(fineweb, "bpe-32000")
   _add_build_flags(fineweb)
   text = add("text", "pack .parquet, .jsonl and .txt files")
@@ -114,9 +117,6 @@ def _add_fineweb_flags(command: argparse.ArgumentParser) -> None:
   )
   command.add_argument(
     "--max_files", type=int, help="take only so many files, one is held out"
-  )
-  command.add_argument(
-    "--checksums", help="file of `sha256sum` lines that the inputs must match"
   )
 
 
@@ -184,8 +184,8 @@ def _fineweb_files(
     raise ValueError(f"max_files={arguments.max_files}: expected at least 1")
   if arguments.local:
     paths = fineweb_edu.local_files(arguments.local, arguments.config)
-    kept = sorted(paths)[: arguments.max_files]
-    return {name: paths[name] for name in kept}, {}, None
+    paths = {n: paths[n] for n in sorted(paths)[: arguments.max_files]}
+    return paths, *fineweb_edu.recorded(paths)
   if not arguments.config:
     raise ValueError(
       f"config: expected one of {', '.join(fineweb_edu.FOLDERS)}, a dump such"
@@ -265,12 +265,10 @@ def _read_checksums(path: str, names: list[str]) -> dict[str, str]:
 def _tfds(arguments: argparse.Namespace) -> None:
   from gdn2_jax.data import tfds_builder
 
-  if not arguments.local:
-    _fineweb_files(arguments)
-  folder = arguments.local or arguments.download_dir
-  builder = tfds_builder.prepare(
-    folder, arguments.out, config=arguments.config or "local"
-  )
+  config = arguments.config or "local"
+  tfds_builder.check_config(config)  # before anything is downloaded
+  paths, _, _ = _fineweb_files(arguments)
+  builder = tfds_builder.prepare(paths, arguments.out, config=config)
   print(builder.info)
 
 

@@ -108,6 +108,39 @@ def local_files(
   return found
 
 
+def recorded(
+  paths: Mapping[str, pathlib.Path],
+) -> tuple[dict[str, str], str | None]:
+  """What `hf download` wrote down beside the files that it fetched.
+
+  Args:
+    paths: name -> file.
+
+  Returns:
+    name -> SHA-256, for the files where it is known; and the commit, if all
+    files are known to be of one.
+  """
+  checksums, commits = {}, set()
+  for name, path in paths.items():
+    commit, digest = _download_record(path.resolve())
+    commits.add(commit)
+    if digest:
+      checksums[name] = digest
+  return checksums, commits.pop() if len(commits) == 1 else None
+
+
+def _download_record(path: pathlib.Path) -> tuple[str | None, str | None]:
+  for root in path.parents[:4]:  # data/CC-MAIN-2024-10/000_00000.parquet
+    place = path.relative_to(root).as_posix()
+    record = root / ".cache" / "huggingface" / "download" / f"{place}.metadata"
+    if record.is_file():
+      commit, etag, *_ = [*record.read_text().split(), "", ""]
+      # Large files have their SHA-256 as etag, others the hash of a git blob.
+      is_sha256 = re.fullmatch("[0-9a-f]{64}", etag)
+      return commit or None, etag if is_sha256 else None
+  return None, None
+
+
 def download(
   config: str,
   folder: str | os.PathLike[str],

@@ -14,6 +14,7 @@ _ODD = {
 
 
 _LEAST_SECONDS = 5.0
+_SHOWN = 8  # files of a split
 
 
 def print_manifest(found: packed.Packed) -> None:
@@ -51,8 +52,10 @@ def print_manifest(found: packed.Packed) -> None:
     for name, text in _ODD.items():
       if "shards" in entry and entry[name]:
         print(f"    {entry[name]} documents {text}")
-    for name, recorded in entry["files"].items():
+    for name, recorded in list(entry["files"].items())[:_SHOWN]:
       print(f"    {name}: {recorded['size']} bytes, {recorded['sha256']}")
+    if (more := len(entry["files"]) - _SHOWN) > 0:
+      print(f"    and {more} more files")
 
 
 def padded_size(vocab_size: int) -> int:

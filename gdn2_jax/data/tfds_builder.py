@@ -4,8 +4,8 @@ Reads parquet files that are already on disk and writes ArrayRecord files, so
 neither the network nor TensorFlow is needed. `as_data_source` then reads any
 document by its number:
 
-  builder = FineWebEdu(config="local", data_dir=DATA_DIR)
-  builder.download_and_prepare(...)      # or gdn2_jax.data.tfds_builder.prepare
+  paths = fineweb_edu.local_files(FOLDER)
+  builder = tfds_builder.prepare(paths, DATA_DIR)
   builder.as_data_source(split="train")[17]["text"]
 
 `data.source=tfds:DATA_DIR/fine_web_edu/local/1.4.0` trains on it; packed rows
@@ -14,7 +14,7 @@ are faster (see `gdn2_jax.data.text_stream`). `tfds.load` needs TensorFlow.
 
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,10 +33,10 @@ _CITATION = (
 
 
 class FineWebEdu(tfds.core.GeneratorBasedBuilder):
-  """Parquet files of `manual_dir` as ArrayRecords of the ten columns.
+  """Parquet files as ArrayRecords of the ten columns.
 
-  Attributes:
-    manual_dir: folder of the parquet files; see `fineweb_edu.local_files`.
+  Args:
+    paths: name -> parquet file; only needed where the dataset is not there.
   """
 
   VERSION = tfds.core.Version("1.4.0")
@@ -55,8 +55,13 @@ class FineWebEdu(tfds.core.GeneratorBasedBuilder):
   # does not declare.
   url_infos = {}  # noqa: RUF012
 
-  def __init__(self, *, manual_dir: str | os.PathLike[str] = "", **kwargs: Any):
-    self._manual_dir = pathlib.Path(manual_dir)
+  def __init__(
+    self,
+    *,
+    paths: Mapping[str, str | os.PathLike[str]] | None = None,
+    **kwargs: Any,
+  ):
+    self._paths = {n: pathlib.Path(path) for n, path in (paths or {}).items()}
     super().__init__(file_format="array_record", **kwargs)
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -78,14 +83,12 @@ class FineWebEdu(tfds.core.GeneratorBasedBuilder):
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
     del dl_manager  # nothing is downloaded
-    name = self.builder_config.name
-    config = "" if name == "local" else name
-    paths = fineweb_edu.local_files(self._manual_dir, config)
+    paths = self._paths
     held_out = fineweb_edu.held_out_files(list(paths))
     if not held_out:
       raise ValueError(
-        f"{self._manual_dir}: one file; expected two or more, as one of them"
-        " is held out"
+        f"paths={list(paths)}: expected two files or more, as one of them is"
+        " held out"
       )
     self.info.metadata["inputs"] = {
       name: files.sha256_file(path) for name, path in paths.items()
@@ -108,28 +111,35 @@ class FineWebEdu(tfds.core.GeneratorBasedBuilder):
         key += 1
 
 
+def check_config(config: str) -> None:
+  """Refuses an unknown configuration.
+
+  Raises:
+    ValueError: naming it and those there are.
+  """
+  known = [entry.name for entry in FineWebEdu.BUILDER_CONFIGS]
+  if config not in known:
+    raise ValueError(f"config={config!r}: expected one of {', '.join(known)}")
+
+
 def prepare(
-  folder: str | os.PathLike[str],
+  paths: Mapping[str, str | os.PathLike[str]],
   data_dir: str | os.PathLike[str],
   *,
   config: str = "local",
 ) -> FineWebEdu:
-  """Builds the dataset from a folder of parquet files, unless it is there.
+  """Builds the dataset from parquet files, unless it is there.
 
   Args:
-    folder: see `fineweb_edu.local_files`.
+    paths: name -> file, see `fineweb_edu.local_files`.
     data_dir: of TFDS; gets fine_web_edu/CONFIG/VERSION/.
     config: sample-10BT, sample-100BT, sample-350BT or local.
 
   Raises:
     ValueError: for an unknown config, or naming a file that cannot be read.
   """
-  known = [entry.name for entry in FineWebEdu.BUILDER_CONFIGS]
-  if config not in known:
-    raise ValueError(f"config={config!r}: expected one of {', '.join(known)}")
-  builder = FineWebEdu(
-    config=config, data_dir=os.fspath(data_dir), manual_dir=folder
-  )
+  check_config(config)
+  builder = FineWebEdu(config=config, data_dir=os.fspath(data_dir), paths=paths)
   builder.download_and_prepare(
     download_config=tfds.download.DownloadConfig(try_download_gcs=False)
   )

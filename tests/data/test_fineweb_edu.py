@@ -68,6 +68,28 @@ def test_local_files_of_a_folder_and_of_a_copy(tmp_path):
     fineweb_edu.local_files(tmp_path / "nowhere")
 
 
+def test_what_a_download_wrote_down_is_compared(folder, tmp_path, capsys):
+  path, texts = folder
+  place = tmp_path / "copy" / "sample" / "10BT"
+  shutil.copytree(path, place)
+  records = tmp_path / "copy/.cache/huggingface/download/sample/10BT"
+  records.mkdir(parents=True)
+  for name in texts:
+    digest = hashlib.sha256((path / name).read_bytes()).hexdigest()
+    (records / f"{name}.metadata").write_text(f"{'c' * 40}\n{digest}\n17.5\n")
+  argv = ["fineweb_edu", "sample-10BT", f"--local={tmp_path / 'copy'}"]
+  argv += [f"--out={tmp_path / 'rows'}", "--tokenizer=bytes", "--workers=0"]
+  assert cli.main(argv) == 0
+  manifest = packed.open_packed(tmp_path / "rows").manifest
+  assert manifest["source"]["revision"] == "c" * 40
+  found, commit = fineweb_edu.recorded(fineweb_edu.local_files(place))
+  assert (len(found), commit) == (3, "c" * 40)
+  shutil.copy(place / "000_00000.parquet", place / "001_00000.parquet")
+  capsys.readouterr()
+  assert cli.main([*argv[:3], f"--out={tmp_path / 'new'}", *argv[4:]]) == 2
+  assert "001_00000.parquet: sha256" in capsys.readouterr().err
+
+
 class _Hub:
   """Stands in for huggingface_hub: files of a folder, and failures."""
 

@@ -18,7 +18,8 @@ EACH = 30
 def prepared(tmp_path_factory):
   root = tmp_path_factory.mktemp("tfds")
   texts = parquet_files.write_folder(root / "parquet", files=3, each=EACH)
-  builder = tfds_builder.prepare(root / "parquet", root / "data")
+  paths = fineweb_edu.local_files(root / "parquet")
+  builder = tfds_builder.prepare(paths, root / "data")
   return root, texts, builder
 
 
@@ -49,7 +50,7 @@ def test_it_is_prepared_once_and_says_from_what(prepared):
   folder = root / "data" / "fine_web_edu" / "local" / "1.4.0"
   written = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
   assert any(name.endswith("array_record-00000-of-00001") for name in written)
-  again = tfds_builder.prepare(root / "parquet", root / "data")
+  again = tfds_builder.prepare({}, root / "data")  # without the files
   assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == written
   assert again.info.splits["train"].num_examples == 2 * EACH
   metadata = json.loads((folder / "metadata.json").read_text())
