@@ -138,11 +138,12 @@ def leave(message: str, code: int) -> NoReturn:
 
 def is_lost_peer(error: BaseException) -> bool:
   """Whether an error is what the end of another process looks like here."""
-  from_jax = isinstance(error, jax.errors.JaxRuntimeError)
-  timed_out = "Barrier" in type(error).__name__
-  return timed_out or (
-    from_jax and bool(_SIGNS_OF_A_LOST_PEER.search(str(error)))
-  )
+  if not isinstance(error, jax.errors.JaxRuntimeError):
+    return "Barrier" in type(error).__name__
+  text = str(error)
+  if "RESOURCE_EXHAUSTED" in text:
+    return False  # out of memory, which may name the collective that was next
+  return bool(_SIGNS_OF_A_LOST_PEER.search(text))
 
 
 @contextlib.contextmanager

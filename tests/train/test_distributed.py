@@ -125,7 +125,7 @@ def test_errors_of_lost_peers_are_told_from_others():
     "DEADLINE_EXCEEDED: Barrier timed out",
   ):
     assert is_lost_peer(error(text))
-  assert not is_lost_peer(error("RESOURCE_EXHAUSTED: out of memory"))
+  assert not is_lost_peer(error("RESOURCE_EXHAUSTED: allocating for nccl"))
   assert not is_lost_peer(ValueError("gloo"))
 
 
