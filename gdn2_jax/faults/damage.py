@@ -154,6 +154,7 @@ def _damaged(
   count: int,
   tick: Callable[[], object],
   damages: list[Damage],
+  kinds_with: str = "",
 ) -> Outcome:
   """Damage to the newer of two checkpoints, restored in this process."""
   chance = random.Random(2)
@@ -165,7 +166,8 @@ def _damaged(
     for number, one in enumerate(tries(outcome, count, tick)):
       workdir = lab.workdir("damage", [older, newer], programs=False)
       kinds = files_by_kind(workdir / "checkpoints" / str(newer))
-      # Every kind of file in turn, empty ones have no bit.
+      # Every kind of file in turn.
+      kinds = {k: v for k, v in kinds.items() if kinds_with in k}
       kind = sorted(kinds)[number % len(kinds)]
       path = chance.choice(kinds[kind])
       damages[number // len(kinds) % len(damages)](path, chance)
@@ -176,9 +178,19 @@ def _damaged(
   return outcome
 
 
-def bit_flips(lab: Lab, count: int, tick: Callable[[], object]) -> Outcome:
-  """One flipped bit in the newest checkpoint, every kind of file (F7)."""
-  return _damaged(lab, Outcome("flipped bit"), count, tick, [flip_bit])
+def bit_flips(
+  lab: Lab, count: int, tick: Callable[[], object], kinds_with: str = ""
+) -> Outcome:
+  """One flipped bit in the newest checkpoint, every kind of file (F7).
+
+  Args:
+    lab: with an uninterrupted run.
+    count: of tries.
+    tick: called after each.
+    kinds_with: only files with this in their path.
+  """
+  outcome = Outcome("flipped bit")
+  return _damaged(lab, outcome, count, tick, [flip_bit], kinds_with)
 
 
 def cut_files(lab: Lab, count: int, tick: Callable[[], object]) -> Outcome:

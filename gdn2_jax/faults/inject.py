@@ -17,6 +17,7 @@ process. Steps count from 0, saves from 1, over the life of this process.
 """
 
 import errno
+import functools
 import os
 import pathlib
 import runpy
@@ -68,21 +69,25 @@ def _die() -> None:
 
 
 class _Renames:
-  """Stands in front of os.rename, which commits and removes checkpoints."""
+  """Stands in front of the renames that commit and remove checkpoints."""
 
   def __init__(self, faults: dict[str, list[str]]):
     self._faults = faults
     self._commits = 0
     self._removals = 0
-    self._rename, self._rmtree = os.rename, shutil.rmtree
+    self._rmtree = shutil.rmtree
 
   def install(self) -> None:
-    os.rename, shutil.rmtree = self.rename, self.rmtree
+    os.rename = functools.partial(self.rename, os.rename)
+    os.replace = functools.partial(self.rename, os.replace)
+    shutil.rmtree = self.rmtree
 
   def _at(self, fault: str, count: int) -> bool:
     return any(count == int(value) for value in self._faults.get(fault, []))
 
-  def rename(self, source: Any, target: Any, **kwargs) -> None:
+  def rename(
+    self, real: Callable[..., None], source: Any, target: Any, **kwargs
+  ) -> None:
     source, target = pathlib.Path(source), pathlib.Path(target)
     commits = target.name.isdigit() and "checkpoint-tmp" in source.name
     removes = source.name.isdigit() and target.parent.name == ".trash"
@@ -99,7 +104,7 @@ class _Renames:
         _die()
     if removes and self._at("die_at_retention", self._removals):
       _die()
-    self._rename(source, target, **kwargs)
+    real(source, target, **kwargs)
     if commits and self._at("die_after_commit", self._commits):
       _die()
     if removes and self._at("die_after_retention", self._removals):

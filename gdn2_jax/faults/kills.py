@@ -3,7 +3,7 @@
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from gdn2_jax.faults.child import train_rows
 from gdn2_jax.faults.lab import GRID, Lab, newest
@@ -65,15 +65,25 @@ def _end_of_killed_run(lab: Lab, workdir, outcome: Outcome) -> None:
 
 
 def kill_in_retention(
-  lab: Lab, count: int, tick: Callable[[], object]
+  lab: Lab,
+  count: int,
+  tick: Callable[[], object],
+  faults: Sequence[str] = _RETENTION,
 ) -> Outcome:
-  """kill -9 around a commit and while the step before is removed (F6)."""
+  """kill -9 around a commit and while the step before is removed (F6).
+
+  Args:
+    lab: with an uninterrupted run.
+    count: of tries.
+    tick: called after each.
+    faults: names for `gdn2_jax.faults.inject`, taken in turn.
+  """
   outcome = Outcome("kill -9 in commit or clean-up")
   workdir = lab.workdir("retention", [GRID])
   keep_one = "--config.checkpoint.keep=1"
   for number, one in enumerate(tries(outcome, count, tick)):
-    fault = _RETENTION[number % len(_RETENTION)]
-    when = 1 + number // len(_RETENTION) % 3
+    fault = faults[number % len(faults)]
+    when = 1 + number // len(faults) % 3
     committed = newest(workdir)
     child = lab.start(workdir, keep_one, faults=[f"{fault}={when}"])
     code = child.end()

@@ -30,6 +30,7 @@ def run(tmp_path, config):
 def faults(monkeypatch):
   """Installs faults of os.rename; takes them away at the end."""
   monkeypatch.setattr(os, "rename", os.rename)
+  monkeypatch.setattr(os, "replace", os.replace)
   monkeypatch.setattr(shutil, "rmtree", shutil.rmtree)
   return install
 
