@@ -203,8 +203,12 @@ def test_nothing_passes_a_border_of_documents_or_goes_back(scheme):
   after, _ = run(tuple(inputs), 1e3 * state, ids, None)
   np.testing.assert_array_equal(after[0, 12 + 29 :], before[0, 12 + 29 :])
   assert (after[0, 12:41] != before[0, 12:41]).all()
+  inputs[2] = inputs[2].at[0, :12].mul(1e3)  # up to the border of shards
+  first, _ = run(tuple(inputs), state, ids, None)
+  np.testing.assert_array_equal(first[0, 12:], after[0, 12:])
+  after = first
   inputs[2] = inputs[2].at[:, 30:].set(5.0)
-  last, _ = run(tuple(inputs), 1e3 * state, ids, None)
+  last, _ = run(tuple(inputs), state, ids, None)
   np.testing.assert_array_equal(last[:, :30], after[:, :30])
 
 
