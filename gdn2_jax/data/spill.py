@@ -184,6 +184,7 @@ def merge_bucket(
   for i in order:
     ordered[at : at + lengths[i]] = tokens[starts[i] : starts[i] + lengths[i]]
     at += lengths[i]
+  del tokens  # two copies of a shard at a time, never three
   offsets = np.concatenate([[0], np.cumsum(lengths[order])]).astype("<i8")
   record = {"documents": len(order), "tokens": len(ordered), "files": {}}
   for kind, array in (("tokens", ordered), ("offsets", offsets)):

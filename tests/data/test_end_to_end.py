@@ -73,7 +73,7 @@ def _run_and_kill(rows, workdir, step):
     running = subprocess.Popen(
       _command(rows, workdir), cwd=ROOT, stdout=log, stderr=log
     )
-  deadline = time.monotonic() + 120
+  deadline = time.monotonic() + 240
   try:
     while max(_losses(workdir), default=0) < step:
       assert running.poll() is None, path.read_text()
