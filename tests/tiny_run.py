@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 import traceback
 
 import jax
@@ -93,7 +94,8 @@ def run_many(module: str, commands: list[list[str]]) -> list[dict]:
   """Several command lines, one after the other in one new process.
 
   Returns:
-    For each a dict of "code", "out" and "err".
+    For each a dict of "code", "out", "err", "seconds" it took, and "arrays" on
+    devices afterwards.
   """
   done = run_module("tests.tiny_run", module, json.dumps(commands))
   assert done.returncode == 0, done.stderr
@@ -113,6 +115,7 @@ def _main(module: str, commands: str) -> None:
   results = []
   for argv in json.loads(commands):
     out, err, code = io.StringIO(), io.StringIO(), 0
+    start = time.process_time()
     with (
       contextlib.redirect_stdout(out),
       contextlib.redirect_stderr(err),
@@ -126,7 +129,15 @@ def _main(module: str, commands: str) -> None:
       except Exception:
         traceback.print_exc()
         code = -1
-    results.append({"code": code, "out": out.getvalue(), "err": err.getvalue()})
+    results.append(
+      {
+        "code": code,
+        "out": out.getvalue(),
+        "err": err.getvalue(),
+        "seconds": time.process_time() - start,
+        "arrays": len(jax.live_arrays()),
+      }
+    )
   print(json.dumps(results))
 
 

@@ -152,6 +152,24 @@ def test_refused_command_lines(config_file, tmp_path):
       *base,
       "--config.optimizer.lr=-1",
     ],
+    "error: --config.data.batch_size=0": [*base, "--config.data.batch_size=0"],
+    "--config.optimizer.warmup_fraction=1.5: expected 0 <= x < 1": [
+      *base,
+      "--config.optimizer.warmup_fraction=1.5",
+    ],
+    "--config.mesh.fsdp=3": [*base, "--config.mesh.fsdp=3"],
+    "--config.model.gdn2.num_heads=0": [
+      *base,
+      "--config.model.gdn2.num_heads=0",
+    ],
+    "--config.watchdog_seconds=-1.0: expected 0 or more": [
+      *base,
+      "--config.watchdog_seconds=-1",
+    ],
+    "--config.checkpoint.max_failed_saves=0: expected 1 or more": [
+      *base,
+      "--config.checkpoint.max_failed_saves=0",
+    ],
     "error: --config is missing": [base[1]],
     "error: --workdir is missing": [base[0]],
     "No such file or directory: 'nowhere.py'": [
@@ -166,5 +184,33 @@ def test_refused_command_lines(config_file, tmp_path):
     assert result["code"] == 1, (message, shown)
     assert message in shown
     assert "Traceback" not in shown
+    # Soon, and before anything is allocated.
+    assert result["seconds"] < 5, message
+    assert result["arrays"] == 0, message
   # Nothing was made for a command line that was refused.
   assert not (tmp_path / "run").exists()
+
+
+def test_data_that_does_not_fit_is_refused_before_any_array(
+  config_file, tmp_path
+):
+  """These need the data, or another number of devices, to be seen."""
+  base = [f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]
+  cases = {
+    "--config.model.vocab_size=100: the tokenizer 'bytes' has": [
+      *base,
+      "--config.model.vocab_size=100",
+    ],
+    "data.source='nowhere'": [*base, "--config.data.source=nowhere"],
+    "restore_step=7: no such checkpoint; have none": [
+      *base,
+      "--config.checkpoint.restore_step=7",
+    ],
+  }
+  results = run_many("gdn2_jax.train.__main__", list(cases.values()))
+  for message, result in zip(cases, results, strict=True):
+    assert result["code"] == 1, (message, result)
+    assert message in result["err"], result["err"]
+    assert "Traceback" not in result["err"]
+    assert result["seconds"] < 5, message
+    assert result["arrays"] == 0, message
