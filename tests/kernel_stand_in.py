@@ -16,10 +16,32 @@ def _check_shapes(q, v, kinds):
   assert kinds.shape == (B, T) and kinds.dtype == jnp.int32
 
 
-def forward(q, k, v, g, b, w, state, kinds, scale, save):
+def _activated(q, k, g, b, w, rates, erase_scale):
+  """Norms and gates as the kernels compute them (pallas/projected.py)."""
+  if rates is None:
+    return q, k, g, b, w
+
+  def unit(x):
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-6)
+
+  rate, dt_bias = rates[:, None, :, 0], rates[:, None, :, 1]
+  g = rate * jax.nn.softplus(g.astype(jnp.float32) + dt_bias)
+  b, w = (jax.nn.sigmoid(x.astype(jnp.float32)) for x in (b, w))
+  return unit(q), unit(k), g, erase_scale * b, w
+
+
+def _run(q, k, v, g, b, w, rates, state, kinds, scale, erase_scale):
+  q, k, g, b, w = _activated(q, k, g, b, w, rates, erase_scale)
+  return gdn2_reference(q, k, v, g, b, w, state, _segments(kinds), scale)
+
+
+def forward(q, k, v, g, b, w, rates, state, kinds, *, scale, erase_scale, save):
   _check_shapes(q, v, kinds)
-  assert g.dtype == state.dtype == jnp.float32
-  o, final = gdn2_reference(q, k, v, g, b, w, state, _segments(kinds), scale)
+  assert state.dtype == jnp.float32
+  assert g.dtype == (jnp.float32 if rates is None else q.dtype)
+  inputs = (q, k, v, g, b, w, rates, state)
+  o, final = _run(*inputs, kinds, scale, erase_scale)
   if not save:
     return o, final, ()
   # What backward needs comes out of the residuals and nowhere else.
@@ -28,15 +50,18 @@ def forward(q, k, v, g, b, w, state, kinds, scale, save):
   return o, final, (jnp.zeros((*chunks, 64, 64), q.dtype), states)
 
 
-def backward(q, k, v, g, b, w, kinds, residuals, do, dfinal, scale):
+def backward(
+  q, k, v, g, b, w, rates, kinds, residuals, do, dfinal, *, scale, erase_scale
+):
   _check_shapes(q, v, kinds)
   A, states = residuals
   assert A.shape[-2:] == (64, 64)
 
   def call(*inputs):
-    return gdn2_reference(*inputs, _segments(kinds), scale)
+    return _run(*inputs, kinds, scale, erase_scale)
 
-  _, pullback = jax.vjp(call, q, k, v, g, b, w, states[:, :, 0])
+  inputs = (q, k, v, g, b, w, rates, states[:, :, 0])
+  _, pullback = jax.vjp(call, *inputs)
   return pullback((do, dfinal))
 
 

@@ -20,7 +20,12 @@ from gdn2_jax.model.layers import Linear, fan_in_uniform, xavier_uniform
 from gdn2_jax.model.shards import length_axis, on_shards
 from gdn2_jax.ops.context import gdn2_context, short_conv_context
 from gdn2_jax.ops.gdn2 import IMPLEMENTATIONS, gdn2, gdn2_step
-from gdn2_jax.ops.norm import gated_rms_norm, l2_norm
+from gdn2_jax.ops.gdn2_projected import (
+  Projections,
+  activate,
+  gdn2_projected,
+)
+from gdn2_jax.ops.norm import gated_rms_norm
 from gdn2_jax.ops.short_conv import short_conv, short_conv_step
 from gdn2_jax.typing import Activations, SegmentIds
 
@@ -185,13 +190,14 @@ class GDN2Mixer(nn.Module):
     q, conv_q = self._short_conv("q", x, key_head, segment_ids, tails[0])
     k, conv_k = self._short_conv("k", x, key_head, segment_ids, tails[1])
     v, conv_v = self._short_conv("v", x, value_head, segment_ids, tails[2])
-    q, k = l2_norm(q), l2_norm(k)
     b, w = self._gates(x)
-    g = self._log_decay(x)
-    for name, value in zip("qkvgbw", (q, k, v, g, b, w), strict=True):
-      self.sow("intermediates", name, value)
+    f, a_log, dt_bias = self._decay(x)
+    p = Projections(q, k, v, f, b, w, a_log, dt_bias)
+    if self.is_mutable_collection("intermediates"):
+      for name, value in zip("qkvgbw", self._activate(p), strict=True):
+        self.sow("intermediates", name, value)
 
-    o, state = self._recur(q, k, v, g, b, w, segment_ids, cache)
+    o, state = self._recur(p, segment_ids, cache)
     self.sow("intermediates", "o", o)
     y = self._output(x, o)
     if cache is None:
@@ -233,28 +239,15 @@ class GDN2Mixer(nn.Module):
     return jax.nn.silu(flat).reshape(y.shape), tail
 
   def _gates(self, x):
-    """Erase gate b [B, T, H, K] and write gate w [B, T, HV, V]."""
+    """What the gates b [B, T, H, K] and w [B, T, HV, V] are sigmoids of."""
     c = self.config
-    b = jax.nn.sigmoid(
-      self._linear(
-        "b_proj", (c.num_heads, c.key_dim), ("embed", "heads", "key_dim")
-      )(x)
-    )
-    w = jax.nn.sigmoid(
-      self._linear(
-        "w_proj", (c.value_heads, c.value_dim), ("embed", "heads", "value_dim")
-      )(x)
-    )
-    if c.negative_eigenvalues:
-      b = 2 * b
-    if c.erase_gate == "scalar":
-      b = jnp.broadcast_to(b.mean(-1, keepdims=True), b.shape)
-    if c.write_gate == "scalar":
-      w = jnp.broadcast_to(w.mean(-1, keepdims=True), w.shape)
+    key, value = (c.num_heads, c.key_dim), (c.value_heads, c.value_dim)
+    b = self._linear("b_proj", key, ("embed", "heads", "key_dim"))(x)
+    w = self._linear("w_proj", value, ("embed", "heads", "value_dim"))(x)
     return b, w
 
-  def _log_decay(self, x):
-    """g = -exp(A_log) softplus(f(x) + dt_bias) [B, T, H, K], float32.
+  def _decay(self, x):
+    """f [B, T, H, K], A_log [H] and dt_bias [H, K], which make the log-decay.
 
     A_log and dt_bias stay float32 whatever the model's dtype: rounded to
     bfloat16 they change the decay of slow heads noticeably.
@@ -276,19 +269,43 @@ class GDN2Mixer(nn.Module):
       (c.num_heads, c.key_dim),
       jnp.float32,
     )
-    dt = jax.nn.softplus(f.astype(jnp.float32) + dt_bias[None, None])
-    return -jnp.exp(a_log)[None, None, :, None] * dt
+    return f, a_log, dt_bias
 
-  def _recur(self, q, k, v, g, b, w, segment_ids, cache):
-    implementation = self.config.implementation or None
+  @property
+  def _erase_scale(self):
+    return 2.0 if self.config.negative_eigenvalues else 1.0
+
+  def _activate(self, p):
+    """q, k, v, g, b and w of the op."""
+    c = self.config
+    q, k, v, g, b, w = activate(p, erase_scale=self._erase_scale)
+    if c.erase_gate == "scalar":
+      b = jnp.broadcast_to(b.mean(-1, keepdims=True), b.shape)
+    if c.write_gate == "scalar":
+      w = jnp.broadcast_to(w.mean(-1, keepdims=True), w.shape)
+    return q, k, v, g, b, w
+
+  def _recur(self, p, segment_ids, cache):
+    """o [B, T, HV, V] and the state after the last token."""
+    c = self.config
+    implementation = c.implementation or None
     state = None if cache is None else cache.state
-    if cache is not None and segment_ids is None and q.shape[1] == 1:
-      token = (a[:, 0] for a in (q, k, v, g, b, w))
+    if cache is not None and segment_ids is None and p.q.shape[1] == 1:
+      token = (a[:, 0] for a in self._activate(p))
       o, state = gdn2_step(*token, state, implementation=implementation)
       return o[:, None], state
 
+    axis = length_axis((p.q, _TOKENS), (p.v, _TOKENS))
+    if axis is None and (c.erase_gate, c.write_gate) == ("channel", "channel"):
+      return gdn2_projected(
+        p,
+        erase_scale=self._erase_scale,
+        state=state,
+        segment_ids=segment_ids,
+        implementation=implementation,
+      )
+
     options = {"implementation": implementation}
-    axis = length_axis((q, _TOKENS), (v, _TOKENS))
     op = gdn2
     if axis is not None:
       op, options = gdn2_context, options | {"axis_name": axis}
@@ -299,7 +316,7 @@ class GDN2Mixer(nn.Module):
     if axis is not None:
       into = (*6 * (_TOKENS,), _STATE, _IDS)
       run = on_shards(run, into, [_TOKENS, _STATE])
-    return run(q, k, v, g, b, w, state, segment_ids)
+    return run(*self._activate(p), state, segment_ids)
 
   def _output(self, x, o):
     """Gated norm per head, then the projection back to D."""

@@ -4,19 +4,22 @@ from gdn2_jax.pallas.intra import intra
 from gdn2_jax.pallas.scan import scan
 
 
-def forward(q, k, v, g, b, w, state, kinds, scale, save):
+def forward(q, k, v, g, b, w, rates, state, kinds, *, scale, erase_scale, save):
   """Chunkwise Gated DeltaNet-2 (Eqs. 20-27).
 
   Args:
     q: [B, T, H, K], bfloat16 or float16; T a multiple of 64, K 64 or 128.
     k: [B, T, H, K], in the dtype of q.
     v: [B, T, H, V], in the dtype of q; V a multiple of 64.
-    g: [B, T, H, K], float32.
+    g: [B, T, H, K], float32, or with rates in the dtype of q.
     b: [B, T, H, K], in the dtype of q.
     w: [B, T, H, V], in the dtype of q.
+    rates: [B, H, 2, K], float32, if the others are as projected.py takes
+      them, else None.
     state: [B, H, K, V], float32.
     kinds: [B, T] int32, blocks.PADDING, TOKEN or RESTART.
     scale: factor on the output.
+    erase_scale: of projected.py.
     save: whether to return residuals.
 
   Returns:
@@ -24,8 +27,20 @@ def forward(q, k, v, g, b, w, state, kinds, scale, save):
     [B, H, NC, C, C] and the states that chunks start from [B, H, NC, K, V],
     in the dtype of q; () if not `save`.
   """
-  Y_neg, Qg, Kd, Aqk, A, gamma_C = intra(q, k, b, g, kinds, scale)
+  Y_neg, Qg, Kd, Aqk, A, gamma_C = intra(
+    q, k, b, g, kinds, scale, rates=rates, erase_scale=erase_scale
+  )
   o, state, states = scan(
-    Y_neg, Qg, Kd, Aqk, A, gamma_C, v, w, state, save=save
+    Y_neg,
+    Qg,
+    Kd,
+    Aqk,
+    A,
+    gamma_C,
+    v,
+    w,
+    state,
+    save=save,
+    is_projected=rates is not None,
   )
   return o, state, (A, states) if save else ()

@@ -55,6 +55,9 @@ def gdn2_mosaic_gpu(
   state: Float[Array, "B H K V"],
   kinds: Int[Array, "B T"] | None,
   scale: float,
+  *,
+  rates: Float[Array, "B H 2 K"] | None = None,
+  erase_scale: float = 1.0,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
   """Chunkwise Eq. 10 by the kernels, differentiable in all but kinds.
 
@@ -69,6 +72,10 @@ def gdn2_mosaic_gpu(
     kinds: 0 padding, 1 token, 2 token that the state restarts at; None is all
       1.
     scale: Factor on the output.
+    rates: -exp(A_log) and dt_bias, float32, if the kernels are to compute
+      norms and gates: the others are then as projected.py takes them, all of
+      one dtype.
+    erase_scale: Factor on the erase gate, with rates.
 
   Returns:
     o in the dtype of v, and the final state.
@@ -94,11 +101,13 @@ def gdn2_mosaic_gpu(
   o, final = run(
     *(pad(x, keys) for x in (q, k)),
     pad(v, values),
-    *(pad(x, keys) for x in (g.astype(jnp.float32), b)),
+    pad(g if rates is not None else g.astype(jnp.float32), keys),
+    pad(b, keys),
     pad(w, values),
+    None if rates is None else jnp.pad(rates, (*3 * ((0, 0),), (0, keys))),
     jnp.pad(state, ((0, 0), (0, 0), (0, keys), (0, values))),
     jnp.pad(kinds.astype(jnp.int32), ((0, 0), (0, tokens))),
-    scale,
+    (scale, erase_scale),
   )
   o = _zero_unless(is_token, o[:, :T, :, :V])
   return o, final[:, :, :K, :V]
@@ -118,25 +127,26 @@ def _kernels():
   return forward, backward
 
 
-def _sequence(q, k, v, g, b, w, state, kinds, scale):
-  o, final, _ = _forward(scale, False)(q, k, v, g, b, w, state, kinds)
+def _sequence(q, k, v, g, b, w, rates, state, kinds, scales):
+  run = _forward(scales, save=False)
+  o, final, _ = run(q, k, v, g, b, w, rates, state, kinds)
   return o, final
 
 
-def _sequence_fwd(q, k, v, g, b, w, state, kinds, scale):
-  inputs = (q, k, v, g, b, w)
-  o, final, saved = _forward(scale, True)(*inputs, state, kinds)
+def _sequence_fwd(q, k, v, g, b, w, rates, state, kinds, scales):
+  inputs = (q, k, v, g, b, w, rates)
+  o, final, saved = _forward(scales, save=True)(*inputs, state, kinds)
   return (o, final), (inputs, kinds, saved)
 
 
-def _sequence_bwd(scale, residuals, cotangents):
+def _sequence_bwd(scales, residuals, cotangents):
   inputs, kinds, saved = residuals
-  gradients = _backward(scale)(*inputs, kinds, saved, *cotangents)
+  gradients = _backward(scales)(*inputs, kinds, saved, *cotangents)
   return (*gradients, None)
 
 
 def _differentiable(*, optimize_remat):
-  function = jax.custom_vjp(_sequence, nondiff_argnums=(8,))
+  function = jax.custom_vjp(_sequence, nondiff_argnums=(9,))
   function.defvjp(_sequence_fwd, _sequence_bwd, optimize_remat=optimize_remat)
   return function
 
@@ -147,22 +157,26 @@ _on_device = _differentiable(optimize_remat=True)
 _interpreted = _differentiable(optimize_remat=False)
 
 
-def _forward(scale, save):
+def _forward(scales, *, save):
+  scale, erase_scale = scales
   return over_batch_and_heads(
     _kernels()[0],
-    (*_TOKENS, "bh", "b"),
+    (*_TOKENS, "bh", "bh", "b"),
     ("b.h", "bh", "bh"),
     scale=scale,
+    erase_scale=erase_scale,
     save=save,
   )
 
 
-def _backward(scale):
+def _backward(scales):
+  scale, erase_scale = scales
   return over_batch_and_heads(
     _kernels()[1],
-    (*_TOKENS, "b", "bh", "b.h", "bh"),
-    (*_TOKENS, "bh"),
+    (*_TOKENS, "bh", "b", "bh", "b.h", "bh"),
+    (*_TOKENS, "bh", "bh"),
     scale=scale,
+    erase_scale=erase_scale,
   )
 
 

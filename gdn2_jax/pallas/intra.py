@@ -21,11 +21,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gdn2_jax.pallas import blocks
+from gdn2_jax.pallas import blocks, projected
 from gdn2_jax.pallas.blocks import TILE, C
 
 
-def intra(q, k, b, g, kinds, scale, A=None):
+def intra(q, k, b, g, kinds, scale, A=None, *, rates=None, erase_scale=1.0):
   """Runs the kernel over all chunks.
 
   Args:
@@ -36,6 +36,9 @@ def intra(q, k, b, g, kinds, scale, A=None):
     kinds: [B, T] int32, blocks.PADDING, TOKEN or RESTART.
     scale: factor on q.
     A: [B, H, NC, C, C] if known: the inverse is then not computed.
+    rates: [B, H, 2, K], float32: the others are as projected.py takes them,
+      and g is in the dtype of q.
+    erase_scale: of projected.py.
 
   Returns:
     Y_neg = -Y, Qg, Kd [B, H, NC, C, K], Aqk, A [B, H, NC, C, C], all in the
@@ -47,7 +50,7 @@ def intra(q, k, b, g, kinds, scale, A=None):
   wide = blocks.struct((B, H, chunks, C, K), dtype)
   square = blocks.struct((B, H, chunks, C, C), dtype)
   gamma_C = blocks.struct((B, H, chunks, K), jnp.float32)
-  known = () if A is None else (A,)
+  extra = [x for x in (rates, A) if x is not None]
   out_type = [wide, wide, wide, square, gamma_C]
   if A is None:
     out_type.append(square)
@@ -69,17 +72,25 @@ def intra(q, k, b, g, kinds, scale, A=None):
     "A": blocks.smem((C, C), dtype),
     "Aqk_out": blocks.smem((C, C), dtype),
     "gamma_C": plgpu.SMEM((K,), jnp.float32),
-    "loaded": plgpu.Barrier(num_arrivals=5, num_barriers=tiles),
+    "loaded": plgpu.Barrier(
+      num_arrivals=5 if rates is None else 6, num_barriers=tiles
+    ),
     "met": plgpu.Barrier(num_arrivals=tiles),
     "A_loaded": plgpu.Barrier(),
   }
+  if rates is not None:
+    scratch["rates"] = plgpu.SMEM((tiles, 2, TILE), jnp.float32)
+    scratch["squares"] = plgpu.SMEM((2, tiles, C), jnp.float32)
   names = tuple(scratch)
 
   def body(*refs):
-    inputs, refs = refs[: 5 + len(known)], refs[5 + len(known) :]
+    inputs, refs = list(refs[:5]), list(refs[5:])
+    rates_gm = None if rates is None else refs.pop(0)
+    A_gm = None if A is None else refs.pop(0)
     outputs, refs = refs[: len(out_type)], refs[len(out_type) :]
     s = dict(zip(names, refs, strict=True))
-    _body(inputs, outputs, s, scale=scale, tiles=tiles)
+    inputs += [rates_gm, A_gm]
+    _body(inputs, outputs, s, scale=scale, erase=erase_scale, tiles=tiles)
 
   out = blocks.call(
     body,
@@ -89,20 +100,19 @@ def intra(q, k, b, g, kinds, scale, A=None):
     grid_names=("b", "h", "c"),
     num_threads=tiles,
     thread_name="wg",
-  )(q, k, b, g, kinds, *known)
+  )(q, k, b, g, kinds, *extra)
   if A is None:
     return (*out[:4], out[5], out[4])
   return (*out[:4], A, out[4])
 
 
-def _body(inputs, outputs, s, *, scale, tiles):
-  q_gm, k_gm, b_gm, g_gm, kinds_gm, *known = inputs
+def _body(inputs, outputs, s, *, scale, erase, tiles):
+  *keys_gm, rates_gm, known_A_gm = inputs
   Y_gm, Qg_gm, Kd_gm, Aqk_gm, gamma_gm, *A_gm = outputs
   row, h, c = (lax.axis_index(name) for name in ("b", "h", "c"))
   wg = lax.axis_index("wg")
-  here, tokens = (row, h, c), (row, pl.ds(c * C, C))
+  here = (row, h, c)
   channels = pl.ds(wg * TILE, TILE)
-  loaded = s["loaded"].at[wg]
 
   def meet():
     """All warpgroups have come here, and see what the others stored."""
@@ -111,29 +121,17 @@ def _body(inputs, outputs, s, *, scale, tiles):
       plgpu.barrier_arrive(s["met"])
       plgpu.barrier_wait(s["met"])
 
-  for name, source in zip("qkbg", (q_gm, k_gm, b_gm, g_gm), strict=True):
-    plgpu.copy_gmem_to_smem(
-      source.at[(*tokens, h, channels)], s[name].at[wg], loaded
-    )
-  plgpu.copy_gmem_to_smem(kinds_gm.at[tokens], s["kinds"].at[wg], loaded)
-  plgpu.barrier_wait(loaded)
-
-  kinds = blocks.load_kinds(s["kinds"].at[wg])
-  g = blocks.log_decay(blocks.load(s["g"].at[wg]), kinds)
+  _fetch(keys_gm, rates_gm, s, row, h, c, wg)
+  if rates_gm is None:
+    _take_inputs(s, wg)
+  else:
+    _take_projections(s, wg, tiles, erase, meet)
   g_parts = s["g_hi"].at[wg], s["g_lo"].at[wg]
-  blocks.store_split(g, *g_parts)
-  s["gamma_C"].at[channels][...] = jnp.exp(g.sum(axis=0))
-  plgpu.commit_smem()
-
-  for name in "qkb":
-    x = blocks.load(s[name].at[wg])
-    x = jnp.where(kinds == blocks.PADDING, jnp.zeros_like(x), x)
-    s[name].at[wg][...] = x
 
   def load(name):
     return blocks.load(s[name].at[wg]).astype(jnp.float32)
 
-  T, Aqk = _scores(load, s, g_parts, wg, scale, with_T=not known)
+  T, Aqk = _scores(load, s, g_parts, wg, scale, with_T=known_A_gm is None)
   with blocks.recomputed(s["kinds"].at[wg]):
     diagonal = (load("q") * scale * load("k")).sum(axis=1)
     r, c_ = blocks.iotas()
@@ -141,7 +139,7 @@ def _body(inputs, outputs, s, *, scale, tiles):
 
   # The last warpgroup finishes Aqk, the first one T.
   last = tiles - 1
-  if not known:
+  if known_A_gm is None:
 
     @pl.when(wg == last)
     def _():
@@ -165,8 +163,8 @@ def _body(inputs, outputs, s, *, scale, tiles):
   @pl.when(wg == 0)
   def _():
     plgpu.copy_smem_to_gmem(s["gamma_C"], gamma_gm.at[here])
-    if known:
-      plgpu.copy_gmem_to_smem(known[0].at[here], s["A"], s["A_loaded"])
+    if known_A_gm is not None:
+      plgpu.copy_gmem_to_smem(known_A_gm.at[here], s["A"], s["A_loaded"])
       plgpu.barrier_wait(s["A_loaded"])
     else:
       if tiles > 1:
@@ -195,6 +193,69 @@ def _body(inputs, outputs, s, *, scale, tiles):
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(Y_out, Y_gm.at[(*here, pl.ds(0, C), channels)])
   plgpu.wait_smem_to_gmem(0)
+
+
+def _fetch(keys_gm, rates_gm, s, row, h, c, wg):
+  """Loads a warpgroup's channels of q, k, b, g, and kinds."""
+  tokens, channels = (row, pl.ds(c * C, C)), pl.ds(wg * TILE, TILE)
+  loaded = s["loaded"].at[wg]
+  *keys_gm, kinds_gm = keys_gm
+  # What g is made of has 16 bits; its buffer is free until the first level.
+  names = "q", "k", "b", "g" if rates_gm is None else "kx_hi"
+  for name, source in zip(names, keys_gm, strict=True):
+    plgpu.copy_gmem_to_smem(
+      source.at[(*tokens, h, channels)], s[name].at[wg], loaded
+    )
+  plgpu.copy_gmem_to_smem(kinds_gm.at[tokens], s["kinds"].at[wg], loaded)
+  if rates_gm is not None:
+    plgpu.copy_gmem_to_smem(
+      rates_gm.at[row, h, pl.ds(0, 2), channels], s["rates"].at[wg], loaded
+    )
+  plgpu.barrier_wait(loaded)
+
+
+def _take_inputs(s, wg):
+  """Masks padding, splits g."""
+  kinds = blocks.load_kinds(s["kinds"].at[wg])
+  _take_log_decay(blocks.load(s["g"].at[wg]), kinds, s, wg)
+  for name in "qkb":
+    x = blocks.load(s[name].at[wg])
+    x = jnp.where(kinds == blocks.PADDING, jnp.zeros_like(x), x)
+    s[name].at[wg][...] = x
+
+
+def _take_projections(s, wg, tiles, erase, meet):
+  """The same for what projected.py takes: norms and gates are computed."""
+  kinds = blocks.load_kinds(s["kinds"].at[wg])
+  f = blocks.load(s["kx_hi"].at[wg]).astype(jnp.float32)
+  g, _, _ = projected.log_decay(f, s["rates"].at[wg])
+  _take_log_decay(g, kinds, s, wg)
+
+  def load(name):
+    x = blocks.load(s[name].at[wg])
+    x = jnp.where(kinds == blocks.PADDING, jnp.zeros_like(x), x)
+    return x.astype(jnp.float32)
+
+  def store(name, x):
+    ref = s[name].at[wg]
+    ref[...] = x.astype(ref.dtype)
+
+  store("b", erase * projected.sigmoid(load("b")))
+  for n, name in enumerate("qk"):
+    x = load(name)
+    projected.store_share(x * x, s["squares"].at[n], wg)
+  meet()
+  for n, name in enumerate("qk"):
+    norm = projected.inverse_norm(s["squares"].at[n], tiles)
+    store(name, load(name) * norm)
+
+
+def _take_log_decay(g, kinds, s, wg):
+  g = blocks.log_decay(g, kinds)
+  blocks.store_split(g, s["g_hi"].at[wg], s["g_lo"].at[wg])
+  channels = pl.ds(wg * TILE, TILE)
+  s["gamma_C"].at[channels][...] = jnp.exp(g.sum(axis=0))
+  plgpu.commit_smem()
 
 
 def _scores(load, s, g_parts, wg, scale, *, with_T):
@@ -270,16 +331,21 @@ def _inverse(T_ref, s):
 def aot_cases() -> list[tuple[str, Callable, list[Any], dict[str, int]]]:
   """Representative calls: name, function, shapes of arguments, options."""
 
-  def case(name, B, T, H, K, dtype="bfloat16", *, known_A=False):
+  def case(name, B, T, H, K, dtype="bfloat16", *, known_A=False, rates=False):
     key = jax.ShapeDtypeStruct((B, T, H, K), dtype)
-    g = jax.ShapeDtypeStruct((B, T, H, K), "float32")
+    g = jax.ShapeDtypeStruct((B, T, H, K), dtype if rates else "float32")
     kinds = jax.ShapeDtypeStruct((B, T), "int32")
-    A = jax.ShapeDtypeStruct((B, H, T // C, C, C), dtype)
+    extra = {}
+    if known_A:
+      extra["A"] = jax.ShapeDtypeStruct((B, H, T // C, C, C), dtype)
+    if rates:
+      extra["rates"] = jax.ShapeDtypeStruct((B, H, 2, K), "float32")
 
-    def call(q, k, b, g, kinds, A=None):
-      return intra(q, k, b, g, kinds, K**-0.5, A)
+    def call(q, k, b, g, kinds, *values):
+      options = dict(zip(extra, values, strict=True))
+      return intra(q, k, b, g, kinds, K**-0.5, **options)
 
-    shapes = [key, key, key, g, kinds] + [A] * known_A
+    shapes = [key, key, key, g, kinds, *extra.values()]
     return name, call, shapes, {"token_heads": B * T * H}
 
   return [
@@ -290,4 +356,8 @@ def aot_cases() -> list[tuple[str, Callable, list[Any], dict[str, int]]]:
     case("intra K=64", 8, 2048, 16, 64),
     case("intra, A given, K=64", 8, 2048, 16, 64, known_A=True),
     case("intra float16", 8, 2048, 16, 128, "float16"),
+    case("intra, gates", 8, 2048, 16, 128, rates=True),
+    case("intra, gates, A given", 8, 2048, 16, 128, known_A=True, rates=True),
+    case("intra, gates, T=16384", 1, 16384, 16, 128, rates=True),
+    case("intra, gates, K=64", 8, 2048, 16, 64, rates=True),
   ]

@@ -15,19 +15,39 @@ gradient), and dg sums the dD of all sums that g is part of: no difference of
 large numbers is ever formed.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gdn2_jax.pallas import blocks
+from gdn2_jax.pallas import blocks, projected
 from gdn2_jax.pallas.blocks import TILE, C
 from gdn2_jax.pallas.intra_grad_tree import through_the_tree
 from gdn2_jax.pallas.intra_grad_values import Slot, over_values
 
 
-def intra_grad(q, k, b, g, kinds, v, w, do, A, Aqk, states, dstates, scale):
+def intra_grad(
+  q,
+  k,
+  b,
+  g,
+  kinds,
+  v,
+  w,
+  do,
+  A,
+  Aqk,
+  states,
+  dstates,
+  scale,
+  *,
+  rates=None,
+  erase_scale=1.0,
+):
   """Runs the kernel over all chunks.
 
   Args:
@@ -45,9 +65,13 @@ def intra_grad(q, k, b, g, kinds, v, w, do, A, Aqk, states, dstates, scale):
     states: what chunks start from [B, H, NC, K, V], 16-bit.
     dstates: gradients of what chunks end with [B, H, NC, K, V], 16-bit.
     scale: factor on q.
+    rates: [B, H, 2, K], float32: the others are as projected.py takes them,
+      and g is in the dtype of q.
+    erase_scale: of projected.py.
 
   Returns:
-    dq, dk, db, dg, dv, dw in the shapes and dtypes of the inputs.
+    dq, dk, db, dg, dv, dw in the shapes and dtypes of the inputs, and the
+    shares of the chunks in the gradient of rates [B, H, NC, 2, K] or None.
   """
   B, T, H, K = q.shape
   V = v.shape[-1]
@@ -67,21 +91,33 @@ def intra_grad(q, k, b, g, kinds, v, w, do, A, Aqk, states, dstates, scale):
     "dS": tile,  # likewise; then dQg, then q*x
     "slots": blocks.smem((Slot.COUNT * C, C), dtype),
     "dgamma_C": plgpu.SMEM((K,), jnp.float32),
-    "keys_loaded": plgpu.Barrier(num_arrivals=4, num_barriers=tiles),
+    "keys_loaded": plgpu.Barrier(
+      num_arrivals=4 if rates is None else 5, num_barriers=tiles
+    ),
     "A_loaded": plgpu.Barrier(num_arrivals=4),
     "values_loaded": plgpu.Barrier(num_arrivals=5),
     "met": plgpu.Barrier(num_arrivals=tiles),
   }
+  operands = [q, k, b, g, kinds, v, w, do, A, Aqk, states, dstates]
+  if rates is not None:
+    operands.append(rates)
+    out_type.append(blocks.struct((B, H, T // C, 2, K), jnp.float32))
+    scratch["rates"] = plgpu.SMEM((tiles, 2, TILE), jnp.float32)
+    scratch["squares"] = plgpu.SMEM((2, tiles, C), jnp.float32)
+    scratch["products"] = plgpu.SMEM((2, tiles, C), jnp.float32)
   names = tuple(scratch)
   # As constants: made in the kernel, these masks share registers with others.
-  spans = jnp.asarray(np.stack([np.tri(C), np.tri(C, k=-1)]), dtype)
+  spans = jnp.stack([jnp.tri(C, dtype=dtype), jnp.tri(C, k=-1, dtype=dtype)])
+
+  operands.append(spans)
 
   def body(*refs):
-    inputs, outputs, refs = refs[:13], refs[13:19], refs[19:]
-    s = dict(zip(names, refs, strict=True))
-    _Chunk(inputs, outputs, s, tiles, V // TILE, scale).run()
+    n, m = len(operands), len(operands) + len(out_type)
+    s = dict(zip(names, refs[m:], strict=True))
+    chunk = _Chunk(refs[:n], refs[n:m], s, V // TILE, scale, erase_scale)
+    chunk.run()
 
-  return blocks.call(
+  gradients = blocks.call(
     body,
     out_type,
     scratch_types=list(scratch.values()),
@@ -89,15 +125,19 @@ def intra_grad(q, k, b, g, kinds, v, w, do, A, Aqk, states, dstates, scale):
     grid_names=("b", "h", "c"),
     num_threads=tiles,
     thread_name="wg",
-  )(q, k, b, g, kinds, v, w, do, A, Aqk, states, dstates, spans)
+  )(*operands)
+  return (*gradients, None) if rates is None else gradients
 
 
 class _Chunk:
   """One block of the kernel: the references it works on and its steps."""
 
-  def __init__(self, inputs, outputs, s, tiles, value_tiles, scale):
+  def __init__(self, inputs, outputs, s, value_tiles, scale, erase_scale):
     self.inputs, self.outputs, self.s = inputs, outputs, s
-    self.tiles, self.value_tiles, self.scale = tiles, value_tiles, scale
+    self.tiles, self.value_tiles = s["kinds"].shape[0], value_tiles
+    self.scale, self.erase_scale = scale, erase_scale
+    self.is_projected = "rates" in s
+    tiles = self.tiles
     self.row, self.h, self.c = (lax.axis_index(n) for n in ("b", "h", "c"))
     self.wg = lax.axis_index("wg")
     self.first = self.wg == 0
@@ -169,45 +209,12 @@ class _Chunk:
 
   def load_keys(self):
     """Loads the key side and derives -E and Kd."""
-    s, loaded = self.s, self.s["keys_loaded"].at[self.wg]
-    c = (self.row, self.h, self.c)
-    for n, name in enumerate("qkb"):
-      plgpu.copy_gmem_to_smem(
-        self.inputs[n].at[(*self.tokens, self.h, self.channels)],
-        self.own(name),
-        loaded,
-      )
-    plgpu.copy_gmem_to_smem(
-      self.inputs[4].at[self.tokens], s["kinds"].at[self.wg], loaded
-    )
-
-    @pl.when(self.first)
-    def _():
-      A, Aqk, spans = self.inputs[8], self.inputs[9], self.inputs[12]
-      for source, slot in (
-        (A.at[c], Slot.A),
-        (Aqk.at[c], Slot.AQK),
-        (spans.at[0], Slot.PREFIX),
-        (spans.at[1], Slot.BELOW),
-      ):
-        plgpu.copy_gmem_to_smem(source, self.slot(slot), s["A_loaded"])
-
-    @pl.when(self.last)
-    def _():
-      self.fetch_values(jnp.int32(0))
-
-    g = blocks.load_global(
-      self.inputs[3].at[(*self.tokens, self.h, self.channels)]
-    )
-    plgpu.barrier_wait(loaded)
+    s = self.s
+    self.fetch_keys()
+    g = self.load_global(3)
+    plgpu.barrier_wait(s["keys_loaded"].at[self.wg])
     with self.recomputed():
-      kinds = self.kinds()
-      for name in "qkb":
-        x = blocks.load(self.own(name))
-        x = jnp.where(kinds == blocks.PADDING, jnp.zeros_like(x), x)
-        self.own(name)[...] = x
-      g = blocks.log_decay(g, kinds)
-      blocks.store_split(g, *self.g_parts())
+      self.take_keys(g)
     plgpu.commit_smem()
     plgpu.barrier_wait(s["A_loaded"])
     with self.recomputed():
@@ -221,8 +228,76 @@ class _Chunk:
       Kd[...] = (suffix * self.load("k")).astype(Kd.dtype)
     self.meet()
 
+  def fetch_keys(self):
+    """Starts the loads of all but g, and of the first value tile."""
+    s, loaded = self.s, self.s["keys_loaded"].at[self.wg]
+    for n, name in enumerate("qkb"):
+      plgpu.copy_gmem_to_smem(self.tile_of_input(n), self.own(name), loaded)
+    plgpu.copy_gmem_to_smem(
+      self.inputs[4].at[self.tokens], s["kinds"].at[self.wg], loaded
+    )
+    if self.is_projected:
+      rates = self.inputs[12].at[self.row, self.h, pl.ds(0, 2), self.channels]
+      plgpu.copy_gmem_to_smem(rates, s["rates"].at[self.wg], loaded)
+
+    @pl.when(self.first)
+    def _():
+      c = (self.row, self.h, self.c)
+      A, Aqk, spans = self.inputs[8], self.inputs[9], self.inputs[-1]
+      for source, slot in (
+        (A.at[c], Slot.A),
+        (Aqk.at[c], Slot.AQK),
+        (spans.at[0], Slot.PREFIX),
+        (spans.at[1], Slot.BELOW),
+      ):
+        plgpu.copy_gmem_to_smem(source, self.slot(slot), s["A_loaded"])
+
+    @pl.when(self.last)
+    def _():
+      self.fetch_values(jnp.int32(0))
+
+  def tile_of_input(self, n):
+    """This warpgroup's channels of input n, in global memory."""
+    return self.inputs[n].at[(*self.tokens, self.h, self.channels)]
+
+  def load_global(self, n):
+    """The same in registers, float32."""
+    return blocks.load_global(self.tile_of_input(n)).astype(jnp.float32)
+
+  def at_tokens(self, x):
+    """x, zero at padding."""
+    return jnp.where(self.kinds() == blocks.PADDING, jnp.zeros_like(x), x)
+
+  def take_keys(self, g):
+    """Masks padding, splits g; computes norms and gates of projections."""
+    if self.is_projected:
+      g, _, _ = projected.log_decay(g, self.s["rates"].at[self.wg])
+    blocks.store_split(blocks.log_decay(g, self.kinds()), *self.g_parts())
+    if not self.is_projected:
+      for name in "qkb":
+        self.own(name)[...] = self.at_tokens(blocks.load(self.own(name)))
+      return
+
+    def load(name):
+      return self.at_tokens(blocks.load(self.own(name))).astype(jnp.float32)
+
+    def store(name, x):
+      self.own(name)[...] = x.astype(self.own(name).dtype)
+
+    store("b", self.erase_scale * projected.sigmoid(load("b")))
+    squares = self.s["squares"]
+    for n, name in enumerate("qk"):
+      x = load(name)
+      projected.store_share(x * x, squares.at[n], self.wg)
+    self.meet()
+    for n, name in enumerate("qk"):
+      norm = projected.inverse_norm(squares.at[n], self.tiles)
+      store(name, load(name) * norm)
+
   def write_key(self, n, x, staging):
     """Writes a gradient of q, k or b (result n)."""
+    if self.is_projected:
+      x = self.through_gate(x) if n == 2 else self.through_norm(n, x)
     staging[...] = x.astype(staging.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(
@@ -230,36 +305,77 @@ class _Chunk:
       self.outputs[n].at[(*self.tokens, self.h, self.channels)],
     )
 
+  def through_gate(self, db):
+    """From the gradient of b to that of what b is computed from."""
+    # The rounded gate is no use: 1 - b would be 0 long before it is.
+    b = projected.sigmoid(self.at_tokens(self.load_global(2)))
+    return db * (self.erase_scale * b * (1.0 - b))
+
+  def through_norm(self, n, dx):
+    """From the gradient of q or k to that before the norm.
+
+    With y = x*r: dx = r*(dy - y (y . dy)). The rounded y would leave much of
+    what cancels where dy is along y.
+    """
+    x = self.at_tokens(self.load_global(n))
+    products = self.s["products"].at[n]
+    projected.store_share(x * dx, products, self.wg)
+    self.meet()
+    norm = projected.inverse_norm(self.s["squares"].at[n], self.tiles)
+    x *= projected.load_sum(products, self.tiles) * norm * norm
+    return norm * (dx - x)
+
   def write_dg(self, dg):
     """Writes the gradient of g; padding has none."""
-    real = self.kinds() != blocks.PADDING
+    dg = self.at_tokens(dg)
+    if self.is_projected:
+      dg = self.through_decay(dg)
+    out = self.outputs[3]
     blocks.store_global(
-      self.outputs[3].at[(*self.tokens, self.h, self.channels)],
-      jnp.where(real, dg, 0.0),
+      out.at[(*self.tokens, self.h, self.channels)], dg.astype(out.dtype)
     )
 
-
-def aot_cases():
-  """Calls that the ahead-of-time check compiles."""
-  cases = []
-  for name, B, T, H, K, dtype in (
-    ("K=V=128 B=8 T=2048", 8, 2048, 16, 128, jnp.bfloat16),
-    ("K=V=128 B=1 T=16384", 1, 16384, 16, 128, jnp.bfloat16),
-    ("K=V=64", 8, 2048, 16, 64, jnp.bfloat16),
-    ("K=V=128 fp16", 8, 2048, 16, 128, jnp.float16),
-  ):
-    chunks = T // C
-    x = blocks.struct((B, T, H, K), dtype)
-    g = blocks.struct((B, T, H, K), jnp.float32)
-    kinds = blocks.struct((B, T), jnp.int32)
-    square = blocks.struct((B, H, chunks, C, C), dtype)
-    states = blocks.struct((B, H, chunks, K, K), dtype)
-    scale = K**-0.5
-    cases.append(
-      (
-        f"intra_grad {name}",
-        lambda *args, scale=scale: intra_grad(*args, scale),
-        [x, x, x, g, kinds, x, x, x, square, square, states, states],
-      )
+  def through_decay(self, dg):
+    """From the gradient of g to that of f; writes those of the rates."""
+    rates = self.s["rates"].at[self.wg]
+    f = self.at_tokens(self.load_global(3))
+    _, plus, slope = projected.log_decay(f, rates)
+    df = dg * projected.load_rate(rates, 0) * slope
+    rates.at[0][...] = (dg * plus).sum(axis=0)
+    rates.at[1][...] = df.sum(axis=0)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(
+      rates,
+      self.outputs[6].at[self.row, self.h, self.c, pl.ds(0, 2), self.channels],
     )
-  return cases
+    return df
+
+
+def aot_cases() -> list[tuple[str, Callable, list[Any], dict[str, int]]]:
+  """Representative calls: name, function, shapes of arguments, options."""
+
+  def case(name, B, T, H, K, dtype="bfloat16", *, rates=False):
+    struct = jax.ShapeDtypeStruct
+    x = struct((B, T, H, K), dtype)
+    g = struct((B, T, H, K), dtype if rates else "float32")
+    kinds = struct((B, T), "int32")
+    square = struct((B, H, T // C, C, C), dtype)
+    states = struct((B, H, T // C, K, K), dtype)
+    extra = [struct((B, H, 2, K), "float32")] * rates
+
+    def call(*args):
+      options = {"rates": args[12]} if rates else {}
+      return intra_grad(*args[:12], K**-0.5, **options)
+
+    shapes = [x, x, x, g, kinds, x, x, x, square, square, states, states]
+    return name, call, shapes + extra, {"token_heads": B * T * H}
+
+  return [
+    case("intra_grad", 8, 2048, 16, 128),
+    case("intra_grad T=16384", 1, 16384, 16, 128),
+    case("intra_grad K=64 V=64", 8, 2048, 16, 64),
+    case("intra_grad float16", 8, 2048, 16, 128, "float16"),
+    case("intra_grad, gates", 8, 2048, 16, 128, rates=True),
+    case("intra_grad, gates, T=16384", 1, 16384, 16, 128, rates=True),
+    case("intra_grad, gates, K=64 V=64", 8, 2048, 16, 64, rates=True),
+  ]

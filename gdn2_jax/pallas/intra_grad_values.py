@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gdn2_jax.pallas import blocks
+from gdn2_jax.pallas import blocks, projected
 from gdn2_jax.pallas.blocks import TILE
 
 
@@ -115,10 +115,9 @@ def _recompute_R(chunk):
       for n in range(chunk.tiles)
     ]
     X = blocks.dot(blocks.zeros(), *E)
-    v, w = (
-      blocks.load(chunk.slot(n)).astype(jnp.float32) for n in (Slot.V, Slot.W)
-    )
-    X += v * w
+    # Not before the products: they leave no registers for v and w.
+    v = blocks.load(chunk.slot(Slot.V)).astype(jnp.float32)
+    X += v * _load_w(chunk)
     blocks.store_split(X, *R)
     plgpu.commit_smem()
     X_to_R = blocks.dot(blocks.zeros(), (A, R[0]), (A, R[1]))
@@ -149,10 +148,12 @@ def _write_values(chunk, j):
   values = pl.ds(j * TILE, TILE)
   # dX is loaded twice: with both gradients in registers there are too few.
   with chunk.recomputed():
-    dv = _load_dX(chunk) * blocks.load(chunk.slot(Slot.W)).astype(jnp.float32)
-    dv = dv.astype(chunk.slot(Slot.V).dtype)
+    dv = (_load_dX(chunk) * _load_w(chunk)).astype(chunk.slot(Slot.V).dtype)
   with chunk.recomputed():
     dw = _load_dX(chunk) * blocks.load(chunk.slot(Slot.V)).astype(jnp.float32)
+    if chunk.is_projected:
+      w = _load_w(chunk)
+      dw *= w * (1.0 - w)
     chunk.slot(Slot.W)[...] = dw.astype(chunk.slot(Slot.W).dtype)
     chunk.slot(Slot.V)[...] = dv
   plgpu.commit_smem()
@@ -161,6 +162,12 @@ def _write_values(chunk, j):
       chunk.slot(slot),
       chunk.outputs[n].at[(*chunk.tokens, chunk.h, values)],
     )
+
+
+def _load_w(chunk):
+  """The write gate of the value tile."""
+  w = blocks.load(chunk.slot(Slot.W)).astype(jnp.float32)
+  return projected.sigmoid(w) if chunk.is_projected else w
 
 
 def _load_dX(chunk):

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gdn2_jax.pallas import blocks
+from gdn2_jax.pallas import blocks, projected
 from gdn2_jax.pallas.blocks import TILE, C
 
 _MULTIPROCESSORS = 132  # of an H100
@@ -30,7 +30,9 @@ def tiles_per_block(B: int, H: int, V: int) -> int:
   return 2 if tiles % 2 == 0 and enough else 1
 
 
-def scan(Y_neg, Qg, Kd, Aqk, A, gamma_C, v, w, state, *, save):
+def scan(
+  Y_neg, Qg, Kd, Aqk, A, gamma_C, v, w, state, *, save, is_projected=False
+):
   """Runs the kernel.
 
   Args:
@@ -44,6 +46,7 @@ def scan(Y_neg, Qg, Kd, Aqk, A, gamma_C, v, w, state, *, save):
     w: [B, T, H, V], in the dtype of v.
     state: [B, H, K, V], float32.
     save: whether to return the states that chunks start from.
+    is_projected: whether w is as projected.py takes it.
 
   Returns:
     o [B, T, H, V] in the dtype of v, the final state [B, H, K, V], and the
@@ -84,7 +87,7 @@ def scan(Y_neg, Qg, Kd, Aqk, A, gamma_C, v, w, state, *, save):
     inputs, refs = refs[:9], refs[9:]
     outputs, refs = refs[: len(out_type)], refs[len(out_type) :]
     s = dict(zip(names, refs, strict=True))
-    _body(inputs, outputs, s, chunks=chunks, tiles=tiles)
+    _body(inputs, outputs, s, chunks, tiles, is_projected)
 
   o, state, *states = blocks.call(
     body,
@@ -98,7 +101,7 @@ def scan(Y_neg, Qg, Kd, Aqk, A, gamma_C, v, w, state, *, save):
   return o, state, states[0] if states else None
 
 
-def _body(inputs, outputs, s, *, chunks, tiles):
+def _body(inputs, outputs, s, chunks, tiles, is_projected):
   *keys_gm, v_gm, w_gm, state_gm = inputs
   o_gm, final_gm, *states_gm = outputs
   row, h, j = (lax.axis_index(name) for name in ("b", "h", "j"))
@@ -151,6 +154,8 @@ def _body(inputs, outputs, s, *, chunks, tiles):
       )
     plgpu.barrier_wait(values_loaded)
     v, w = (blocks.load(ref).astype(jnp.float32) for ref in Z)
+    if is_projected:
+      w = projected.sigmoid(w)
     blocks.store_split(w * v, *Z)
     plgpu.commit_smem()
     plgpu.barrier_wait(s["keys_loaded"].at[slot])
@@ -185,7 +190,7 @@ def _body(inputs, outputs, s, *, chunks, tiles):
 def aot_cases() -> list[tuple[str, Callable, list[Any], dict[str, int]]]:
   """Representative calls: name, function, shapes of arguments, options."""
 
-  def case(name, B, T, H, K, V, dtype="bfloat16", *, save=False):
+  def case(name, B, T, H, K, V, dtype="bfloat16", **options):
     struct = jax.ShapeDtypeStruct
     wide = struct((B, H, T // C, C, K), dtype)
     square = struct((B, H, T // C, C, C), dtype)
@@ -194,7 +199,7 @@ def aot_cases() -> list[tuple[str, Callable, list[Any], dict[str, int]]]:
     state = struct((B, H, K, V), "float32")
 
     def call(*args):
-      return scan(*args, save=save)
+      return scan(*args, **({"save": False} | options))
 
     keys = [wide, wide, wide, square, square, gamma_C]
     shapes = [*keys, value, value, state]
@@ -206,4 +211,5 @@ def aot_cases() -> list[tuple[str, Callable, list[Any], dict[str, int]]]:
     case("scan T=16384", 1, 16384, 16, 128, 128),
     case("scan K=64 V=64", 8, 2048, 16, 64, 64, save=True),
     case("scan float16", 8, 2048, 16, 128, 128, "float16", save=True),
+    case("scan, gates", 8, 2048, 16, 128, 128, save=True, is_projected=True),
   ]
