@@ -5,6 +5,8 @@ import json
 import math
 import pickle
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -329,3 +331,18 @@ def test_fewer_rows_than_a_batch_still_train(dataset, tmp_path):
   assert len(few.train_rows()) == 2
   (batch,) = _take(few.train_batches(), 1)
   assert batch["inputs"].shape[0] == BATCH
+
+
+def test_training_needs_none_of_the_extra_packages():
+  program = (
+    "import sys\n"
+    "extra = ('pyarrow', 'tensorflow_datasets', 'sentencepiece',"
+    " 'huggingface_hub', 'jax')\n"
+    "sys.modules.update(dict.fromkeys(extra))\n"
+    "import gdn2_jax.data.pipeline as p, gdn2_jax.data.build\n"
+    "p.validate(p.DataConfig(source='snapshot'))\n"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", program], capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
