@@ -91,7 +91,7 @@ def kill_one(lab: Lab, count: int, tick: Callable[[], object]) -> Outcome:
   """kill -9 for one of two, now the one, now the other (F2)."""
   outcome = Outcome("kill -9, one of two processes")
   chance = random.Random(3)
-  workdir, committed, replayed = lab.workdir("kill-one"), 0, 0
+  workdir, committed, replayed, saves = lab.workdir("kill-one"), 0, 0, 0
   for number, one in enumerate(tries(outcome, count, tick)):
     before = max(train_rows(workdir), default=0)
     pair = Pair(lab, workdir)
@@ -101,15 +101,17 @@ def kill_one(lab: Lab, count: int, tick: Callable[[], object]) -> Outcome:
     resumed = pair.first.resumed_from
     one.lost(max(committed - resumed, 0))
     replayed += max(before - resumed, 0)
+    pair.first.wait_for_step(resumed + chance.randint(1, 4))
     time.sleep(chance.uniform(0.0, 0.6))
     victim, other = pair.children[number % 2], pair.children[1 - number % 2]
     victim.kill()
     _other_ends(one, outcome, pair, other, time.monotonic())
+    saves += newest(workdir) - committed
     committed = newest(workdir)
     one.silent(lab.wrong_steps(workdir))
     if committed > lab.num_steps // 2:
       workdir, committed = lab.workdir("kill-one"), 0
-  outcome.notes["steps done again"] = replayed
+  outcome.notes |= {"steps saved": saves, "steps done again": replayed}
   return outcome
 
 
