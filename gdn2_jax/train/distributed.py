@@ -138,6 +138,15 @@ def leave(message: str, code: int) -> NoReturn:
 
 def is_lost_peer(error: BaseException) -> bool:
   """Whether an error is what the end of another process looks like here."""
+  chain: list[BaseException] = []
+  while error is not None and error not in chain:
+    chain.append(error)
+    # A failed save, say, that failed because a peer was gone.
+    error = error.__cause__ or error.__context__
+  return any(map(_tells_of_a_lost_peer, chain))
+
+
+def _tells_of_a_lost_peer(error: BaseException) -> bool:
   if not isinstance(error, jax.errors.JaxRuntimeError):
     return "Barrier" in type(error).__name__
   text = str(error)

@@ -127,6 +127,9 @@ def test_errors_of_lost_peers_are_told_from_others():
     assert is_lost_peer(error(text))
   assert not is_lost_peer(error("RESOURCE_EXHAUSTED: allocating for nccl"))
   assert not is_lost_peer(ValueError("gloo"))
+  wrapped = ValueError("the save failed")
+  wrapped.__cause__ = error("UNAVAILABLE: Socket closed")
+  assert is_lost_peer(wrapped)
 
 
 class LocalSharding(jax.sharding.Sharding):

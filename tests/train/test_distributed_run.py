@@ -112,8 +112,10 @@ def gang(cache_dir, tmp_path_factory):
 def test_a_killed_process_costs_a_restart_and_no_bit(gang):
   assert gang.code == 0, gang.out
   assert "process 1 ended with code 137" in gang.out
-  assert "process 0: lost another process" in gang.out
-  assert "process 0 ended with code 75" in gang.out
+  # It leaves by itself, unless JAX hears of it first and aborts it.
+  left = "process 0: lost another process" in gang.out
+  code = 75 if left else 134
+  assert f"process 0 ended with code {code}" in gang.out
   assert "starting all again (1 of 10)" in gang.out
   resumed = int(re.search(r"resumed from step (\d+)", gang.out)[1])
   steps = [step for step, _ in gang.losses(0)]
