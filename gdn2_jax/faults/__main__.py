@@ -15,6 +15,7 @@ import os
 import pathlib
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 
@@ -94,6 +95,9 @@ def main(argv: list[str]) -> None:
   cli.refuse_positional(argv, "--scale=0.1")
   if _SCALE.value <= 0 or _STEPS.value < 60:
     cli.fail("--scale must be positive, --steps 60 or more")
+  # Started in the background of a shell it would be ignored, here and in all
+  # runs.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   kept = _FOLDER.value is not None
   folder = pathlib.Path(_FOLDER.value or tempfile.mkdtemp(prefix="faults-"))
   outcomes = _run_all(folder)
