@@ -30,7 +30,7 @@ def length_axis(*arrays: tuple[Any, Names], tokens: int = 1) -> str | None:
     *arrays: Of the layer, each with its logical names.
     tokens: That a device must hold.
   """
-  (axis,) = _mesh_axes("length")[:1] or (None,)
+  (axis,) = _mesh_axes("length") or (None,)  # one axis: shards have one order
   mesh = jax.sharding.get_abstract_mesh()
   if axis is None or mesh.empty or axis not in mesh.shape:
     return None
