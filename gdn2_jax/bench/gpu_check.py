@@ -16,6 +16,7 @@ import numpy as np
 from gdn2_jax.bench.gpu_part import Compiler, Recorder, Row, wait
 from gdn2_jax.ops.arg_specs import ArgSpec, make_inputs
 from gdn2_jax.ops.gdn2 import gdn2, gdn2_step, unsupported_reason
+from gdn2_jax.ops.gdn2_projected import as_projections, gdn2_projected
 
 NAMES = ("o", "state", "dq", "dk", "dv", "dg", "db", "dw", "dstate")
 FLOAT32_BOUND = 1e-5
@@ -31,6 +32,8 @@ SEQUENCES = (
   _BF16(name="K=V=64", B=8, T=2048, K=64, V=64),
   _BF16(name="fp16", B=8, T=2048, dtype="float16"),
   _BF16(name="odd sizes", B=3, T=1001, H=5, K=48, V=80),
+  _BF16(name="gates 8x2048", B=8, T=2048, segments=7),
+  _BF16(name="gates 1x16384", B=1, T=16384),
 )
 STEPS = tuple(_BF16(name=f"step B={B}", B=B, T=1) for B in (1, 64, 512))
 SHORT = _BF16(name="short", B=8, T=64)
@@ -40,7 +43,10 @@ CONTROL = ArgSpec(name="xla itself", B=1, T=512, H=2, K=128, V=128)
 _TINY = functools.partial(
   ArgSpec, B=1, T=128, H=1, K=64, V=64, dtype="bfloat16"
 )
-TINY_SEQUENCES = (_TINY(name="1x128", segments=3),)
+TINY_SEQUENCES = (
+  _TINY(name="1x128", segments=3),
+  _TINY(name="gates 1x64", T=64),
+)
 TINY_STEPS = (_TINY(name="step B=1", T=1),)
 TINY_CONTROL = ArgSpec(name="xla itself", B=1, T=64, H=1, K=16, V=16)
 
@@ -77,6 +83,7 @@ def submit(
 ) -> dict[str, Any]:
   """Starts to compile a kernel and what it is compared with."""
   step = spec.name.startswith("step")
+  gates = spec.name.startswith("gates")
   arguments = jax.eval_shape(functools.partial(make_arguments, spec))
   job = {"spec": spec, "outputs": outputs}
   reason = unsupported_reason(name, *arguments[0][:6], step=step)
@@ -84,7 +91,7 @@ def submit(
     return job | {"reason": reason}
 
   def lower(implementation, exact):
-    function = _function(implementation, len(outputs) > 2, step, exact)
+    function = _function(implementation, len(outputs) > 2, step, gates, exact)
     return jax.jit(function).lower(*arguments)
 
   job["actual"] = compiler.submit(lambda: lower(name, False))
@@ -158,13 +165,20 @@ def make_arguments(spec: ArgSpec) -> tuple[Any, Any, Any]:
   return (*inputs, state), segment_ids, (do, dstate)
 
 
-def _function(implementation, gradients, step, exact):
+def _function(implementation, gradients, step, gates, exact):
   """(inputs, segment_ids, cotangents) -> outputs and their gradients."""
 
   def op(segment_ids, *inputs):
     *inputs, state = inputs
     if step:
       return gdn2_step(*inputs, state, implementation=implementation)
+    if gates:
+      return gdn2_projected(
+        as_projections(*inputs, state),
+        state=state,
+        segment_ids=segment_ids,
+        implementation=implementation,
+      )
     return gdn2(
       *inputs,
       state=state,

@@ -139,21 +139,25 @@ def _run_kernels(p, state, segment_ids, erase_scale, scale=None):
   )
 
 
-def _check_case(q, k, v, g, b, w, state):
-  """The case of the self-check taken for projections.
+def as_projections(
+  q: Any, k: Any, v: Any, g: Any, b: Any, w: Any, state: Any
+) -> Projections:
+  """Inputs of gdn2 taken for projections, to try kernels on.
 
   A_log and dt_bias are parts of the state, whose gradient then shows theirs.
+  f is rounded to what any dtype of q holds.
   """
+  f = g.astype(jnp.bfloat16).astype(q.dtype)
   a_log, dt_bias = 0.1 * state[0, :, 0, 0], state[0, :, :, 0]
-  return Projections(q, k, v, g.astype(q.dtype), b, w, a_log, dt_bias)
+  return Projections(q, k, v, f, b, w, a_log, dt_bias)
 
 
 def _check_kernels(q, k, v, g, b, w, state, segment_ids, scale):
-  p = _check_case(q, k, v, g, b, w, state)
+  p = as_projections(q, k, v, g, b, w, state)
   return _run_kernels(p, state, segment_ids, 1.0, scale)
 
 
 def _check_reference(q, k, v, g, b, w, state, segment_ids, scale):
-  p = _check_case(q, k, v, g, b, w, state)
+  p = as_projections(q, k, v, g, b, w, state)
   run = gdn2_dispatch.sequence_of("xla")
   return run(*activate(p), state, segment_ids, scale)

@@ -257,8 +257,16 @@ def log_decay(g: Any, kinds: Any) -> Any:
   return jnp.where(g < LOG_ZERO, LOG_ZERO, g)
 
 
-def call(body: Any, out_type: Any, **kwargs: Any) -> Any:
-  """plgpu.kernel with what all kernels have in common."""
+def call(name: str, body: Any, out_type: Any, **kwargs: Any) -> Any:
+  """plgpu.kernel with what all kernels have in common.
+
+  Args:
+    name: of the kernel, in profiles and reports.
+    body: its function of references.
+    out_type: shapes and dtypes of its results.
+    **kwargs: of plgpu.kernel.
+  """
+  body.__name__ = name
   return plgpu.kernel(
     body,
     out_type=out_type,

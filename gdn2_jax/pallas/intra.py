@@ -93,6 +93,7 @@ def intra(q, k, b, g, kinds, scale, A=None, *, rates=None, erase_scale=1.0):
     _body(inputs, outputs, s, scale=scale, erase=erase_scale, tiles=tiles)
 
   out = blocks.call(
+    "gdn2_intra",
     body,
     out_type,
     scratch_types=list(scratch.values()),

@@ -2,7 +2,7 @@
 
 With the state S a chunk starts from and the gradient dS of the one it ends
 with, both saved, everything is local (section 3.4, appendix B; README.md
-section 4 derives it without dA):
+section 5 derives it without dA):
 
   X = Z - E S              R = A X
   dR = Aqk^T dO + Kd dS    dX = A^T dR
@@ -118,6 +118,7 @@ def intra_grad(
     chunk.run()
 
   gradients = blocks.call(
+    "gdn2_intra_grad",
     body,
     out_type,
     scratch_types=list(scratch.values()),

@@ -1,4 +1,4 @@
-"""Gradients through the tree of decays of a chunk (README.md section 4).
+"""Gradients through the tree of decays of a chunk (README.md section 5).
 
 The second half of intra_grad.py: from the gradients of T, Aqk, E, Qg, Kd and
 gamma_C to those of q, k, b and g. The tree is walked three times, for b*k, q

@@ -90,6 +90,7 @@ def scan(
     _body(inputs, outputs, s, chunks, tiles, is_projected)
 
   o, state, *states = blocks.call(
+    "gdn2_scan",
     body,
     out_type,
     scratch_types=list(scratch.values()),

@@ -71,6 +71,7 @@ def scan_grad(Y_neg, Qg, Kd, Aqk, gamma_C, do, dstate):
     _body(inputs, outputs, s, chunks=chunks, tiles=tiles)
 
   return blocks.call(
+    "gdn2_scan_grad",
     body,
     out_type,
     scratch_types=list(scratch.values()),
