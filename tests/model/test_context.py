@@ -17,6 +17,8 @@ from tests.numerics import rel_rms
 from tests.random_params import random_params
 
 B, T = 4, 80
+# Programs run once: LLVM would optimise for longer than all the rest takes.
+FAST = {"xla_backend_optimization_level": 0}
 
 
 @functools.cache
@@ -52,8 +54,7 @@ def loss(params, batch, config):
 def compile_gradient(config, params, batch):
   fun = jax.value_and_grad(loss, has_aux=True)
   lowered = jax.jit(fun, static_argnums=2).lower(params, batch, config)
-  # Runs once: LLVM would optimise for longer than all the rest takes.
-  return lowered.compile({"xla_backend_optimization_level": 0})
+  return lowered.compile(FAST)
 
 
 @functools.cache
@@ -136,7 +137,7 @@ def test_a_cache_is_filled_and_used_on_shards():
   config, params, batch = model_and_batch()
   tokens, ids = batch["inputs"][:2, :17], batch["segment_ids"][:2, :16]
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=FAST)
   def run(params, tokens, ids):
     apply = functools.partial(LM(config).apply, {"params": params})
     logits, cache = apply(tokens[:, :16], ids, init_cache(config, 2))

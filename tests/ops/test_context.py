@@ -112,7 +112,7 @@ def test_one_document_over_devices_equals_one_device(
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("devices", [2, 3, 4, 8])
+@pytest.mark.parametrize("devices", [2, 3, 8])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_schemes_give_the_start_of_every_shard(rng, devices, scheme, reverse):
   B, H, K, V = 3, devices, 16, 24
@@ -177,7 +177,8 @@ def test_only_what_the_scheme_needs_is_sent(rng, scheme, want):
       run = over_devices(4, scheme, "reference")
       return run(inputs, None, ids, None)[0]
 
-    text = jax.jit(outputs).lower(inputs, ids).compile().as_text()
+    lowered = jax.jit(outputs).lower(inputs, ids)
+    text = lowered.compile({"xla_backend_optimization_level": 0}).as_text()
     names = "all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter"
     return sorted(re.findall(rf" = (.*) ({names})(?:-start)?\(", text))
 
