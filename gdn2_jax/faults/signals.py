@@ -50,7 +50,7 @@ def second_signal(lab: Lab, count: int, tick: Callable[[], object]) -> Outcome:
     child.wait_for_text("saving ")
     start = time.monotonic()
     child.send(kind)
-    code = child.end(30)
+    code = child.end(30.0)
     outcome.largest("longest exit, s", time.monotonic() - start)
     one.expect(code != 0, f"{kind.name}: exit code {code}")
     committed = newest(workdir)
