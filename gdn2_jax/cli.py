@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from absl import app, logging
+from absl import app, flags, logging
 
 
 def fail(message: str) -> NoReturn:
@@ -29,6 +29,16 @@ def refuse_positional(argv: Sequence[str], example: str) -> None:
     )
 
 
+def define_self_check() -> flags.FlagHolder:
+  """Defines --self_check, the same for all that may run GPU kernels."""
+  return flags.DEFINE_bool(
+    "self_check",
+    True,
+    "Compare GPU kernels with XLA before their first use on a kind of device, "
+    "and do without them where they are wrong.",
+  )
+
+
 def python_command() -> str:
   """How to call this Python from here, as in `.venv/bin/python`."""
   path, here = pathlib.Path(sys.executable), pathlib.Path.cwd()
@@ -38,7 +48,9 @@ def python_command() -> str:
 def is_ours(error: BaseException) -> bool:
   """Whether our code refused something, rather than some library."""
   innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
-  return innermost.f_globals.get("__name__", "").startswith("gdn2_jax.")
+  # Not by __name__: the module that runs is called __main__.
+  package = innermost.f_globals.get("__package__") or ""
+  return package.split(".")[0] == "gdn2_jax"
 
 
 @contextlib.contextmanager

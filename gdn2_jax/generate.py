@@ -49,12 +49,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the draws, 0 to 2**32 - 1.")
 _STEP = flags.DEFINE_integer(
   "step", None, "Which checkpoint; by default the newest."
 )
-_SELF_CHECK = flags.DEFINE_bool(
-  "self_check",
-  True,
-  "Compare GPU kernels with XLA before their first use on a kind of device, "
-  "and do without them where they are wrong.",
-)
+_SELF_CHECK = cli.define_self_check()
 
 _TOKENS_PER_DISPATCH = 8
 

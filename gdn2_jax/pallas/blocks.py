@@ -63,6 +63,14 @@ def store_global(ref: Any, x: Any) -> None:
     ref[...] = x
 
 
+def meet(barrier: Any, warpgroups: int) -> None:
+  """All warpgroups have come here, and see what the others stored."""
+  plgpu.commit_smem()
+  if warpgroups > 1:
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
 def in_rows(x: Any) -> Any:
   """Pins x to the layout of wgmma's results; loops carry nothing else."""
   return plgpu.layout_cast(x, ROWS)

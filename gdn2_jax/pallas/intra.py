@@ -115,18 +115,11 @@ def _body(inputs, outputs, s, *, scale, erase, tiles):
   here = (row, h, c)
   channels = pl.ds(wg * TILE, TILE)
 
-  def meet():
-    """All warpgroups have come here, and see what the others stored."""
-    plgpu.commit_smem()
-    if tiles > 1:
-      plgpu.barrier_arrive(s["met"])
-      plgpu.barrier_wait(s["met"])
-
   _fetch(keys_gm, rates_gm, s, row, h, c, wg)
   if rates_gm is None:
     _take_inputs(s, wg)
   else:
-    _take_projections(s, wg, tiles, erase, meet)
+    _take_projections(s, wg, tiles, erase)
   g_parts = s["g_hi"].at[wg], s["g_lo"].at[wg]
 
   def load(name):
@@ -152,7 +145,7 @@ def _body(inputs, outputs, s, *, scale, erase, tiles):
     def _():
       s["g"].at[0][...] = Aqk
 
-    meet()
+    blocks.meet(s["met"], tiles)
 
   @pl.when(wg == last)
   def _():
@@ -187,7 +180,7 @@ def _body(inputs, outputs, s, *, scale, erase, tiles):
     ref[...] = x.astype(ref.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(ref, out.at[(*here, pl.ds(0, C), channels)])
-  meet()
+  blocks.meet(s["met"], tiles)
   Y_neg = -blocks.dot(blocks.zeros(), (s["A"], E))
   Y_out = s["b"].at[wg]
   Y_out[...] = Y_neg.astype(Y_out.dtype)
@@ -225,7 +218,7 @@ def _take_inputs(s, wg):
     s[name].at[wg][...] = x
 
 
-def _take_projections(s, wg, tiles, erase, meet):
+def _take_projections(s, wg, tiles, erase):
   """The same for what projected.py takes: norms and gates are computed."""
   kinds = blocks.load_kinds(s["kinds"].at[wg])
   f = blocks.load(s["kx_hi"].at[wg]).astype(jnp.float32)
@@ -245,7 +238,7 @@ def _take_projections(s, wg, tiles, erase, meet):
   for n, name in enumerate("qk"):
     x = load(name)
     projected.store_share(x * x, s["squares"].at[n], wg)
-  meet()
+  blocks.meet(s["met"], tiles)
   for n, name in enumerate("qk"):
     norm = projected.inverse_norm(s["squares"].at[n], tiles)
     store(name, load(name) * norm)

@@ -172,11 +172,8 @@ class _Chunk:
     return blocks.load_kinds(self.s["kinds"].at[self.wg])
 
   def meet(self):
-    """All warpgroups have come here, and see what the others stored."""
-    plgpu.commit_smem()
-    if self.tiles > 1:
-      plgpu.barrier_arrive(self.s["met"])
-      plgpu.barrier_wait(self.s["met"])
+    """See blocks.meet."""
+    blocks.meet(self.s["met"], self.tiles)
 
   def load(self, name):
     """q (scaled), k or b of this warpgroup's channels."""

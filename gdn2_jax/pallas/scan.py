@@ -140,10 +140,7 @@ def _body(inputs, outputs, s, chunks, tiles, is_projected):
     # The output of the last chunk has left the buffer of S.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     S_ref[...] = S.astype(S_ref.dtype)
-    plgpu.commit_smem()
-    if tiles > 1:  # nobody reads the other slot any more
-      plgpu.barrier_arrive(s["met"])
-      plgpu.barrier_wait(s["met"])
+    blocks.meet(s["met"], tiles)  # nobody reads the other slot any more
 
     @pl.when((wg == 0) & (c + 1 < chunks))
     def _():

@@ -118,10 +118,7 @@ def _body(inputs, outputs, s, *, chunks, tiles):
     slot = lax.rem(n, _STAGES)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dS of the chunk after
     dS_ref[...] = dS.astype(dS_ref.dtype)
-    plgpu.commit_smem()
-    if tiles > 1:  # nobody reads the other slot any more
-      plgpu.barrier_arrive(s["met"])
-      plgpu.barrier_wait(s["met"])
+    blocks.meet(s["met"], tiles)  # nobody reads the other slot any more
     plgpu.copy_smem_to_gmem(
       dS_ref, dstates_gm.at[row, h, chunks - 1 - n, pl.ds(0, K), values]
     )

@@ -32,7 +32,7 @@ from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from gdn2_jax.pallas import target
+from gdn2_jax.pallas import blocks, target
 
 MAX_HEAD_DIM = 256  # K: 64 registers of a thread hold the state
 # The narrowest rows of a warp that are whole sectors of memory (32 bytes); a
@@ -193,17 +193,10 @@ def _body(
   o_J = jnp.sum(S_KJ * along_K(alpha_K * q_K), axis=0)
   o_J = scale * (o_J + jnp.sum(q_K * k_K) * u_J)
   S_KJ = along_K(alpha_K) * S_KJ + along_K(k_K) * along_V(u_J)
-  _store(o_gmem.at[row, head, columns], o_J.astype(o_gmem.dtype))
+  # Not through shared memory: a warp's part of o is less than a sector.
+  blocks.store_global(o_gmem.at[row, head, columns], o_J.astype(o_gmem.dtype))
   S_KJ = plgpu.layout_cast(S_KJ, layout)
-  _store(S_out_gmem.at[row, head, :, columns], S_KJ)
-
-
-def _store(ref, x):
-  """Stores to global memory; a warp's part of o is less than a sector."""
-  if hasattr(plgpu, "store"):  # jax >= 0.12 wants to be told
-    plgpu.store(ref, x, optimized=False)
-  else:
-    ref[...] = x
+  blocks.store_global(S_out_gmem.at[row, head, :, columns], S_KJ)
 
 
 def _vector_size(tile):

@@ -80,12 +80,7 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_float(
   "Seconds of silence after which a process counts as lost.",
   lower_bound=1.0,
 )
-_SELF_CHECK = flags.DEFINE_bool(
-  "self_check",
-  True,
-  "Compare GPU kernels with XLA before their first use on a kind of device, "
-  "and do without them where they are wrong.",
-)
+_SELF_CHECK = cli.define_self_check()
 
 _OUT_OF_MEMORY = """
 out of device memory. To need less, in this order:
