@@ -114,14 +114,13 @@ def plan(
 
 
 def compiled_step(
-  config: TrainConfig, num_devices: int, options: dict[str, Any] | None = None
+  config: TrainConfig, num_devices: int
 ) -> tuple[jax.stages.Compiled, TrainState]:
   """Compiles the training step for arrays that do not exist.
 
   Args:
     config: the experiment.
     num_devices: the first so many devices take part.
-    options: compiler options of XLA.
 
   Returns:
     The program, and the state it takes as shapes that carry their shardings.
@@ -139,6 +138,8 @@ def compiled_step(
       accumulate=config.grad_accum,
     )
     lowered = step.lower(blueprint.abstract, _abstract_batch(config.data, mesh))
+    # LLVM decides neither on buffers nor on collectives: let it hurry.
+    options = {"xla_backend_optimization_level": 0}
     return lowered.compile(compiler_options=options), blueprint.abstract
 
 

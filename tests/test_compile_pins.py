@@ -33,8 +33,7 @@ def compile_1p3b(fsdp: int, tensor: int):
   config = importlib.import_module("configs.gdn2_1p3b").get_config()
   config.mesh.fsdp, config.mesh.tensor = fsdp, tensor
   config.grad_accum = config.data.batch_size // fsdp
-  # LLVM decides neither on buffers nor on collectives: let it hurry.
-  return compiled_step(config, 8, {"xla_backend_optimization_level": 0})[0]
+  return compiled_step(config, 8)[0]
 
 
 def test_the_count_sees_collectives():
