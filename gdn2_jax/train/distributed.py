@@ -35,6 +35,10 @@ _SIGNS_OF_A_LOST_PEER = re.compile(
   r"|UNAVAILABLE|DEADLINE_EXCEEDED",
   re.IGNORECASE,
 )
+# JAX passes some errors of the runtime on as a ValueError.
+_STATUS_OF_THE_RUNTIME = re.compile(
+  r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): "
+)
 
 
 def join(
@@ -147,9 +151,14 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def _tells_of_a_lost_peer(error: BaseException) -> bool:
-  if not isinstance(error, jax.errors.JaxRuntimeError):
-    return "Barrier" in type(error).__name__
   text = str(error)
+  if isinstance(error, TimeoutError):
+    return "barrier" in text
+  is_of_the_runtime = isinstance(error, jax.errors.JaxRuntimeError) or (
+    isinstance(error, ValueError) and _STATUS_OF_THE_RUNTIME.match(text)
+  )
+  if not is_of_the_runtime:
+    return "Barrier" in type(error).__name__
   if "RESOURCE_EXHAUSTED" in text:
     return False  # out of memory, which may name the collective that was next
   return bool(_SIGNS_OF_A_LOST_PEER.search(text))

@@ -124,7 +124,9 @@ def test_errors_of_lost_peers_are_told_from_others():
     "INTERNAL: NCCL operation ncclGroupEnd() failed",
     "DEADLINE_EXCEEDED: Barrier timed out",
   ):
-    assert is_lost_peer(error(text))
+    assert is_lost_peer(error(text)) and is_lost_peer(ValueError(text))
+  assert is_lost_peer(TimeoutError("Timed out while waiting for the barrier."))
+  assert not is_lost_peer(TimeoutError("Timed out while reading a file."))
   assert not is_lost_peer(error("RESOURCE_EXHAUSTED: allocating for nccl"))
   assert not is_lost_peer(ValueError("gloo"))
   wrapped = ValueError("the save failed")
