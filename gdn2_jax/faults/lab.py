@@ -9,54 +9,12 @@ from gdn2_jax.faults.child import Child, Row, train_rows
 from gdn2_jax.train.checkpoint import committed_steps, read_meta
 from gdn2_jax.train.digest import total
 
-CONFIG = '''"""A model so small that starting takes longer than training."""
-
-from gdn2_jax.data.pipeline import DataConfig
-from gdn2_jax.eval.perplexity import EvalConfig
-from gdn2_jax.model.attention import AttentionConfig
-from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.gdn2 import GDN2Config
-from gdn2_jax.sharding import MeshConfig
-from gdn2_jax.train.checkpoint_config import CheckpointConfig
-from gdn2_jax.train.config import TrainConfig
-from gdn2_jax.train.optimizer import OptimizerConfig
+CONFIG = """from gdn2_jax.faults.tiny import tiny_config
 
 
 def get_config():
-  return TrainConfig(
-    model=ModelConfig(
-      vocab_size=260,
-      model_dim=32,
-      num_layers=2,
-      pattern="GS",
-      mlp_dim=32,
-      gdn2=GDN2Config(
-        num_heads=2, key_dim=16, value_dim=16, implementation="reference"
-      ),
-      attention=AttentionConfig(num_heads=2, head_dim=8, window=8),
-      dtype="float32",
-      loss_chunk=32,
-      scan_layers=False,
-    ),
-    data=DataConfig(
-      source="snapshot",
-      tokenizer="bytes",
-      seq_len=16,
-      batch_size=8,
-      cache_dir={cache_dir!r},
-      num_threads=0,
-    ),
-    optimizer=OptimizerConfig(lr=1e-2, final_lr=1e-3, warmup_fraction=0.2),
-    mesh=MeshConfig(fsdp=-1),
-    checkpoint=CheckpointConfig(every_steps=1, keep=3),
-    eval=EvalConfig(
-      every_steps=0, batches=1, batch_size=8, length_multiples=(1,)
-    ),
-    num_steps={num_steps},
-    log_every=1,
-    max_skipped=2,
-  )
-'''
+  return tiny_config({cache_dir!r}, {num_steps})
+"""
 
 # The uninterrupted run keeps a checkpoint of every so many steps.
 GRID = 10
