@@ -110,8 +110,9 @@ def _expected(name: str) -> str:
       "its packing was not finished; run the command that makes it once more"
     )
   return (
-    f"expected one of {', '.join(corpora.SOURCES)}, or a folder with a"
-    " manifest.json made by python -m gdn2_jax.data"
+    f"expected one of {', '.join(corpora.SOURCES)}, a folder with a"
+    " manifest.json made by python -m gdn2_jax.data, or (not in a mixture)"
+    " text:PATH or tfds:FOLDER"
   )
 
 

@@ -285,7 +285,11 @@ def test_a_dataset_is_picklable(dataset):
     ({"num_threads": -1}, "data.num_threads=-1"),
     ({"seed": -1}, "data.seed=-1"),
     ({"seed": 2**32}, "data.seed=4294967296"),
-    ({"source": "wikipedia"}, "data.source='wikipedia'"),
+    (
+      {"source": "wikipedia"},
+      "data.source='wikipedia': expected one of embedded, snapshot, a folder",
+    ),
+    ({"source": "tfds"}, "(not in a mixture) text:PATH or tfds:FOLDER"),
     ({"tokenizer": "bpe-12"}, "tokenizer='bpe-12'"),
     ({"seq_len": 10**7}, "data.seq_len=10000000: the training split"),
   ],
