@@ -12,6 +12,7 @@ import pytest
 from gdn2_jax.data import build, pipeline, plan, sources
 from gdn2_jax.data.pipeline import DataConfig
 from tests.data import parquet_files
+from tests.data.batches import assert_equal
 
 LENGTH = 32
 BATCH = 8
@@ -59,15 +60,6 @@ def _take(config, start, count, hosts=1):
   ]
 
 
-def _assert_equal(left, right):
-  assert len(left) == len(right)
-  for one, other in zip(left, right, strict=True):
-    assert set(one) == set(other)
-    for name in one:
-      np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-      assert type(one[name]) is np.ndarray
-
-
 def _is_upper(row):
   text = bytes(int(t) for t in row if t < 256).decode("utf-8", "ignore")
   return text == text.upper() and text != text.lower()
@@ -76,15 +68,15 @@ def _is_upper(row):
 def test_the_same_global_batches_for_any_hosts_and_workers(config):
   straight = _take(config, 0, 12)
   for hosts in (2, 4):
-    _assert_equal(_take(config, 0, 12, hosts), straight)
+    assert_equal(_take(config, 0, 12, hosts), straight)
   workers = dataclasses.replace(config, num_workers=2, num_threads=1)
-  _assert_equal(_take(workers, 0, 12), straight)
+  assert_equal(_take(workers, 0, 12), straight)
   # A run of 4 hosts without workers goes on with 2 hosts of 2 workers, then
   # with one host of none.
   pieces = _take(config, 0, 3, hosts=4)
   pieces += _take(workers, 3, 5, hosts=2)
   pieces += _take(dataclasses.replace(config, num_threads=0), 8, 4)
-  _assert_equal(pieces, straight)
+  assert_equal(pieces, straight)
 
 
 def test_shares_are_kept_in_every_stretch(config):

@@ -15,6 +15,7 @@ from gdn2_jax.data import corpus as corpora
 from gdn2_jax.data import packing, pipeline
 from gdn2_jax.data.pipeline import DataConfig, TrainBatches, check_batch
 from gdn2_jax.data.rows import PackedRows
+from tests.data.batches import assert_equal
 
 LENGTH = 64
 BATCH = 4
@@ -46,15 +47,6 @@ def _take(batches, count):
   taken = [next(batches) for _ in range(count)]
   batches.close()
   return taken
-
-
-def _assert_equal(left, right):
-  assert len(left) == len(right)
-  for one, other in zip(left, right, strict=True):
-    assert set(one) == set(other)
-    for name in one:
-      np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-      assert one[name].dtype == other[name].dtype
 
 
 def _with(dataset, **changes):
@@ -94,7 +86,7 @@ def test_global_batches_do_not_depend_on_hosts_or_threads(
     {name: np.concatenate([p[name] for p in step]) for name in step[0]}
     for step in zip(*parts, strict=True)
   ]
-  _assert_equal(joined, expected)
+  assert_equal(joined, expected)
 
 
 @pytest.mark.parametrize("step", [0, 1, 7, 19])
@@ -102,10 +94,10 @@ def test_resuming_at_a_step_equals_running_through(dataset, step):
   straight = _take(dataset.train_batches(), 24)
   batches = dataset.train_batches(start_step=step)
   assert batches.step == step
-  _assert_equal([next(batches) for _ in range(24 - step)], straight[step:])
+  assert_equal([next(batches) for _ in range(24 - step)], straight[step:])
   assert batches.step == 24
   batches.seek(step)  # also after prefetching has gone past it
-  _assert_equal(_take(batches, 24 - step), straight[step:])
+  assert_equal(_take(batches, 24 - step), straight[step:])
 
 
 class _CountedRows(PackedRows):
@@ -176,11 +168,9 @@ def test_every_validation_token_counts_once(dataset, length):
 
 def test_validation_is_fixed_and_can_be_limited(dataset):
   once = list(dataset.validation_batches(LENGTH, 5))
-  _assert_equal(list(dataset.validation_batches(LENGTH, 5)), once)
-  _assert_equal(list(dataset.validation_batches(LENGTH, 5, limit=2)), once[:2])
-  _assert_equal(
-    list(_with(dataset, seed=9).validation_batches(LENGTH, 5)), once
-  )
+  assert_equal(list(dataset.validation_batches(LENGTH, 5)), once)
+  assert_equal(list(dataset.validation_batches(LENGTH, 5, limit=2)), once[:2])
+  assert_equal(list(_with(dataset, seed=9).validation_batches(LENGTH, 5)), once)
   inputs = np.concatenate([b["inputs"] for b in once]).reshape(-1)
   tokens = dataset.validation_tokens()
   np.testing.assert_array_equal(inputs[: len(tokens) - 1], tokens[:-1])
@@ -243,7 +233,7 @@ def test_a_packed_folder_is_a_source(dataset, tmp_path):
   )
   again = _with(dataset, source=str(folder))
   assert again.fingerprint == dataset.fingerprint
-  _assert_equal(
+  assert_equal(
     _take(again.train_batches(2), 3), _take(dataset.train_batches(2), 3)
   )
   by_file = _with(
@@ -271,7 +261,7 @@ def test_a_tokenizer_file_is_accepted(dataset, tmp_path):
 def test_a_dataset_is_picklable(dataset):
   copy = pickle.loads(pickle.dumps(dataset))
   assert copy.fingerprint == dataset.fingerprint
-  _assert_equal(
+  assert_equal(
     list(copy.validation_batches(LENGTH, 8)),
     list(dataset.validation_batches(LENGTH, 8)),
   )

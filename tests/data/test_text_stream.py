@@ -10,6 +10,7 @@ from gdn2_jax.data import inputs, pipeline, text_stream
 from gdn2_jax.data.pipeline import DataConfig
 from gdn2_jax.data.tokenizer import BytesTokenizer
 from tests.data import parquet_files
+from tests.data.batches import assert_equal
 
 LENGTH = 48
 BATCH = 4
@@ -42,12 +43,6 @@ def _take(dataset, count, *place):
   assert batches.step == (place[0] if place else 0) + count
   batches.close()
   return taken
-
-
-def _assert_equal(left, right):
-  for one, other in zip(left, right, strict=True):
-    for name in one:
-      np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
 def test_lanes_hold_whole_documents_end_to_end(dataset):
@@ -97,16 +92,16 @@ def test_hosts_share_the_lanes(dataset, hosts):
     {name: np.concatenate([part[name] for part in step]) for name in step[0]}
     for step in zip(*parts, strict=True)
   ]
-  _assert_equal(joined, _take(dataset, 7)[2:])
+  assert_equal(joined, _take(dataset, 7)[2:])
 
 
 def test_a_resume_gives_the_same_rows(dataset):
   straight = _take(dataset, 12)
-  _assert_equal(_take(dataset, 5, 7), straight[7:])
+  assert_equal(_take(dataset, 5, 7), straight[7:])
   batches = dataset.train_batches(3)
   next(batches)
   batches.seek(1)  # also backwards
-  _assert_equal([next(batches)], straight[1:2])
+  assert_equal([next(batches)], straight[1:2])
   batches.close()
 
 

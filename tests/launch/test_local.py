@@ -56,6 +56,14 @@ class Launcher:
     return self.process.returncode, err
 
 
+def waiting(folder, trap) -> Launcher:
+  """Two processes that have set a trap and wait for signals."""
+  wait = 'echo > "$folder/ready-$id"\nwhile true; do sleep 0.05; done\n'
+  run = Launcher(folder, f"\n{trap}\n{wait}")
+  run.wait_for("ready-0", "ready-1")
+  return run
+
+
 @pytest.mark.parametrize(
   ("codes", "want"),
   [
@@ -126,13 +134,8 @@ def test_restarts_have_an_end(tmp_path):
 
 
 def test_sigterm_is_passed_on_once(tmp_path):
-  script = """
-trap 'echo >> "$folder/saved-$id"; sleep 0.3; exit 0' TERM
-echo > "$folder/ready-$id"
-while true; do sleep 0.05; done
-"""
-  run = Launcher(tmp_path, script)
-  run.wait_for("ready-0", "ready-1")
+  action = 'echo >> "$folder/saved-$id"; sleep 0.3; exit 0'
+  run = waiting(tmp_path, f"trap '{action}' TERM")
   run.process.terminate()
   code, err = run.end()
   assert code == 0, err
@@ -142,13 +145,7 @@ while true; do sleep 0.05; done
 
 
 def test_a_second_signal_kills(tmp_path):
-  script = """
-trap 'echo > "$folder/deaf-$id"' TERM INT
-echo > "$folder/ready-$id"
-while true; do sleep 0.05; done
-"""
-  run = Launcher(tmp_path, script)
-  run.wait_for("ready-0", "ready-1")
+  run = waiting(tmp_path, """trap 'echo > "$folder/deaf-$id"' TERM INT""")
   run.process.send_signal(signal.SIGINT)
   run.wait_for("deaf-0", "deaf-1")
   run.process.send_signal(signal.SIGINT)
@@ -158,13 +155,7 @@ while true; do sleep 0.05; done
 
 
 def test_the_processes_do_not_outlive_the_launcher(tmp_path):
-  script = """
-trap 'echo > "$folder/told-$id"; exit 0' TERM
-echo > "$folder/ready-$id"
-while true; do sleep 0.05; done
-"""
-  run = Launcher(tmp_path, script)
-  run.wait_for("ready-0", "ready-1")
+  run = waiting(tmp_path, """trap 'echo > "$folder/told-$id"; exit 0' TERM""")
   run.process.kill()
   run.end()
   run.wait_for("told-0", "told-1")
