@@ -10,6 +10,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array
 
+from gdn2_jax.inference.checks import require_ids
 from gdn2_jax.inference.sampling import Sampler, sample
 from gdn2_jax.inference.state import (
   State,
@@ -88,7 +89,6 @@ def generate(
       jnp.asarray(max_new_tokens - 1, jnp.int32),
       keys,
       stops,
-      config=config,
       sampler=sampler,
       size=bucket(max_new_tokens - 1, _LARGEST_BUFFER),
     )
@@ -154,7 +154,6 @@ def stream(
         jnp.asarray(min(left, tokens_per_dispatch), jnp.int32),
         keys,
         stops,
-        config=config,
         sampler=sampler,
         size=tokens_per_dispatch,
       )
@@ -164,10 +163,10 @@ def stream(
 
 @functools.partial(
   jax.jit,
-  static_argnames=("config", "sampler", "size"),
+  static_argnames=("sampler", "size"),
   donate_argnames=("carry",),
 )
-def decode_block(params, carry, count, keys, stops, *, config, sampler, size):
+def decode_block(params, carry, count, keys, stops, *, sampler, size):
   """Chooses up to `count` <= size further tokens of every row.
 
   Args:
@@ -176,7 +175,6 @@ def decode_block(params, carry, count, keys, stops, *, config, sampler, size):
     count: int32 scalar, not static: one program serves every count.
     keys: [B] typed keys.
     stops: [S] int32 stop ids; -1 is none.
-    config: of the model.
     sampler: how a token is chosen.
     size: columns of the output buffer.
 
@@ -192,7 +190,7 @@ def decode_block(params, carry, count, keys, stops, *, config, sampler, size):
 
   def body(loop):
     tokens, carry = loop
-    logits, state = advance(params, carry.token, carry.state, config=config)
+    logits, state = advance(params, carry.token, carry.state)
     column = carry.index - first
     carry = _choose(logits, state, carry, keys, stops, sampler)
     tokens = jax.lax.dynamic_update_slice_in_dim(
@@ -234,7 +232,7 @@ def read_prompts(params, config, prompts, keys, stops, sampler) -> Decoding:
   for row, prompt in zip(tokens, prompts, strict=True):
     row[: len(prompt)] = prompt
   state = init_state(config, len(prompts))
-  logits, state = prefill(params, tokens, lengths, state, config=config)
+  logits, state = prefill(params, tokens, lengths, state)
   return _first_token(logits, state, keys, stops, sampler=sampler)
 
 
@@ -269,16 +267,8 @@ def _check_request(config, prompts, max_new_tokens, rng, sampler, stop_ids):
       f"of {rng.dtype}"
     )
   sampler.check(config.vocab_size)
-  _check_ids("stop_ids", stop_ids, config.vocab_size)
+  require_ids("stop_ids", stop_ids, config.vocab_size)
   for i, prompt in enumerate(prompts):
     if not len(prompt):
       raise ValueError(f"prompts[{i}]: expected at least one token, got none")
-    _check_ids(f"prompts[{i}]", prompt, config.vocab_size)
-
-
-def _check_ids(name, ids, vocab_size) -> None:
-  outside = [i for i in ids if not 0 <= i < vocab_size]
-  if outside:
-    raise ValueError(
-      f"{name}: expected ids in [0, {vocab_size}), got {outside[0]}"
-    )
+    require_ids(f"prompts[{i}]", prompt, config.vocab_size)

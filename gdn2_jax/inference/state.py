@@ -4,6 +4,7 @@ Everything here is a pure function of (parameters, tokens, state). The state
 has the same size whatever number of tokens it has seen.
 """
 
+import copy
 import functools
 from typing import Any
 
@@ -13,6 +14,12 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.inference.checks import (
+  require_alive,
+  require_batch,
+  require_params,
+  require_prefill,
+)
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.lm import LM, init_cache
 
@@ -22,26 +29,39 @@ _SMALLEST_BUCKET = 16
 
 @struct.dataclass
 class State:
-  """What a batch of sequences remembers.
+  """What a batch of sequences remembers: an immutable pytree.
 
   Attributes:
     cache: of the model, leaves [groups, B, ...].
     position: [B] int32, tokens seen by each row.
+    config: of the model; static, a part of the tree's structure.
   """
 
+  # Any: tree transformations build states of other things than arrays.
   cache: Any
   position: Any
+  config: ModelConfig = struct.field(pytree_node=False)
 
 
-def init_state(config: ModelConfig, batch_size: int) -> State:
+def init_state(
+  config: ModelConfig, batch_size: int, max_length: int | None = None
+) -> State:
   """Returns the state of `batch_size` sequences that have seen nothing.
+
+  Args:
+    config: of the model; copied, so that later changes do not reach the state.
+    batch_size: sequences B, >= 1.
+    max_length: tokens that a sequence may have in the end. Models whose memory
+      is bounded need none and ignore it.
 
   Raises:
     ValueError: batch_size < 1.
   """
+  limit = () if max_length is None else (max_length,)
   return State(
-    cache=init_cache(config, batch_size),
+    cache=init_cache(config, batch_size, *limit),
     position=jnp.zeros((batch_size,), jnp.int32),
+    config=copy.deepcopy(config),
   )
 
 
@@ -51,22 +71,21 @@ def prefill(
   lengths: Int[Array | np.ndarray, " rows"],  # B, checked with the rest
   state: State,
   *,
-  config: ModelConfig,
   chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Float[Array, "B VOCAB"], State]:
-  """Reads right-padded prompts, continuing from `state`.
+  """Reads right-padded prompts, continuing from `state`, which is donated.
 
   A row's padding changes nothing of its state, so a ragged batch gives what
   each prompt gives alone. Long prompts are read `chunk_size` tokens at a
   time, and the last chunk is padded to a power of two (from 16), so any mix
-  of prompt lengths compiles a handful of programs. `state` stays usable.
+  of prompt lengths compiles a handful of programs.
 
   Args:
-    params: unboxed parameters of LM(config).
+    params: unboxed parameters of LM(state.config).
     tokens: [B, T] ids; row i is read up to lengths[i], the rest is ignored.
     lengths: [B] tokens of each row, 1 to T.
-    state: of B sequences.
-    config: of the model.
+    state: of B sequences. Donated: its buffers are reused for the result, so
+      go on with the returned state, and copy this one before if you need it.
     chunk_size: tokens per dispatch, >= 1; does not change the result beyond
       rounding.
 
@@ -74,19 +93,20 @@ def prefill(
     float32 logits [B, VOCAB] after each row's last token, and the new state.
 
   Raises:
-    ValueError: shapes that disagree, chunk_size < 1, or (if known outside of
-      jit) a length outside 1..T or an id outside the vocabulary.
+    ValueError: shapes that disagree, parameters of another model, a state that
+      was donated before, chunk_size < 1, or (if known outside of jit) a length
+      outside 1..T or an id outside the vocabulary.
   """
-  _check_prefill(tokens, lengths, state, config, chunk_size)
+  require_prefill(tokens, lengths, state, chunk_size)
   tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
   batch_size, total = tokens.shape
-  logits = jnp.zeros((batch_size, config.vocab_size), jnp.float32)
+  logits = jnp.zeros((batch_size, state.config.vocab_size), jnp.float32)
   for start in range(0, total, chunk_size):
     piece = tokens[:, start : start + chunk_size]
     padding = bucket(piece.shape[1], chunk_size) - piece.shape[1]
     piece = jnp.pad(piece, ((0, 0), (0, padding)))
     logits, state = _prefill_chunk(
-      params, piece, lengths - start, state, logits, config=config
+      params, piece, lengths - start, state, logits
     )
   return logits, state
 
@@ -97,10 +117,11 @@ def bucket(size: int, largest: int) -> int:
   return min(largest, max(_SMALLEST_BUCKET, 1 << (size - 1).bit_length()))
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def _prefill_chunk(params, tokens, lengths, state, logits, *, config):
+@functools.partial(jax.jit, donate_argnames=("state", "logits"))
+def _prefill_chunk(params, tokens, lengths, state, logits):
   """One chunk; lengths may be below 1 (row over) or above T (row goes on)."""
-  model = LM(config)
+  require_params(params, state.config)
+  model = LM(state.config)
   size = tokens.shape[1]
   real = jnp.arange(size)[None] < lengths[:, None]
   x, cache = model.apply(
@@ -116,74 +137,41 @@ def _prefill_chunk(params, tokens, lengths, state, logits, *, config):
   x_last = jnp.take_along_axis(x, last, axis=1)[:, 0]
   new = model.apply({"params": params}, x_last, method="logits")
   logits = jnp.where(read[:, None] > 0, new.astype(jnp.float32), logits)
-  return logits, State(cache=cache, position=state.position + read)
+  return logits, state.replace(cache=cache, position=state.position + read)
 
 
-def advance(
-  params: Any,
-  token: Int[Array, " B"],
-  state: State,
-  *,
-  config: ModelConfig,
-) -> tuple[Float[Array, "B VOCAB"], State]:
-  """`decode_step` without its jit, for use inside a larger jitted function."""
-  logits, cache = LM(config).apply(
-    {"params": params}, token[:, None], None, state.cache
-  )
-  state = State(cache=cache, position=state.position + 1)
-  return logits[:, 0].astype(jnp.float32), state
-
-
-@functools.partial(
-  jax.jit, static_argnames=("config",), donate_argnames=("state",)
-)
 def decode_step(
-  params: Any,
-  token: Int[Array, " B"],
-  state: State,
-  *,
-  config: ModelConfig,
+  params: Any, token: Int[Array | np.ndarray, " rows"], state: State
 ) -> tuple[Float[Array, "B VOCAB"], State]:
-  """Reads one token per row. `state` is donated: use the returned one.
+  """Reads one token per row, continuing from `state`, which is donated.
 
   Args:
-    params: unboxed parameters of LM(config).
+    params: unboxed parameters of LM(state.config).
     token: [B] ids in [0, vocab_size); others give NaN.
-    state: of B sequences; its buffers are reused for the result.
-    config: of the model.
+    state: of B sequences. Donated: its buffers are reused for the result.
 
   Returns:
     float32 logits [B, VOCAB] of the next token, and the new state.
+
+  Raises:
+    ValueError: a batch size or parameters that are not the state's, or a state
+      that was donated before.
   """
-  return advance(params, token, state, config=config)
+  require_alive(state)
+  return _decode_step(params, token, state)
 
 
-def _check_prefill(tokens, lengths, state, config, chunk_size) -> None:
-  batch_size = state.position.shape[0]
-  if tokens.shape[0] != batch_size or tokens.shape[1] < 1:
-    raise ValueError(
-      f"tokens: expected shape [B={batch_size}, T >= 1] for this state, got "
-      f"{tokens.shape}"
-    )
-  if lengths.shape != (batch_size,):
-    raise ValueError(
-      f"lengths: expected shape ({batch_size},), got {lengths.shape}"
-    )
-  if chunk_size < 1:
-    raise ValueError(f"chunk_size: expected >= 1, got {chunk_size}")
-  if isinstance(tokens, jax.core.Tracer) or isinstance(
-    lengths, jax.core.Tracer
-  ):
-    return
-  tokens, lengths = jax.device_get((tokens, lengths))
-  if lengths.min() < 1 or lengths.max() > tokens.shape[1]:
-    raise ValueError(
-      f"lengths: expected 1 to T={tokens.shape[1]}, got {lengths.tolist()}"
-    )
-  real = np.arange(tokens.shape[1])[None] < lengths[:, None]
-  outside = real & ((tokens < 0) | (tokens >= config.vocab_size))
-  if outside.any():
-    raise ValueError(
-      f"tokens: expected ids in [0, {config.vocab_size}), got "
-      f"{int(tokens[outside][0])}"
-    )
+def advance(
+  params: Any, token: Int[Array, " rows"], state: State
+) -> tuple[Float[Array, "B VOCAB"], State]:
+  """`decode_step` without its jit, for use inside a larger jitted function."""
+  require_batch("token", token, state)
+  require_params(params, state.config)
+  logits, cache = LM(state.config).apply(
+    {"params": params}, token[:, None], None, state.cache
+  )
+  state = state.replace(cache=cache, position=state.position + 1)
+  return logits[:, 0].astype(jnp.float32), state
+
+
+_decode_step = jax.jit(advance, donate_argnames=("state",))

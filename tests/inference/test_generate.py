@@ -109,7 +109,6 @@ def test_decoding_ends_when_every_row_is_done(hybrid):
     jnp.asarray(NEW - 1, jnp.int32),
     keys,
     stops,
-    config=hybrid.config,
     sampler=WARM,
     size=16,
   )
@@ -132,7 +131,6 @@ def test_memory_does_not_grow_with_the_number_of_tokens(hybrid):
         jnp.asarray(3, jnp.int32),
         keys,
         stops,
-        config=hybrid.config,
         sampler=WARM,
         size=size,
       )

@@ -1,5 +1,8 @@
 """Prefill and decode against the full forward pass."""
 
+import copy
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,16 +33,14 @@ def test_prefill_and_decode_equal_the_full_forward(tiny):
   # What lies beyond a row's length must not be read.
   tokens = tiny.tokens[:, :13].copy()
   tokens[np.arange(13)[None] >= lengths[:, None]] = -7
-  logits, state = prefill(
-    tiny.params, tokens, lengths, state, config=tiny.config
-  )
+  logits, state = prefill(tiny.params, tokens, lengths, state)
   rows = np.arange(3)
   assert logits.dtype == jnp.float32
   for n in range(11):
     assert_close(logits, tiny.logits[rows, lengths - 1 + n])
     np.testing.assert_array_equal(state.position, lengths + n)
     token = jnp.asarray(tiny.tokens[rows, lengths + n])
-    logits, state = decode_step(tiny.params, token, state, config=tiny.config)
+    logits, state = decode_step(tiny.params, token, state)
   assert_close(logits, tiny.logits[rows, lengths + 10])
 
 
@@ -50,7 +51,6 @@ def test_ragged_batch_equals_each_prompt_alone(tiny):
     tiny.tokens[:, :13],
     lengths,
     init_state(tiny.config, 3),
-    config=tiny.config,
   )
   for i, n in enumerate(lengths):
     alone_logits, alone = prefill(
@@ -58,7 +58,6 @@ def test_ragged_batch_equals_each_prompt_alone(tiny):
       np.pad(tiny.tokens[i : i + 1, :n], ((0, 0), (0, 13 - n))),
       lengths[i : i + 1],
       init_state(tiny.config, 1),
-      config=tiny.config,
     )
     assert_close(logits[i], alone_logits[0])
     for got, want in zip(
@@ -70,11 +69,10 @@ def test_ragged_batch_equals_each_prompt_alone(tiny):
 def test_chunked_prefill_equals_one_shot(tiny):
   lengths = np.array([16, 10, 3], np.int32)
   config, params, tokens = tiny.config, tiny.params, tiny.tokens[:, :16]
-  start = init_state(config, 3)
-  whole, whole_state = prefill(params, tokens, lengths, start, config=config)
+  whole, whole_state = prefill(params, tokens, lengths, init_state(config, 3))
   # Chunks of 8: a row ends in the first, in the second, and at its end.
   parts, parts_state = prefill(
-    params, tokens, lengths, start, config=config, chunk_size=8
+    params, tokens, lengths, init_state(config, 3), chunk_size=8
   )
   assert_close(parts, whole)
   np.testing.assert_array_equal(parts_state.position, lengths)
@@ -84,24 +82,13 @@ def test_chunked_prefill_equals_one_shot(tiny):
     assert_close(np.asarray(a) + 1.0, np.asarray(b) + 1.0)
 
 
-def test_prefill_continues_a_state_and_leaves_it_usable(hybrid):
-  config, params = hybrid.config, hybrid.params
+def test_prefill_continues_a_state(hybrid):
   full = np.array([8, 8, 8], np.int32)
-  _, prefix = prefill(
-    params,
-    hybrid.tokens[:, :8],
-    full,
-    init_state(config, 3),
-    config=config,
-    chunk_size=8,
-  )
-  before = snapshot(prefix)
-  for _ in range(2):
-    logits, _ = prefill(
-      params, hybrid.tokens[:, 8:16], full, prefix, config=config, chunk_size=8
-    )
-    assert_close(logits, hybrid.logits[:, 15])
-  jax.tree.map(np.testing.assert_array_equal, before, snapshot(prefix))
+  state = init_state(hybrid.config, 3)
+  for start in (0, 8, 16):
+    piece = hybrid.tokens[:, start : start + 8]
+    logits, state = prefill(hybrid.params, piece, full, state, chunk_size=8)
+    assert_close(logits, hybrid.logits[:, start + 7])
 
 
 def test_a_finished_row_is_not_touched_by_later_chunks(hybrid):
@@ -113,7 +100,6 @@ def test_a_finished_row_is_not_touched_by_later_chunks(hybrid):
     hybrid.tokens[:, :8],
     lengths,
     init_state(config, 3),
-    config=config,
     chunk_size=8,
   )
   lengths = np.array([24, 8, 8], np.int32)
@@ -122,7 +108,6 @@ def test_a_finished_row_is_not_touched_by_later_chunks(hybrid):
     hybrid.tokens,
     lengths,
     init_state(config, 3),
-    config=config,
     chunk_size=8,
   )
   for a, b in zip(
@@ -132,25 +117,60 @@ def test_a_finished_row_is_not_touched_by_later_chunks(hybrid):
     assert not np.array_equal(a[:, 0], b[:, 0])
 
 
-def test_decode_step_reuses_the_buffers_of_its_state(hybrid):
-  state = init_state(hybrid.config, 1)
-  _, new = decode_step(
-    hybrid.params, jnp.array([5]), state, config=hybrid.config
-  )
-  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-  old_shapes = jax.tree.map(lambda a: (a.shape, a.dtype), state)
-  assert old_shapes == jax.tree.map(lambda a: (a.shape, a.dtype), new)
+def test_prefill_and_decode_reuse_the_buffers_of_their_state(hybrid):
+  def decode(state):
+    return decode_step(hybrid.params, jnp.array([5]), state)
+
+  def read(state):
+    tokens, lengths = np.ones((1, 8), np.int32), np.array([8], np.int32)
+    return prefill(hybrid.params, tokens, lengths, state, chunk_size=8)
+
+  def shapes(tree):
+    return jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+
+  for step in (decode, read):
+    state = init_state(hybrid.config, 1)
+    _, new = step(state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert shapes(state) == shapes(new)
+    for again in (decode, read):
+      with pytest.raises(ValueError, match="state: was donated"):
+        again(state)
+
+
+def test_a_state_keeps_its_config(attention):
+  """Whatever becomes of the object that it was made from."""
+  config = copy.deepcopy(attention.config)
+  state = init_state(config, 1)
+  config.vocab_size = 7
+  assert state.config == attention.config
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    state.config = config
+
+
+def test_states_of_another_model_or_batch_size_are_refused(attention, hybrid):
+  token, lengths = np.array([5]), np.array([1], np.int32)
+  state = init_state(attention.config, 1)
+  other = dict(attention.params, head=attention.params["head"][:, 1:])
+  for params, message in (
+    (other, r"params: head has shape \(32, 60\).*has shape \(32, 61\)"),
+    (hybrid.params, r"params: groups/layer_0/mixer.*is missing"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      decode_step(params, token, state)
+    with pytest.raises(ValueError, match=message):
+      prefill(params, token[None], lengths, state)
+  with pytest.raises(ValueError, match=r"token: expected B=1 rows.*got 2"):
+    decode_step(attention.params, np.array([5, 5]), state)
 
 
 def test_few_programs_serve_many_prompt_lengths(attention):
   state_lib._prefill_chunk.clear_cache()
-  state = init_state(attention.config, 3)
   tokens = np.tile(attention.tokens, (1, 4))
   for n in (1, 2, 9, 15, 16, 17, 24, 31, 32):
     lengths = np.array([n, n, 1], np.int32)
-    prefill(
-      attention.params, tokens[:, :n], lengths, state, config=attention.config
-    )
+    state = init_state(attention.config, 3)
+    prefill(attention.params, tokens[:, :n], lengths, state)
   assert state_lib._prefill_chunk._cache_size() == 2
 
 
@@ -168,7 +188,7 @@ def test_prefill_works_inside_jit(attention):
   @jax.jit
   def last_logits(params, tokens, lengths):
     state = init_state(attention.config, 3)
-    return prefill(params, tokens, lengths, state, config=attention.config)[0]
+    return prefill(params, tokens, lengths, state)[0]
 
   logits = last_logits(attention.params, attention.tokens[:, :13], lengths)
   assert_close(logits, attention.logits[np.arange(3), lengths - 1])
@@ -196,6 +216,5 @@ def test_bad_prefill_is_refused(
       tokens,
       np.array(lengths, np.int32),
       state,
-      config=attention.config,
       chunk_size=chunk_size,
     )
