@@ -1,0 +1,1 @@
+"""Weights as files: names, safetensors, published folders, programs."""

@@ -1,0 +1,96 @@
+"""Single files, replaced in one step; JSON that is checked before use."""
+
+import json
+import os
+import pathlib
+import re
+import stat
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+_MAX_JSON_BYTES = 64 << 20
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+  """Replaces a file in one step: readers see the old or the new one."""
+  path = pathlib.Path(path)
+  temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+  try:
+    with open(temporary, "xb") as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+  sync_folder(path.parent)
+
+
+def sync_folder(path: pathlib.Path) -> None:
+  """Flushes the entries of a folder, so that a rename survives a crash."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+  """A JSON object from a file, no field twice.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: larger than 64 MiB, or not such a file.
+  """
+  path = pathlib.Path(path)
+  size = regular_size(path)
+  if size > _MAX_JSON_BYTES:
+    raise ValueError(f"{path}: {size:,} bytes of JSON")
+  return parse_json(path.read_bytes(), path)
+
+
+def is_plain_name(name: Any) -> bool:
+  """Whether this names a file in a folder, and cannot name one outside."""
+  return isinstance(name, str) and bool(
+    re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name)
+  )
+
+
+def regular_size(path: pathlib.Path) -> int:
+  """Bytes of a file.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: a folder or a device.
+  """
+  if not path.exists():
+    raise FileNotFoundError(f"{path}: no such file")
+  found = path.stat()
+  if not stat.S_ISREG(found.st_mode):
+    raise ValueError(f"{path}: not a regular file")
+  return found.st_size
+
+
+def parse_json(data: bytes, path: pathlib.Path) -> dict[str, Any]:
+  """A JSON object in which no field occurs twice.
+
+  Raises:
+    ValueError: it is none; `path` says of what.
+  """
+
+  def no_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found = {}
+    for key, value in pairs:
+      if key in found:
+        raise ValueError(f"{key!r} occurs twice")
+      found[key] = value
+    return found
+
+  try:
+    tree = json.loads(data.decode("utf-8"), object_pairs_hook=no_repeats)
+  except (ValueError, RecursionError) as e:
+    raise ValueError(f"{path}: unreadable header or JSON: {e}") from e
+  if not isinstance(tree, dict):
+    raise ValueError(f"{path}: expected a JSON object")
+  return tree

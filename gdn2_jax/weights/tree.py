@@ -1,0 +1,196 @@
+"""Parameters under flat names that do not depend on `scan_layers`.
+
+  embedding.table                      [VOCAB, D]
+  layers.{n}.mixer_norm.weight         [D]
+  layers.{n}.mixer.q_proj.kernel       [D, H, K]     and so on
+  layers.{n}.mlp.{gate,up,down}.kernel
+  final_norm.weight                    [D]
+  head                                 [D, VOCAB]
+
+Layer n is layer n % P of group n // P, P being the length of the pattern. With
+`scan_layers` a leaf holds all groups, stacked; here each layer has its own.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.model.lm import LM
+
+_MOST_LAYERS = 100_000
+_SHOWN = 8
+
+
+def param_specs(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shape and dtype of every parameter by flat name; allocates nothing.
+
+  Args:
+    config: of the model; its `scan_layers` makes no difference.
+
+  Raises:
+    ValueError: a config that describes no model.
+  """
+  config.validate()
+  if config.num_layers > _MOST_LAYERS:
+    raise ValueError(
+      f"model.num_layers={config.num_layers}: expected at most {_MOST_LAYERS}"
+    )
+  # One group is traced instead of all of them: the shapes are the same.
+  scanned = dataclasses.replace(config, scan_layers=True, remat="none")
+  specs = {}
+  for path, leaf in _traced(scanned):
+    if path[0] != "groups":
+      specs[".".join(path)] = leaf
+      continue
+    for group in range(config.num_groups):
+      specs[_layer_name(config, group, path[1:])] = jax.ShapeDtypeStruct(
+        leaf.shape[1:], leaf.dtype
+      )
+  return _ordered(specs)
+
+
+def flatten_params(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
+  """The parameters on the host, by flat name, in the order of the layers.
+
+  Args:
+    params: unboxed parameters of LM(config), on any devices of this process.
+    config: of the model.
+
+  Raises:
+    ValueError: they are not those of such a model; lists what differs.
+  """
+  tensors = {}
+  for path, leaf in _leaves(nn.unbox(params)):
+    value = np.asarray(jax.device_get(leaf))
+    if path[0] == "groups":
+      for group in range(value.shape[0]):
+        tensors[_layer_name(config, group, path[1:])] = value[group]
+    elif path[0].startswith("group_"):
+      group = int(path[0].removeprefix("group_"))
+      tensors[_layer_name(config, group, path[1:])] = value
+    else:
+      tensors[".".join(path)] = value
+  check_tensors(tensors, param_specs(config), "params")
+  return _ordered(tensors)
+
+
+def unflatten_params(
+  tensors: Mapping[str, Any],
+  config: ModelConfig,
+  *,
+  place: Callable[[Any], Any] = jnp.asarray,
+) -> Any:
+  """The inverse of `flatten_params`, bit for bit.
+
+  Args:
+    tensors: arrays by flat name, or anything with shape and dtype that
+      `np.asarray` reads; read one after the other.
+    config: of the model; its `scan_layers` decides the tree.
+    place: takes each leaf, a NumPy array, and returns what the tree holds; by
+      default a jax.Array on the default device.
+
+  Returns:
+    Unboxed parameters of LM(config), in the shapes and dtypes it declares.
+
+  Raises:
+    ValueError: listing the names that are missing, unexpected, or have another
+      shape or dtype; before any tensor is read.
+  """
+  specs = param_specs(config)
+  check_tensors(tensors, specs, "tensors")
+  params: dict[str, Any] = {}
+  stacks: dict[tuple[str, ...], list[str]] = {}
+  for name in specs:
+    path = tuple(name.split("."))
+    if path[0] != "layers":
+      _put(params, path, place(np.asarray(tensors[name])))
+      continue
+    group, layer = divmod(int(path[1]), len(config.pattern))
+    path = (f"layer_{layer}", *path[2:])
+    if config.scan_layers:
+      stacks.setdefault(("groups", *path), []).append(name)
+    else:
+      value = place(np.asarray(tensors[name]))
+      _put(params, (f"group_{group}", *path), value)
+  for path, names in stacks.items():
+    value = np.stack([np.asarray(tensors[name]) for name in names])
+    _put(params, path, place(value))
+  return params
+
+
+def check_tensors(
+  tensors: Mapping[str, Any],
+  specs: Mapping[str, jax.ShapeDtypeStruct],
+  what: str = "tensors",
+) -> None:
+  """Compares names, shapes and dtypes.
+
+  Raises:
+    ValueError: listing the differences; `what` opens the message.
+  """
+  problems = []
+  for name in sorted(set(specs) - set(tensors)):
+    problems.append(f"missing {name}")
+  for name in sorted(set(tensors) - set(specs)):
+    problems.append(f"unexpected {name}")
+  for name, spec in specs.items():
+    if name not in tensors:
+      continue
+    value = tensors[name]
+    found = (tuple(value.shape), np.dtype(value.dtype))
+    if found != (tuple(spec.shape), np.dtype(spec.dtype)):
+      problems.append(
+        f"{name}: {found[1]}{list(found[0])}, expected "
+        f"{spec.dtype}{list(spec.shape)}"
+      )
+  if problems:
+    more = len(problems) - _SHOWN
+    raise ValueError(
+      f"{what}: not those of this model: "
+      + "; ".join(problems[:_SHOWN])
+      + (f"; and {more} more" if more > 0 else "")
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _traced(config: ModelConfig) -> list[tuple[tuple[str, ...], Any]]:
+  tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  boxed = jax.eval_shape(LM(config).init, jax.random.key(0), tokens)
+  return _leaves(nn.unbox(boxed)["params"])
+
+
+def _leaves(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
+  return [
+    (tuple(str(entry.key) for entry in path), leaf)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+  ]
+
+
+def _layer_name(config: ModelConfig, group: int, path: tuple[str, ...]) -> str:
+  layer = int(path[0].removeprefix("layer_"))
+  number = group * len(config.pattern) + layer
+  return ".".join(["layers", str(number), *path[1:]])
+
+
+def _ordered(tensors: dict[str, Any]) -> dict[str, Any]:
+  """Embedding, layers by number, final norm, head."""
+
+  def rank(name):
+    if name.startswith("layers."):
+      return 1, int(name.split(".")[1]), name
+    return (0, 0, name) if name.startswith("embedding.") else (2, 0, name)
+
+  return {name: tensors[name] for name in sorted(tensors, key=rank)}
+
+
+def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+  for key in path[:-1]:
+    tree = tree.setdefault(key, {})
+  tree[path[-1]] = value
