@@ -13,8 +13,6 @@ import jax
 from absl import flags
 
 from gdn2_jax import cli
-from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.gdn2 import GDN2Config
 from gdn2_jax.sharding import MeshConfig
 from gdn2_jax.train import metrics
 from gdn2_jax.train.config import TrainConfig
@@ -24,19 +22,8 @@ from tests.train.conftest import make_config
 def two_process_config(cache_dir: str) -> TrainConfig:
   """fsdp 2 x tensor 2, as small as it gets: almost all time is compiling."""
   config = make_config(cache_dir)
-  config.model = ModelConfig(
-    vocab_size=260,
-    model_dim=16,
-    num_layers=1,
-    pattern="G",
-    mlp_dim=16,
-    gdn2=GDN2Config(
-      num_heads=2, key_dim=16, value_dim=16, implementation="reference"
-    ),
-    dtype="float32",
-    loss_chunk=32,
-    scan_layers=False,
-  )
+  config.model.num_layers, config.model.pattern = 1, "G"
+  config.model.model_dim = config.model.mlp_dim = 16
   config.mesh = MeshConfig(fsdp=2, tensor=2)
   config.data.seq_len, config.data.batch_size = 8, 4
   config.num_steps = 5000

@@ -4,18 +4,15 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from gdn2_jax.faults.child import Child, train_rows
 from gdn2_jax.train.checkpoint import committed_steps
-from gdn2_jax.train.writer import read_rows
-from tests.tiny_run import ROOT, run_many
+from tests.tiny_run import run_many
 
 _CONFIG = """
 from gdn2_jax.sharding import MeshConfig
@@ -37,58 +34,6 @@ def config_file(cache_dir, tmp_path_factory):
   return path
 
 
-class Launch:
-  """`python -m gdn2_jax.train` on one CPU device, running."""
-
-  def __init__(self, config_file, workdir):
-    self.workdir = workdir
-    env = os.environ | {
-      "JAX_PLATFORMS": "cpu",
-      "JAX_NUM_CPU_DEVICES": "1",
-      # Compiling takes longer than all the steps.
-      "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    }
-    self._process = subprocess.Popen(
-      [
-        *(sys.executable, "-m", "gdn2_jax.train"),
-        *(f"--config={config_file}", f"--workdir={workdir}"),
-      ],
-      cwd=ROOT,
-      env=env,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-
-  def at_step(self, step: int, number: signal.Signals) -> None:
-    """Sends a signal once the metrics of `step` are on disk."""
-    path = self.workdir / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while self._process.poll() is None and time.monotonic() < deadline:
-      if path.exists() and f'"step": {step},' in path.read_text():
-        self._process.send_signal(number)
-        return
-      time.sleep(0.01)
-    raise AssertionError(self.end())
-
-  def end(self) -> tuple[int, str]:
-    """Exit code and all output."""
-    try:
-      out, _ = self._process.communicate(timeout=200)
-    except subprocess.TimeoutExpired:
-      self._process.kill()
-      raise
-    return self._process.returncode, out
-
-
-def train_rows(workdir):
-  return [
-    (row["step"], row["loss"], row["grad_norm"])
-    for row in read_rows(workdir / "metrics.jsonl")
-    if row["kind"] == "train"
-  ]
-
-
 def arrays(workdir):
   step = workdir / "checkpoints" / "240"
   with ocp.StandardCheckpointer() as reader:
@@ -99,32 +44,30 @@ def arrays(workdir):
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_killed_runs_resume_bit_for_bit(config_file, tmp_path):
   straight, killed = tmp_path / "straight", tmp_path / "killed"
-  code, out = Launch(config_file, straight).end()
-  assert code == 0, out
-  assert "sample:\nReturn the" in out
-  assert f"gdn2_jax.generate --workdir={straight}" in out
+  run = Child(config_file, straight)
+  assert run.end() == 0, run.output
+  assert "sample:\nReturn the" in run.output
+  assert f"gdn2_jax.generate --workdir={straight}" in run.output
   assert os.stat(straight / ".jax_cache").st_mode & 0o077 == 0
   killed.mkdir()
   shutil.copytree(straight / ".jax_cache", killed / ".jax_cache")
 
-  run = Launch(config_file, killed)
-  run.at_step(45, signal.SIGTERM)
-  code, out = run.end()
-  assert code == 0, out
-  saved = int(re.search(r"SIGTERM: saved step (\d+), stopping", out)[1])
+  run = Child(config_file, killed)
+  assert run.wait_for_step(45), run.output
+  run.send(signal.SIGTERM)
+  assert run.end() == 0, run.output
+  saved = int(re.search(r"SIGTERM: saved step (\d+), stopping", run.output)[1])
   assert 45 <= saved < 240
   assert committed_steps(killed / "checkpoints")[-1] == saved
 
-  run = Launch(config_file, killed)
-  run.at_step(saved + 75, signal.SIGKILL)
-  code, out = run.end()
-  assert code == -signal.SIGKILL
-  assert f"resumed from step {saved}" in out
+  run = Child(config_file, killed)
+  assert run.wait_for_step(saved + 75), run.output
+  assert run.kill() == -signal.SIGKILL
+  assert run.resumed_from == saved
 
-  code, out = Launch(config_file, killed).end()
-  assert code == 0, out
-  resumed = int(re.search(r"resumed from step (\d+)", out)[1])
-  assert saved < resumed < 240
+  run = Child(config_file, killed)
+  assert run.end() == 0, run.output
+  assert saved < run.resumed_from < 240
   assert train_rows(killed) == train_rows(straight)
   for x, y in zip(arrays(killed), arrays(straight), strict=True):
     assert x.dtype == y.dtype
