@@ -7,12 +7,10 @@ data/, and so on. A config file returns a TrainConfig; flags such as
 """
 
 import dataclasses
-import json
-import types
-import typing
 from collections.abc import Iterator
 from typing import Any
 
+from gdn2_jax import config_json
 from gdn2_jax.data.pipeline import DataConfig
 from gdn2_jax.eval.perplexity import EvalConfig
 from gdn2_jax.model.config import ModelConfig
@@ -70,7 +68,7 @@ def validate(config: TrainConfig) -> None:
   Raises:
     ValueError: naming the flag, its value and what was expected.
   """
-  _check_types(config, "--config")
+  config_json.check_types(config, "--config")
   positive = ("num_steps", "grad_accum", "log_every", "max_skipped")
   for name in positive:
     _at_least(config, name, 1, "--config")
@@ -163,49 +161,9 @@ def _at_least(config: Any, name: str, least: int, path: str) -> None:
     raise ValueError(f"{path}.{name}={value}: expected {least} or more")
 
 
-def _check_types(config: Any, path: str) -> None:
-  """Config files are Python: nothing else stops a string where 3 belongs."""
-  hints = typing.get_type_hints(type(config))
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    where = f"{path}.{field.name}"
-    if dataclasses.is_dataclass(hints[field.name]):
-      if not isinstance(value, hints[field.name]):
-        raise ValueError(f"{where}: expected a {hints[field.name].__name__}")
-      _check_types(value, where)
-    else:
-      _coerce(value, hints[field.name], where)
-
-
-def _coerce(value: Any, hint: Any, where: str) -> Any:
-  """`value` as the type `hint`, without any lossy or surprising conversion."""
-  origin = typing.get_origin(hint)
-  if origin in (typing.Union, types.UnionType):
-    options = typing.get_args(hint)
-    if value is None and type(None) in options:
-      return None
-    (hint,) = (option for option in options if option is not type(None))
-    return _coerce(value, hint, where)
-  if origin is tuple and isinstance(value, (list, tuple)):
-    element = typing.get_args(hint)[0]
-    return tuple(
-      _coerce(v, element, f"{where}[{i}]") for i, v in enumerate(value)
-    )
-  if hint is float and type(value) is int:
-    return float(value)
-  expected = hint if origin is None else origin
-  # bool is an int to isinstance, but a flag is not a number.
-  if type(value) is not expected:
-    raise ValueError(
-      f"{where}={value!r}: expected {expected.__name__}, "
-      f"got {type(value).__name__}"
-    )
-  return value
-
-
 def config_to_json(config: TrainConfig) -> str:
   """The resolved config as indented JSON, every field spelled out."""
-  return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+  return config_json.to_json(config)
 
 
 def config_from_json(text: str) -> TrainConfig:
@@ -216,32 +174,7 @@ def config_from_json(text: str) -> TrainConfig:
   Raises:
     ValueError: not JSON, an unknown field, or a value of another type.
   """
-  try:
-    tree = json.loads(text)
-  except json.JSONDecodeError as e:
-    raise ValueError(f"config: not valid JSON: {e}") from e
-  return _from_dict(TrainConfig, tree, "config")
-
-
-def _from_dict(cls: type, tree: Any, path: str) -> Any:
-  if not isinstance(tree, dict):
-    raise ValueError(f"{path}={tree!r}: expected an object of {cls.__name__}")
-  hints = typing.get_type_hints(cls)
-  names = [field.name for field in dataclasses.fields(cls)]
-  unknown = sorted(set(tree) - set(names))
-  if unknown:
-    raise ValueError(
-      f"{path}.{unknown[0]}: unknown field; {cls.__name__} has "
-      + ", ".join(names)
-    )
-  values = {}
-  for name, value in tree.items():
-    hint, where = hints[name], f"{path}.{name}"
-    if dataclasses.is_dataclass(hint):
-      values[name] = _from_dict(hint, value, where)
-    else:
-      values[name] = _coerce(value, hint, where)
-  return cls(**values)
+  return config_json.from_json(TrainConfig, text)
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
