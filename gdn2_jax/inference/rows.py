@@ -1,10 +1,13 @@
 """Rows of a state: copied, put together, taken apart, replaced.
 
-Pure functions for use inside and outside of jit. Every leaf of a cache has
-the rows on axis 1, positions have them on axis 0, and no row knows of another,
-so all of this is exact: bits move and nothing is computed.
+Pure functions for use inside and outside of jit, one dispatch each. Every leaf
+of a cache has the rows on axis 1, positions have them on axis 0, and no row
+knows of another, so all of this is exact: bits move and nothing is computed.
+Results share no buffer with their sources, which stay usable even where the
+result is donated.
 """
 
+import functools
 import operator
 from collections.abc import Sequence
 
@@ -13,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from gdn2_jax.inference.checks import require_alive
 from gdn2_jax.inference.state import State
 
 
@@ -29,11 +33,17 @@ def fork(state: State, n: int) -> State:
     A state of B * n sequences.
 
   Raises:
-    ValueError: n < 1.
+    ValueError: n < 1, or a state that was donated.
   """
+  require_alive(state)
   n = operator.index(n)
   if n < 1:
     raise ValueError(f"n: expected >= 1, got {n}")
+  return _fork(state, n=n)
+
+
+@functools.partial(jax.jit, static_argnames=("n",))
+def _fork(state, *, n):
   return _map(lambda axis, x: jnp.repeat(x, n, axis=axis), state)
 
 
@@ -54,7 +64,13 @@ def batch(states: Sequence[State]) -> State:
   if not states:
     raise ValueError("states: expected at least one state, got none")
   for i, state in enumerate(states):
+    require_alive(state)
     _check_alike(f"states[{i}]", state, states[0])
+  return _batch(tuple(states))
+
+
+@jax.jit
+def _batch(states):
   return _map(lambda axis, *x: jnp.concatenate(x, axis=axis), *states)
 
 
@@ -77,10 +93,15 @@ def take(
     A state of N sequences.
 
   Raises:
-    ValueError: no index, or (if known) one outside [0, B).
+    ValueError: no index, or (if known) one outside [0, B), or a state that was
+      donated.
   """
-  rows = _check_rows("rows", rows, _rows_of(state))
+  require_alive(state)
+  return _take(state, _check_rows(rows, _rows_of(state)))
 
+
+@jax.jit
+def _take(state, rows):
   def pick(axis, x):
     missing = jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else -1
     return jnp.take(x, rows, axis=axis, mode="fill", fill_value=missing)
@@ -90,7 +111,7 @@ def take(
 
 def put(
   state: State,
-  rows: int | Sequence[int] | Int[Array | np.ndarray, "*N"],
+  rows: int | np.integer | Sequence[int] | Int[Array | np.ndarray, "*N"],
   other: State,
 ) -> State:
   """Replaces rows: a sequence that is over makes room for a new one.
@@ -110,10 +131,12 @@ def put(
     ValueError: states of different models or capacities, numbers of rows that
       disagree, or (if known) an index outside [0, B) or named twice.
   """
+  require_alive(state)
+  require_alive(other)
   _check_alike("other", other, state)
   if np.ndim(rows) == 0:
     rows = rows[None] if isinstance(rows, jax.Array) else [rows]
-  rows = _check_rows("rows", rows, _rows_of(state))
+  rows = _check_rows(rows, _rows_of(state))
   if rows.shape[0] != _rows_of(other):
     raise ValueError(
       f"rows: expected {_rows_of(other)} indices for the rows of other, got "
@@ -121,7 +144,11 @@ def put(
     )
   if isinstance(rows, np.ndarray) and len(set(rows.tolist())) != len(rows):
     raise ValueError(f"rows: expected different rows, got {rows.tolist()}")
+  return _put(state, rows, other)
 
+
+@jax.jit
+def _put(state, rows, other):
   def replace(axis, x, new):
     where = (slice(None),) * axis + (rows,)
     return x.at[where].set(new, mode="drop")
@@ -165,21 +192,17 @@ def _check_alike(name: str, state: State, like: State) -> None:
       )
 
 
-def _check_rows(name, rows, batch_size):
+def _check_rows(rows, batch_size):
   """Row numbers as a numpy array, or as they are where they are traced."""
   if not isinstance(rows, jax.core.Tracer):
     rows = np.asarray(jax.device_get(rows))
   if rows.ndim != 1 or rows.shape[0] < 1:
-    raise ValueError(
-      f"{name}: expected at least one index, got shape {rows.shape}"
-    )
-  if not jnp.issubdtype(rows.dtype, jnp.integer):
-    raise ValueError(f"{name}: expected integers, got {rows.dtype}")
+    raise ValueError(f"rows: expected at least one index, got {rows.shape}")
   if isinstance(rows, jax.core.Tracer):
     # A negative index would count from the end, traced or not.
     return jnp.where(rows < 0, batch_size, rows)
   if rows.min() < 0 or rows.max() >= batch_size:
     raise ValueError(
-      f"{name}: expected indices in [0, {batch_size}), got {rows.tolist()}"
+      f"rows: expected indices in [0, {batch_size}), got {rows.tolist()}"
     )
   return rows
