@@ -32,7 +32,7 @@ ALLOWED = {
   "triton": {"typing"},
   "model": {"typing", "ops"},
   "data": set(),
-  "weights": {"typing", "config_json", "model", "data"},
+  "weights": {"typing", "config_json", "sharding", "model", "data"},
   "inference": {
     "typing",
     "config_json",

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 import pathlib
-import struct
 from typing import Any
 
 import ml_dtypes
@@ -92,11 +91,10 @@ def read_header(path: str | os.PathLike) -> Header:
   size = regular_size(path)
   with open(path, "rb") as file:
     start = file.read(8)
-    _refuse_pickle(path, start)
-    if len(start) < 8:
-      raise ValueError(f"{path}: {size} bytes are no safetensors file")
-    (length,) = struct.unpack("<Q", start)
-    if length > min(_MAX_HEADER_BYTES, size - 8):
+    length = int.from_bytes(start, "little")
+    is_header = len(start) == 8 and length <= min(_MAX_HEADER_BYTES, size - 8)
+    _refuse_pickle(path, b"" if is_header else start)
+    if not is_header:
       raise ValueError(
         f"{path}: not a safetensors file, or a truncated one: a header of "
         f"{length:,} bytes in a file of {size:,}"

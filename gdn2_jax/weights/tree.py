@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.lm import LM
@@ -67,7 +66,11 @@ def flatten_params(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
     ValueError: they are not those of such a model; lists what differs.
   """
   tensors = {}
-  for path, leaf in _leaves(nn.unbox(params)):
+  for path, leaf in _leaves(params):
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+      raise ValueError(
+        f"params: {'.'.join(path)} is spread over several processes: gather it"
+      )
     value = np.asarray(jax.device_get(leaf))
     if path[0] == "groups":
       for group in range(value.shape[0]):
@@ -163,12 +166,14 @@ def check_tensors(
 def _traced(config: ModelConfig) -> list[tuple[tuple[str, ...], Any]]:
   tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
   boxed = jax.eval_shape(LM(config).init, jax.random.key(0), tokens)
-  return _leaves(nn.unbox(boxed)["params"])
+  return _leaves(boxed["params"])
 
 
 def _leaves(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
+  """Paths of dictionary keys: boxes are left out, they need not be opened."""
+  keyed = jax.tree_util.DictKey
   return [
-    (tuple(str(entry.key) for entry in path), leaf)
+    (tuple(str(e.key) for e in path if isinstance(e, keyed)), leaf)
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
   ]
 

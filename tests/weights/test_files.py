@@ -173,6 +173,14 @@ def test_pickles_are_refused_with_the_way_out(tmp_path, name):
   assert "\n" not in message
 
 
+@pytest.mark.parametrize("length", [0x280, 0x480])
+def test_headers_may_look_like_pickles(tmp_path, length):
+  header = json.dumps({"a": ONE}).encode().ljust(length)
+  path = file_of(tmp_path, header, FOUR)
+  assert path.read_bytes()[:2] in (b"\x80\x02", b"\x80\x04")
+  assert list(files.load_tensors(path)) == ["a"]
+
+
 def test_other_things_than_files(tmp_path):
   with pytest.raises(FileNotFoundError, match="no such file"):
     files.load_tensors(tmp_path / "x.safetensors")
