@@ -28,6 +28,8 @@ MODULES = (
   "gdn2_jax.pallas.scan",
   "gdn2_jax.pallas.intra_grad",
   "gdn2_jax.pallas.scan_grad",
+  "gdn2_jax.pallas.gated_norm",
+  "gdn2_jax.pallas.short_conv",
 )
 
 

@@ -29,6 +29,14 @@ def sigmoid(x):
   return jnp.where(x < 0, e, 1.0) / (1.0 + e)
 
 
+def sigmoids(x):
+  """sigmoid(x) and sigmoid(-x), which 1 - sigmoid(x) would cancel to."""
+  e = jnp.exp(-jnp.abs(x))
+  most = 1.0 / (1.0 + e)
+  least = e * most
+  return jnp.where(x < 0, least, most), jnp.where(x < 0, most, least)
+
+
 def softplus(x):
   """log(1 + exp(x))."""
   e = jnp.exp(-jnp.abs(x))

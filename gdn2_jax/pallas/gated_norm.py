@@ -1,0 +1,300 @@
+r"""The gated norm of a layer's output, forward and backward, on a GPU.
+
+With n = x / sqrt(mean x^2 + eps), a = act(gate) (section 3.5):
+
+  y     = n * weight * a
+  dgate = dy * n * weight * act'(gate)
+  dx    = (dn - n mean(dn * n)) / sqrt(mean x^2 + eps),   dn = dy * weight * a
+  dweight = sum over tokens and heads of dy * n * a
+
+Every array is read once and every result written once; sums are in float32.
+All is bound by memory, so nothing is staged: a thread holds 16 bytes of a row,
+the lanes that hold a row add up by shuffles, and no warp waits for another.
+
+Legend: B batch, T tokens, H heads, V channels of a head, R rows that a block of
+four warps takes at a time.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from gdn2_jax.pallas import blocks
+from gdn2_jax.pallas.partition import over_batch_and_heads
+from gdn2_jax.pallas.projected import sigmoids
+
+CHANNELS = (64, 128, 256)  # V / 8 lanes to a row: a power of two, at most 32
+_DTYPES = ("bfloat16", "float16")
+_VECTOR = 8
+_WARPS, _LANES = 4, 32
+_BLOCKS = (256, 128, 64)  # tokens of a block: many, for few partial sums
+_AT_A_TIME = 2  # loads of R rows in flight
+
+
+def unsupported_reason(x: Any, gate: Any) -> str | None:
+  """Why the kernels cannot run such a call, or None.
+
+  Args:
+    x: [B, T, H, V], or anything with its shape and dtype.
+    gate: of the shape of x.
+  """
+  if len(x.shape) != 4:
+    return f"x has shape {x.shape}, expected [B, T, H, V]"
+  if x.shape[1] < _BLOCKS[-1]:
+    return f"T = {x.shape[1]}, expected at least {_BLOCKS[-1]} tokens"
+  if x.shape[-1] not in CHANNELS:
+    return f"V = {x.shape[-1]}, expected one of {CHANNELS}"
+  names = sorted({jnp.dtype(a.dtype).name for a in (x, gate)})
+  if len(names) > 1 or names[0] not in _DTYPES:
+    return f"dtypes {', '.join(names)}, expected one of {', '.join(_DTYPES)}"
+  return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def gated_rms_norm_mosaic_gpu(
+  x: Float[Array, "B T H V"],
+  gate: Float[Array, "B T H V"],
+  weight: Float[Array, " V"],
+  activation: str,
+  eps: float,
+) -> Float[Array, "B T H V"]:
+  """x / sqrt(mean x^2 + eps) * weight * act(gate), by the kernels.
+
+  Args:
+    x: [B, T, H, V]; see unsupported_reason.
+    gate: [B, T, H, V], in the dtype of x.
+    weight: [V].
+    activation: "silu" or "sigmoid".
+    eps: added to the mean of squares, > 0.
+
+  Returns:
+    [B, T, H, V] in the dtype of x.
+  """
+  return _forward(x, gate, weight, activation, eps)[0]
+
+
+def _forward(x, gate, weight, activation, eps):
+  run = over_batch_and_heads(
+    forward, ("b.h", "b.h", "b"), ("b.h",), activation=activation, eps=eps
+  )
+  (y,) = run(_whole(x), _whole(gate), _rows(x, weight))
+  return y[:, : x.shape[1]], (x, gate, weight)
+
+
+def _backward(activation, eps, residuals, dy):
+  x, gate, weight = residuals
+  run = over_batch_and_heads(
+    backward,
+    ("b.h", "b.h", "b", "b.h"),
+    ("b.h", "b.h", "b.h"),
+    activation=activation,
+    eps=eps,
+  )
+  dy = _whole(dy.astype(x.dtype))
+  dx, dgate, sums = run(_whole(x), _whole(gate), _rows(x, weight), dy)
+  dweight = sums.sum(axis=(0, 1, 2, 3)).astype(weight.dtype)
+  T = x.shape[1]
+  return dx[:, :T], dgate[:, :T], dweight
+
+
+gated_rms_norm_mosaic_gpu.defvjp(_forward, _backward)
+
+
+def _whole(x):
+  """Padded to whole blocks of tokens; a gradient of zero adds nothing."""
+  tokens = -x.shape[1] % _BLOCKS[-1]
+  return jnp.pad(x, ((0, 0), (0, tokens), (0, 0), (0, 0))) if tokens else x
+
+
+def _rows(x, weight):
+  """The weight for each row of the batch: what is mapped has a batch axis."""
+  return jnp.broadcast_to(
+    weight.astype(jnp.float32)[None], (x.shape[0], *weight.shape)
+  )
+
+
+def forward(x, gate, weight, *, activation, eps):
+  """y [B, T, H, V] of whole blocks of tokens, weight [B, V] in float32."""
+  body = functools.partial(_forward_body, activation=activation, eps=eps)
+  call = _call("gated_norm", body, x, [_like(x)])
+  return tuple(call(x, gate, weight))
+
+
+def backward(x, gate, weight, dy, *, activation, eps):
+  """dx, dgate and sums [B, blocks, H, R, V] whose total is dweight."""
+  B, T, H, V = x.shape
+  body = functools.partial(_backward_body, activation=activation, eps=eps)
+  sums = blocks.struct((B, T // _block(T), H, _rows_of(V), V), jnp.float32)
+  call = _call("gated_norm_grad", body, x, [_like(x), _like(gate), sums])
+  return tuple(call(x, gate, weight, dy))
+
+
+def _like(x):
+  return blocks.struct(x.shape, x.dtype)
+
+
+def _block(T):
+  return next(n for n in _BLOCKS if T % n == 0)
+
+
+def _call(name, body, x, out_type):
+  B, T, H, _ = x.shape
+  block = _block(T)
+
+  def run(*refs):
+    body(*refs, block=block)
+
+  return blocks.call(
+    name,
+    run,
+    out_type,
+    grid=(B, H, T // block),
+    grid_names=("row", "head", "block"),
+  )
+
+
+def _forward_body(x_gm, gate_gm, weight_gm, y_gm, *, block, activation, eps):
+  weight = _load_weight(weight_gm)
+
+  def rows(here):
+    n, _ = _normed(_load(x_gm, here), eps)
+    act, _ = _activation(_load(gate_gm, here), activation)
+    blocks.store_global(y_gm.at[here], (n * weight * act).astype(y_gm.dtype))
+
+  _for_rows(x_gm, block, lambda here, _: rows(here), None)
+
+
+def _backward_body(
+  x_gm,
+  gate_gm,
+  weight_gm,
+  dy_gm,
+  dx_gm,
+  dgate_gm,
+  sums_gm,
+  *,
+  block,
+  activation,
+  eps,
+):
+  weight = _load_weight(weight_gm)
+
+  def rows(here, dweight):
+    x, gate, dy = (_load(ref, here) for ref in (x_gm, gate_gm, dy_gm))
+    n, scale = _normed(x, eps)
+    act, slope = _activation(gate, activation)
+    dweight += dy * n * act
+    dgate = dy * n * weight * slope
+    dn = dy * weight * act
+    dx = (dn - n * _row_mean(dn * n)) * scale
+    blocks.store_global(dgate_gm.at[here], dgate.astype(dgate_gm.dtype))
+    blocks.store_global(dx_gm.at[here], dx.astype(dx_gm.dtype))
+    return plgpu.layout_cast(dweight, _layout(dweight.shape[1]))
+
+  layout = _layout(x_gm.shape[-1])
+  zeros = jnp.zeros((_rows_of(x_gm.shape[-1]), x_gm.shape[-1]), jnp.float32)
+  dweight = _for_rows(x_gm, block, rows, plgpu.layout_cast(zeros, layout))
+  here = tuple(lax.axis_index(name) for name in ("row", "block", "head"))
+  blocks.store_global(sums_gm.at[here], dweight)
+
+
+def _for_rows(x_gm, block, rows, carry):
+  """carry = rows(index of R tokens of one head, carry), over a block."""
+  row, head, here = (lax.axis_index(n) for n in ("row", "head", "block"))
+  R = _rows_of(x_gm.shape[-1])
+  first = here * block
+
+  def some(i, carry):
+    # Unrolled, so that the next rows are on their way while these are worked.
+    for n in range(_AT_A_TIME):
+      tokens = pl.ds(first + (i * _AT_A_TIME + n) * R, R)
+      carry = rows((row, tokens, head), carry)
+    return carry
+
+  return lax.fori_loop(0, block // (R * _AT_A_TIME), some, carry)
+
+
+def _load(ref, here):
+  x = plgpu.load(ref.at[here], layout=_layout(ref.shape[-1]), optimized=False)
+  return x.astype(jnp.float32)
+
+
+def _load_weight(weight_gm):
+  """[R, V], the same in every row."""
+  V = weight_gm.shape[-1]
+  weight = plgpu.load(
+    weight_gm.at[lax.axis_index("row")],
+    layout=_layout(V).reduce(0),
+    optimized=False,
+  )
+  return lax.broadcast_in_dim(weight, (_rows_of(V), V), (1,))
+
+
+def _normed(x, eps):
+  """x / sqrt(mean x^2 + eps), and the factor."""
+  scale = lax.rsqrt(_row_mean(x * x) + eps)
+  return x * scale, scale
+
+
+def _row_mean(x):
+  """[R, V], the mean over V in every column."""
+  mean = x.sum(axis=1) * (1.0 / x.shape[1])
+  return lax.broadcast_in_dim(mean, x.shape, (0,))
+
+
+def _activation(gate, activation):
+  """act(gate) and its derivative."""
+  s, rest = sigmoids(gate)
+  slope = s * rest
+  if activation == "sigmoid":
+    return s, slope
+  return gate * s, s + gate * slope
+
+
+def _rows_of(V):
+  """R: rows of 16-byte vectors that four warps load at once."""
+  return _WARPS * _LANES * _VECTOR // V
+
+
+def _layout(V):
+  """[R, V]: warps over rows; lanes over rows and vectors of a row."""
+  R = _rows_of(V)
+  # Tiled [4, 1, R / 4, V / 8, 1, 8].
+  layout = fragmented_array.TiledLayout(
+    fragmented_array.Tiling(((R, V), (R // _WARPS, V), (1, _VECTOR))),
+    warp_dims=(-6,),
+    lane_dims=(-4, -3),
+    vector_dim=-1,
+    _check_canonical=False,
+  ).canonicalize()
+  return plgpu.Layout.TILED(
+    layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
+  )
+
+
+def aot_cases() -> list[tuple[str, Callable, list[jax.ShapeDtypeStruct]]]:
+  """Representative calls: name, function, arguments."""
+  cases = []
+  for label, V, dtype, activation in (
+    ("V=128", 128, "bfloat16", "silu"),
+    ("V=64 float16", 64, "float16", "silu"),
+    ("V=256 sigmoid", 256, "bfloat16", "sigmoid"),
+  ):
+    x = jax.ShapeDtypeStruct((4, 4096, 16, V), dtype)
+    inputs = [x, x, jax.ShapeDtypeStruct((4, V), "float32")]
+    options = {"activation": activation, "eps": 1e-5}
+    for name, run, more in (
+      ("gated norm", forward, []),
+      ("gated norm gradient", backward, [x]),
+    ):
+      call = functools.partial(run, **options)
+      cases.append((f"{name} {label}", call, inputs + more))
+  return cases
