@@ -1,11 +1,10 @@
 """Refusals of bad input, each before any computation.
 
-Values are looked at where that costs nothing: shapes while a program is
-traced, numbers while they are still on the host.
+Shapes and parameters are compared while a program is traced, numbers while
+they are on the host: neither costs a decoding step anything.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,6 +15,55 @@ from flax import linen as nn
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.lm import LM
 
+MAX_POSITION = 2**31 - 1  # tokens of one sequence, counted in int32
+
+
+def is_concrete(value: Any) -> bool:
+  """Whether `value` has numbers, as it has not while jit traces."""
+  return not isinstance(value, jax.core.Tracer)
+
+
+def require_count(name: str, value: Any, least: int = 1) -> None:
+  """Raises ValueError unless `value` is an integer >= least."""
+  if isinstance(value, bool) or not isinstance(value, int | np.integer):
+    raise ValueError(f"{name}: expected an integer, got {value!r}")
+  if value < least:
+    raise ValueError(f"{name}: expected >= {least}, got {value}")
+
+
+def require_key(name: str, key: Any) -> None:
+  """Raises ValueError unless `key` is one typed key."""
+  dtype = getattr(key, "dtype", type(key).__name__)
+  typed = isinstance(key, jax.Array) and jnp.issubdtype(
+    dtype, jax.dtypes.prng_key
+  )
+  if not typed or key.shape:
+    raise ValueError(
+      f"{name}: expected one typed key, as from jax.random.key(seed), got "
+      f"{dtype}{list(getattr(key, 'shape', []))}"
+    )
+
+
+def require_ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
+  """Returns token ids, a list or an array on the host, as int32 [n].
+
+  Raises:
+    ValueError: not one-dimensional, not integers, or not in [0, vocab_size).
+  """
+  try:
+    array = np.asarray(ids)
+  except ValueError as e:
+    raise ValueError(f"{name}: expected a list of token ids: {e}") from None
+  if array.ndim != 1:
+    raise ValueError(
+      f"{name}: expected a list of token ids, got {type(ids).__name__} of "
+      f"shape {array.shape}"
+    )
+  if array.size:
+    _require_integers(name, array)
+    _require_range(name, array, vocab_size)
+  return array.astype(np.int32)
+
 
 def require_alive(state: Any) -> None:
   """Raises ValueError if a buffer of the state was given away."""
@@ -23,28 +71,95 @@ def require_alive(state: Any) -> None:
     if is_concrete(leaf) and isinstance(leaf, jax.Array) and leaf.is_deleted():
       raise ValueError(
         "state: was donated to an earlier call, which reused its buffers; go "
-        "on with the state which that call returned, or copy it before"
+        "on with the state which that call returned, or fork(state, 1) before"
       )
 
 
-def require_batch(name: str, array: Any, state: Any) -> None:
-  """Raises ValueError unless `array` has one row per sequence of `state`."""
-  rows, batch_size = array.shape[0], state.position.shape[0]
-  if rows != batch_size:
+def require_state(state: Any, config: ModelConfig, batch_size: int) -> None:
+  """Raises ValueError unless `state` is one of this model and batch size."""
+  require_alive(state)
+  if state.config != config:
     raise ValueError(
-      f"{name}: expected B={batch_size} rows, the batch size of the state, "
-      f"got {rows}"
+      f"state: a state of another model: {state.config}, expected {config}"
+    )
+  if state.batch_size != batch_size:
+    raise ValueError(
+      f"state: expected one of batch size {batch_size}, got {state.batch_size}"
+    )
+
+
+def require_room(
+  position: Any, count: Any, capacity: int = MAX_POSITION
+) -> None:
+  """Raises ValueError unless rows at `position` may go on by `count` tokens."""
+  total = np.asarray(jax.device_get(position), np.int64) + count
+  if (total > capacity).any():
+    raise ValueError(
+      f"state: expected at most {capacity} tokens in a sequence, got "
+      f"{int(total.max())} with the new ones: there is no room for them"
+    )
+
+
+def require_block(tokens: Any, lengths: Any, state: Any) -> None:
+  """Raises ValueError unless `tokens` [B, T] can be read by `state`."""
+  require_alive(state)
+  batch_size = state.batch_size
+  shape = tuple(tokens.shape)
+  if len(shape) != 2 or shape[0] != batch_size or shape[1] < 1:
+    raise ValueError(
+      f"tokens: expected shape [B={batch_size}, T >= 1] for a state of "
+      f"batch size {batch_size}, got {shape}"
+    )
+  if tuple(lengths.shape) != (batch_size,):
+    raise ValueError(
+      f"lengths: expected shape ({batch_size},) for a state of batch size "
+      f"{batch_size}, got {tuple(lengths.shape)}"
+    )
+  _require_integers("tokens", tokens)
+  _require_integers("lengths", lengths)
+  if not is_concrete(tokens) or not is_concrete(lengths):
+    return
+  tokens, lengths = jax.device_get((tokens, lengths))
+  if lengths.min() < 1 or lengths.max() > shape[1]:
+    raise ValueError(
+      f"lengths: expected 1 to T={shape[1]}, got {lengths.tolist()}"
+    )
+  real = np.arange(shape[1])[None] < lengths[:, None]
+  _require_range("tokens", tokens[real], state.config.vocab_size)
+
+
+def require_step(token: Any, state: Any) -> None:
+  """Raises ValueError unless `token` [B] can be read by `state`."""
+  require_alive(state)
+  if tuple(token.shape) != (state.batch_size,):
+    raise ValueError(
+      f"token: expected shape ({state.batch_size},) for a state of batch size "
+      f"{state.batch_size}, got {tuple(token.shape)}"
+    )
+  _require_integers("token", token)
+  if isinstance(token, np.ndarray):
+    _require_range("token", token, state.config.vocab_size)
+
+
+def _require_integers(name, array) -> None:
+  if not jnp.issubdtype(array.dtype, jnp.integer):
+    raise ValueError(f"{name}: expected integers, got {array.dtype}")
+
+
+def _require_range(name, ids, vocab_size) -> None:
+  outside = ids[(ids < 0) | (ids >= vocab_size)]
+  if outside.size:
+    raise ValueError(
+      f"{name}: expected ids in [0, {vocab_size}), got {int(outside[0])}"
     )
 
 
 def require_params(params: Any, config: ModelConfig) -> None:
   """Raises ValueError unless `params` are unboxed parameters of LM(config).
 
-  Compares names and shapes alone; called where a program is traced, so that
-  it costs nothing per call.
+  Compares names and shapes alone. Called where a program is traced.
   """
-  want = _param_shapes(config)
-  got = _shapes(params)
+  want, got = _param_shapes(config), _shapes(params)
   for name in sorted(want.keys() | got.keys()):
     if want.get(name) != got.get(name):
       raise ValueError(
@@ -65,63 +180,15 @@ def _shapes(params) -> dict[str, tuple[int, ...]]:
   def is_box(leaf):
     return isinstance(leaf, nn.meta.AxisMetadata)
 
-  def name(path):
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+  def array(leaf):
+    return leaf.unbox(apply_constraint=False) if is_box(leaf) else leaf
 
   leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
   return {
-    name(path): tuple(
-      (leaf.unbox(apply_constraint=False) if is_box(leaf) else leaf).shape
-    )
+    jax.tree_util.keystr(path, simple=True, separator="/"): array(leaf).shape
     for path, leaf in leaves
   }
 
 
 def _tell(shape) -> str:
   return "is missing" if shape is None else f"has shape {shape}"
-
-
-def require_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
-  """Raises ValueError unless all ids are in [0, vocab_size)."""
-  outside = [i for i in ids if not 0 <= i < vocab_size]
-  if outside:
-    raise ValueError(
-      f"{name}: expected ids in [0, {vocab_size}), got {outside[0]}"
-    )
-
-
-def require_prefill(tokens, lengths, state, chunk_size) -> None:
-  """Raises ValueError for anything that `prefill` cannot read."""
-  require_alive(state)
-  batch_size = state.position.shape[0]
-  vocab_size = state.config.vocab_size
-  if tokens.shape[0] != batch_size or tokens.shape[1] < 1:
-    raise ValueError(
-      f"tokens: expected shape [B={batch_size}, T >= 1] for this state, got "
-      f"{tokens.shape}"
-    )
-  if lengths.shape != (batch_size,):
-    raise ValueError(
-      f"lengths: expected shape ({batch_size},), got {lengths.shape}"
-    )
-  if chunk_size < 1:
-    raise ValueError(f"chunk_size: expected >= 1, got {chunk_size}")
-  if not is_concrete(tokens) or not is_concrete(lengths):
-    return
-  tokens, lengths = jax.device_get((tokens, lengths))
-  if lengths.min() < 1 or lengths.max() > tokens.shape[1]:
-    raise ValueError(
-      f"lengths: expected 1 to T={tokens.shape[1]}, got {lengths.tolist()}"
-    )
-  real = np.arange(tokens.shape[1])[None] < lengths[:, None]
-  outside = real & ((tokens < 0) | (tokens >= vocab_size))
-  if outside.any():
-    raise ValueError(
-      f"tokens: expected ids in [0, {vocab_size}), got "
-      f"{int(tokens[outside][0])}"
-    )
-
-
-def is_concrete(value: Any) -> bool:
-  """Whether `value` has numbers, as it has not while jit traces."""
-  return not isinstance(value, jax.core.Tracer)

@@ -1,113 +1,149 @@
 """Generation: prompts in, tokens out, all at once or as they come."""
 
-import functools
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array
 
-from gdn2_jax.inference.checks import require_ids
-from gdn2_jax.inference.sampling import Sampler, sample
-from gdn2_jax.inference.state import (
-  State,
-  advance,
-  bucket,
-  init_state,
-  prefill,
+from gdn2_jax.inference.checks import (
+  MAX_POSITION,
+  require_count,
+  require_ids,
+  require_key,
+  require_room,
+  require_state,
 )
+from gdn2_jax.inference.decode import (
+  TOKENS_PER_DISPATCH,
+  Rows,
+  decode,
+  pad_stops,
+)
+from gdn2_jax.inference.rows import put, take
+from gdn2_jax.inference.sampling import Sampler
+from gdn2_jax.inference.state import State, bucket, init_state, read
 from gdn2_jax.model.config import ModelConfig
 
-_LARGEST_BUFFER = 1 << 30
 
-
-@struct.dataclass
-class Decoding:
-  """Between two dispatches: `token` is chosen, but `state` has not read it.
+@dataclasses.dataclass(frozen=True)
+class Generated:
+  """What `generate` returns with return_state: all that going on takes.
 
   Attributes:
-    state: State of B sequences.
-    token: [B] int32, the last token chosen.
-    done: [B] bool, a stop id was chosen.
-    kept: [B] int32, tokens chosen before the stop id.
-    index: int32, tokens chosen per row, stop ids and later ones included.
+    tokens: B lists of ids.
+    state: of B sequences, each of which has read its prompt and all tokens
+      chosen for it but the last.
+    pending: [B] the last token chosen for each row: the last of its `tokens`,
+      or the stop id that ended it. Whatever follows begins with it.
+    index: [B] tokens chosen for each row so far, stop ids included.
   """
 
-  state: Any
-  token: Any
-  done: Any
-  kept: Any
-  index: Any
+  tokens: list[list[int]]
+  state: State
+  pending: list[int]
+  index: list[int]
 
 
 def generate(
   params: Any,
   config: ModelConfig,
-  prompts: Sequence[Sequence[int]],
+  prompts: Sequence[Any],  # lists of ids, checked by name
   max_new_tokens: int,
   *,
   rng: Array,
   sampler: Sampler = Sampler(),  # noqa: B008, frozen
   stop_ids: Sequence[int] = (),
-) -> list[list[int]]:
+  state: State | None = None,
+  index: int | Sequence[int] = 0,
+  on_tokens: Callable[[int, list[int]], Any] | None = None,
+  return_state: bool = False,
+  tokens_per_dispatch: int = TOKENS_PER_DISPATCH,
+) -> list[list[int]] | Generated:
   """Continues a batch of prompts of any lengths.
 
-  Decoding is one dispatch: a loop on the device, whose memory grows with
-  max_new_tokens only by the int32 output, and which ends early once every
-  row has met a stop id. Row i draws its n-th token with a key that depends
-  on (rng, i, n) alone.
+  Row i draws its n-th token with a key that depends on (rng, i, n) alone. The
+  loop over tokens is on the device, `tokens_per_dispatch` at a time, and ends
+  once every row is done.
 
   Args:
     params: unboxed parameters of LM(config).
     config: of the model.
     prompts: B non-empty lists of token ids.
-    max_new_tokens: >= 1.
+    max_new_tokens: per row, >= 1.
     rng: one typed key, as from `jax.random.key`.
     sampler: how a token is chosen.
     stop_ids: tokens that end a row.
+    state: of B sequences, which the prompts continue; donated. None: the
+      prompts start from nothing.
+    index: n of the first token, one for all rows or one per row.
+    on_tokens: called as on_tokens(i, ids) with the new tokens of row i, first
+      with one and then with up to tokens_per_dispatch; to end the row there it
+      returns True.
+    return_state: whether to return all that going on takes. Then
+
+        first = generate(params, config, prompts, n, rng=rng, return_state=True)
+        more = generate(
+          params, config, [[token] for token in first.pending], m, rng=rng,
+          state=first.state, index=first.index)
+
+      gives in two parts, bit for bit, what one call gives for n + m tokens.
+    tokens_per_dispatch: >= 1; does not change the tokens.
 
   Returns:
     B lists of at most max_new_tokens ids: without the prompt, and without the
-    stop id that ended the row.
+    stop id that ended the row. With return_state a `Generated`.
 
   Raises:
     ValueError: an empty prompt, an id outside the vocabulary, a count < 1, an
-      untyped key, or a top_k above the vocabulary size.
+      untyped key, a top_k above the vocabulary size, a state of another model
+      or batch size, or more tokens than it has room for.
   """
-  _check_request(config, prompts, max_new_tokens, rng, sampler, stop_ids)
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(len(prompts)))
-  stops = _pad_stops(stop_ids)
-  carry = read_prompts(params, config, prompts, keys, stops, sampler)
-  columns = [jax.device_get(carry.token)[:, None]]
-  if max_new_tokens > 1:
-    block, carry = decode_block(
-      params,
-      carry,
-      jnp.asarray(max_new_tokens - 1, jnp.int32),
-      keys,
-      stops,
-      sampler=sampler,
-      size=bucket(max_new_tokens - 1, _LARGEST_BUFFER),
+  request = _Request(
+    config, prompts, max_new_tokens, rng, sampler, stop_ids, state, index
+  )
+  require_count("tokens_per_dispatch", tokens_per_dispatch)
+  state, rows = request.begin(params)
+  size = tokens_per_dispatch
+  tokens = [[] for _ in prompts]
+  ended = {}
+  count = 1 if on_tokens else size
+  while not rows.done.all():
+    before = rows.done
+    new, state, rows = decode(
+      params, state, rows, count=count, size=size, pause=return_state
     )
-    columns.append(jax.device_get(block))
-  tokens = np.concatenate(columns, axis=1)
-  kept = jax.device_get(carry.kept)
-  return [row[:n].tolist() for row, n in zip(tokens, kept, strict=True)]
+    for row, ids in enumerate(new):
+      tokens[row] += ids
+      if on_tokens and ids and on_tokens(row, ids):
+        rows.done[row] = True
+    if return_state and not rows.done.all():
+      # The others go on, and with them this row's state.
+      for row in np.flatnonzero(rows.done & ~before).tolist():
+        ended[row] = take(state, [row])
+    count = size
+  if not return_state:
+    return tokens
+  for row, final in ended.items():
+    state = put(state, row, final)
+  return Generated(tokens, state, rows.token.tolist(), rows.index.tolist())
 
 
 def stream(
   params: Any,
   config: ModelConfig,
-  prompt: Sequence[int],
+  prompt: Any,  # list of ids, checked by name
   max_new_tokens: int,
   *,
   rng: Array,
   sampler: Sampler = Sampler(),  # noqa: B008, frozen
   stop_ids: Sequence[int] = (),
-  tokens_per_dispatch: int = 8,
+  state: State | None = None,
+  index: int = 0,
+  tokens_per_dispatch: int = TOKENS_PER_DISPATCH,
 ) -> Iterator[int]:
   """Yields the tokens that `generate` gives for [prompt], as they come.
 
@@ -121,6 +157,8 @@ def stream(
     rng: one typed key.
     sampler: how a token is chosen.
     stop_ids: tokens that end the stream; not yielded.
+    state: of one sequence, which the prompt continues; donated.
+    index: n of the first token.
     tokens_per_dispatch: >= 1; does not change the tokens.
 
   Returns:
@@ -129,146 +167,90 @@ def stream(
   Raises:
     ValueError: as `generate`, at the call and not at the first token.
   """
-  _check_request(config, [prompt], max_new_tokens, rng, sampler, stop_ids)
-  if tokens_per_dispatch < 1:
-    raise ValueError(
-      f"tokens_per_dispatch: expected >= 1, got {tokens_per_dispatch}"
-    )
-  keys = jax.random.fold_in(rng, 0)[None]
-  stops = _pad_stops(stop_ids)
+  request = _Request(
+    config, [prompt], max_new_tokens, rng, sampler, stop_ids, state, index
+  )
+  require_count("tokens_per_dispatch", tokens_per_dispatch)
 
-  def blocks():
-    carry = read_prompts(params, config, [prompt], keys, stops, sampler)
-    given = 0
-    block = carry.token[:, None]
-    while True:
-      row, kept, done = jax.device_get((block[0], carry.kept[0], carry.done[0]))
-      yield from row[: kept - given].tolist()
-      given = int(kept)
-      left = max_new_tokens - given
-      if done or not left:
-        return
-      block, carry = decode_block(
-        params,
-        carry,
-        jnp.asarray(min(left, tokens_per_dispatch), jnp.int32),
-        keys,
-        stops,
-        sampler=sampler,
-        size=tokens_per_dispatch,
+  def tokens():
+    state, rows = request.begin(params)
+    count = 1
+    while not rows.done.all():
+      (new,), state, rows = decode(
+        params, state, rows, count=count, size=tokens_per_dispatch
       )
+      yield from new
+      count = tokens_per_dispatch
 
-  return blocks()
+  return tokens()
 
 
-@functools.partial(
-  jax.jit,
-  static_argnames=("sampler", "size"),
-  donate_argnames=("carry",),
-)
-def decode_block(params, carry, count, keys, stops, *, sampler, size):
-  """Chooses up to `count` <= size further tokens of every row.
+@dataclasses.dataclass
+class _Request:
+  """The arguments of `generate`: checked, and then begun."""
 
-  Args:
-    params: unboxed parameters.
-    carry: where the rows are; donated.
-    count: int32 scalar, not static: one program serves every count.
-    keys: [B] typed keys.
-    stops: [S] int32 stop ids; -1 is none.
-    sampler: how a token is chosen.
-    size: columns of the output buffer.
+  config: ModelConfig
+  prompts: Any
+  max_new_tokens: int
+  rng: Array
+  sampler: Sampler
+  stop_ids: Sequence[int]
+  state: State | None
+  index: int | Sequence[int]
 
-  Returns:
-    tokens [B, size] int32, columns from `count` on (or from where every row
-    was done) zero, and the new carry.
-  """
-  first = carry.index
+  def __post_init__(self):
+    vocab_size = self.config.vocab_size
+    require_count("max_new_tokens", self.max_new_tokens)
+    require_key("rng", self.rng)
+    self.sampler.check(vocab_size)
+    stops = require_ids("stop_ids", self.stop_ids, vocab_size)
+    self.stop_ids = stops.tolist()
+    self.prompts = [
+      require_ids(f"prompts[{i}]", prompt, vocab_size)
+      for i, prompt in enumerate(self.prompts)
+    ]
+    batch_size = len(self.prompts)
+    if not batch_size:
+      raise ValueError("prompts: expected at least one prompt, got none")
+    for i, prompt in enumerate(self.prompts):
+      if not prompt.size:
+        raise ValueError(f"prompts[{i}]: expected at least one token, got none")
+    index = np.asarray(self.index)
+    if index.shape not in ((), (batch_size,)) or index.dtype.kind not in "iu":
+      raise ValueError(
+        f"index: expected an integer or {batch_size} of them, got {self.index}"
+      )
+    if index.min() < 0:
+      raise ValueError(f"index: expected >= 0, got {self.index}")
+    self.index = np.broadcast_to(index, (batch_size,)).astype(np.int32)
+    position = np.zeros((), np.int64)
+    if self.state is not None:
+      require_state(self.state, self.config, batch_size)
+      position = self.state.position
+    require_room(position, self._lengths() + int(self.max_new_tokens))
 
-  def unfinished(loop):
-    _, carry = loop
-    return (carry.index < first + count) & ~jnp.all(carry.done)
+  def _lengths(self):
+    return np.asarray([prompt.size for prompt in self.prompts], np.int64)
 
-  def body(loop):
-    tokens, carry = loop
-    logits, state = advance(params, carry.token, carry.state)
-    column = carry.index - first
-    carry = _choose(logits, state, carry, keys, stops, sampler)
-    tokens = jax.lax.dynamic_update_slice_in_dim(
-      tokens, carry.token[:, None], column, axis=1
+  def begin(self, params) -> tuple[State, Rows]:
+    """Reads the prompts but for their last tokens."""
+    lengths = self._lengths()
+    batch_size = len(lengths)
+    state = self.state
+    if state is None:
+      longest = int(lengths.max()) + self.max_new_tokens
+      state = init_state(self.config, batch_size, bucket(longest, MAX_POSITION))
+    tokens = np.zeros((batch_size, lengths.max()), np.int32)
+    for row, prompt in zip(tokens, self.prompts, strict=True):
+      row[: prompt.size] = prompt
+    _, state = read(params, tokens, lengths.astype(np.int32) - 1, state)
+    key = jax.vmap(jax.random.fold_in, (None, 0))
+    return state, Rows(
+      token=tokens[np.arange(batch_size), lengths - 1],
+      index=self.index,
+      limit=self.index + self.max_new_tokens,
+      done=np.zeros((batch_size,), bool),
+      key=key(self.rng, jnp.arange(batch_size)),
+      stops=pad_stops([self.stop_ids] * batch_size),
+      sampler=self.sampler,
     )
-    return tokens, carry
-
-  tokens = jnp.zeros((carry.token.shape[0], size), jnp.int32)
-  return jax.lax.while_loop(unfinished, body, (tokens, carry))
-
-
-def _choose(logits, state, carry, keys, stops, sampler):
-  """Samples one token of each row; `carry` gives done, kept and index."""
-  step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, carry.index)
-  token = sample(logits, step_keys, sampler)
-  done = carry.done | (token[:, None] == stops[None]).any(axis=1)
-  return Decoding(
-    state=state,
-    token=token,
-    done=done,
-    kept=carry.kept + ~done,
-    index=carry.index + 1,
-  )
-
-
-def read_prompts(params, config, prompts, keys, stops, sampler) -> Decoding:
-  """Prefills and chooses the first token of each row.
-
-  Args:
-    params: unboxed parameters.
-    config: of the model.
-    prompts: B non-empty lists of token ids.
-    keys: [B] typed keys, one per row.
-    stops: [S] int32 stop ids; -1 is none.
-    sampler: how a token is chosen.
-  """
-  lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
-  tokens = np.zeros((len(prompts), lengths.max()), np.int32)
-  for row, prompt in zip(tokens, prompts, strict=True):
-    row[: len(prompt)] = prompt
-  state = init_state(config, len(prompts))
-  logits, state = prefill(params, tokens, lengths, state)
-  return _first_token(logits, state, keys, stops, sampler=sampler)
-
-
-@functools.partial(jax.jit, static_argnames=("sampler",))
-def _first_token(logits, state: State, keys, stops, *, sampler):
-  batch_size = logits.shape[0]
-  before = Decoding(
-    state=state,
-    token=jnp.zeros((batch_size,), jnp.int32),
-    done=jnp.zeros((batch_size,), bool),
-    kept=jnp.zeros((batch_size,), jnp.int32),
-    index=jnp.zeros((), jnp.int32),
-  )
-  return _choose(logits, state, before, keys, stops, sampler)
-
-
-def _pad_stops(stop_ids):
-  """int32, padded with -1 to a multiple of 8: few shapes, few programs."""
-  stops = np.full(8 * max(1, -(-len(stop_ids) // 8)), -1, np.int32)
-  stops[: len(stop_ids)] = stop_ids
-  return jnp.asarray(stops)
-
-
-def _check_request(config, prompts, max_new_tokens, rng, sampler, stop_ids):
-  if max_new_tokens < 1:
-    raise ValueError(f"max_new_tokens: expected >= 1, got {max_new_tokens}")
-  if not len(prompts):
-    raise ValueError("prompts: expected at least one prompt, got none")
-  if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
-    raise ValueError(
-      "rng: expected a typed key as from jax.random.key(seed), got an array "
-      f"of {rng.dtype}"
-    )
-  sampler.check(config.vocab_size)
-  require_ids("stop_ids", stop_ids, config.vocab_size)
-  for i, prompt in enumerate(prompts):
-    if not len(prompt):
-      raise ValueError(f"prompts[{i}]: expected at least one token, got none")
-    require_ids(f"prompts[{i}]", prompt, config.vocab_size)

@@ -5,12 +5,17 @@ Legend: B batch, VOCAB vocabulary, R ranks kept (most probable first).
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler:
   """p(i) proportional to exp(logits_i / temperature) over the kept tokens.
@@ -18,8 +23,8 @@ class Sampler:
   Tokens are ranked by logit, the lower id first among equals. Kept are the
   first `top_k` ranks, and of these the shortest prefix whose probability
   (softmax at this temperature over the top_k ranks) reaches `top_p`; the
-  first rank is always kept. What is kept is renormalised. Hashable, so it
-  can be a static argument of jit.
+  first rank is always kept. What is kept is renormalised. A static argument
+  for jit, which compiles once per sampler.
 
   Attributes:
     temperature: 0, which takes the first rank (greedy) whatever the rest, or
@@ -73,6 +78,44 @@ class Sampler:
 GREEDY = Sampler(temperature=0.0)
 
 
+@struct.dataclass
+class RowSamplers:
+  """One sampler per row, as arrays: one compiled program serves all settings.
+
+  Attributes:
+    temperature, top_p: [B] float32.
+    top_k, vocab_size: [B] int32; vocab_size is never 0 here.
+  """
+
+  # Any: tree transformations build samplers of other things than arrays.
+  temperature: Any
+  top_k: Any
+  top_p: Any
+  vocab_size: Any
+
+
+def row_samplers(samplers: Sequence[Sampler], vocab_size: int) -> RowSamplers:
+  """Stacks the samplers of B rows, on the host.
+
+  Args:
+    samplers: one per row.
+    vocab_size: of the model.
+
+  Raises:
+    ValueError: a top_k or vocab_size larger than the model's vocabulary.
+  """
+  for sampler in samplers:
+    sampler.check(vocab_size)
+  return RowSamplers(
+    temperature=np.asarray([s.temperature for s in samplers], np.float32),
+    top_k=np.asarray([s.top_k for s in samplers], np.int32),
+    top_p=np.asarray([s.top_p for s in samplers], np.float32),
+    vocab_size=np.asarray(
+      [s.vocab_size or vocab_size for s in samplers], np.int32
+    ),
+  )
+
+
 def filter_logits(
   logits: Float[Array, "B VOCAB"], sampler: Sampler
 ) -> Float[Array, "B VOCAB"]:
@@ -98,31 +141,46 @@ def filter_logits(
 def sample(
   logits: Float[Array, "B VOCAB"],
   keys: Key[Array, " B"],
-  sampler: Sampler,
+  sampler: Sampler | RowSamplers,
 ) -> Int[Array, " B"]:
   """Draws one token per row, each row with its own key.
 
-  A row's draw depends on that row's logits and key alone, so a sequence gets
-  the same tokens in any batch.
+  The most probable after adding Gumbel noise, of which every id gets its own
+  amount from the key alone. So a row's draw depends on that row's logits, key
+  and sampler alone, and a sequence gets the same tokens in any batch.
 
   Args:
     logits: [B, VOCAB], any float dtype; computed in float32.
     keys: [B] typed keys; unused when greedy.
-    sampler: the distribution.
+    sampler: one for all rows, or one per row.
 
   Returns:
     int32 [B] token ids.
 
   Raises:
-    ValueError: top_k is larger than VOCAB.
+    ValueError: a top_k or vocab_size larger than VOCAB.
   """
+  if isinstance(sampler, RowSamplers):
+    return _sample_rows(logits, keys, sampler)
   if sampler.temperature == 0:
-    known = _known(logits, sampler)
-    return jnp.argmax(known, axis=-1).astype(jnp.int32)
+    return _first(_known(logits, sampler))
   values_BR, ids_BR = _ranked(logits, sampler)
-  ranks_B = jax.vmap(jax.random.categorical)(keys, values_BR)
+  noise_BR = jnp.take_along_axis(_noise(keys, logits), ids_BR, axis=1)
+  ranks_B = jnp.argmax(values_BR + noise_BR, axis=-1)
   chosen_B1 = jnp.take_along_axis(ids_BR, ranks_B[:, None], axis=1)
   return chosen_B1[:, 0].astype(jnp.int32)
+
+
+def _noise(keys, logits):
+  def draw(key):
+    return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
+
+  return jax.vmap(draw)(keys)
+
+
+def _first(logits):
+  """The most probable id of each row, the lower one among equals."""
+  return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def _known(logits, sampler):
@@ -149,11 +207,45 @@ def _ranked(
   values_BR, ids_BR = jax.lax.top_k(logits, sampler.top_k or vocab_size)
   values_BR = values_BR / sampler.temperature
   if sampler.top_p < 1:
-    p_BR = jax.nn.softmax(values_BR, axis=-1)
-    # Mass of the more probable ranks: 0 for the first, so it always stays.
-    before_BR = jnp.cumsum(p_BR, axis=-1) - p_BR
-    first_BR = jnp.arange(values_BR.shape[-1])[None] == 0
-    values_BR = jnp.where(
-      (before_BR < sampler.top_p) | first_BR, values_BR, -jnp.inf
-    )
+    keep_BR = _nucleus(values_BR, jnp.asarray(sampler.top_p))
+    values_BR = jnp.where(keep_BR, values_BR, -jnp.inf)
   return values_BR, ids_BR
+
+
+def _sample_rows(logits, keys, samplers: RowSamplers):
+  """`sample` where each row has settings of its own, known at run time only."""
+  vocab_size = logits.shape[-1]
+  unknown = jnp.arange(vocab_size)[None] >= samplers.vocab_size[:, None]
+  logits = jnp.where(unknown, -jnp.inf, logits.astype(jnp.float32))
+  greedy = samplers.temperature == 0
+  shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+  scaled = shifted / jnp.where(greedy, 1.0, samplers.temperature)[:, None]
+  ranks_matter = ~greedy & ((samplers.top_k > 0) | (samplers.top_p < 1))
+  # Sorting a vocabulary costs more than all the rest: only where it is needed.
+  kept = jax.lax.cond(
+    ranks_matter.any(), _drop_ranks, lambda x, _: x, scaled, samplers
+  )
+  drawn = _first(kept + _noise(keys, logits))
+  return jnp.where(greedy, _first(logits), drawn)
+
+
+def _drop_ranks(values, samplers):
+  """-inf in place of the ids that top_k and top_p do not keep."""
+  vocab_size = values.shape[-1]
+  values_BR, ids_BR = jax.lax.top_k(values, vocab_size)
+  ranks_BR = jnp.broadcast_to(jnp.arange(vocab_size)[None], values.shape)
+  top_k = jnp.where(samplers.top_k == 0, vocab_size, samplers.top_k)
+  values_BR = jnp.where(ranks_BR < top_k[:, None], values_BR, -jnp.inf)
+  keep_BR = _nucleus(values_BR, samplers.top_p[:, None])
+  values_BR = jnp.where(keep_BR, values_BR, -jnp.inf)
+  rows_B1 = jnp.arange(values.shape[0])[:, None]
+  return jnp.zeros_like(values).at[rows_B1, ids_BR].set(values_BR)
+
+
+def _nucleus(values_BR, top_p):
+  """Which ranks are kept: the shortest prefix that reaches top_p."""
+  p_BR = jax.nn.softmax(values_BR, axis=-1)
+  # Mass of the more probable ranks: 0 for the first, so it always stays.
+  before_BR = jnp.cumsum(p_BR, axis=-1) - p_BR
+  first_BR = jnp.arange(values_BR.shape[-1])[None] == 0
+  return (before_BR < top_p) | (top_p >= 1) | first_BR

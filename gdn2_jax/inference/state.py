@@ -1,4 +1,4 @@
-"""The state of a batch of sequences, and the two steps that advance it.
+"""The state of a batch of sequences, and the steps that advance it.
 
 Everything here is a pure function of (parameters, tokens, state). The state
 has the same size whatever number of tokens it has seen.
@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from gdn2_jax.inference.checks import (
-  require_alive,
-  require_batch,
+  is_concrete,
+  require_block,
+  require_count,
   require_params,
-  require_prefill,
+  require_step,
 )
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.lm import LM, init_cache
@@ -33,7 +34,7 @@ class State:
 
   Attributes:
     cache: of the model, leaves [groups, B, ...].
-    position: [B] int32, tokens seen by each row.
+    position: [B] int32, tokens read by each row.
     config: of the model; static, a part of the tree's structure.
   """
 
@@ -41,6 +42,11 @@ class State:
   cache: Any
   position: Any
   config: ModelConfig = struct.field(pytree_node=False)
+
+  @property
+  def batch_size(self) -> int:
+    """Sequences B."""
+    return self.position.shape[0]
 
 
 def init_state(
@@ -57,7 +63,7 @@ def init_state(
   Raises:
     ValueError: batch_size < 1.
   """
-  limit = () if max_length is None else (max_length,)
+  limit = (max_length,) if "A" in config.pattern else ()
   return State(
     cache=init_cache(config, batch_size, *limit),
     position=jnp.zeros((batch_size,), jnp.int32),
@@ -67,8 +73,8 @@ def init_state(
 
 def prefill(
   params: Any,
-  tokens: Int[Array | np.ndarray, "B T"],
-  lengths: Int[Array | np.ndarray, " rows"],  # B, checked with the rest
+  tokens: Shaped[Array | np.ndarray, "..."],  # checked by name below
+  lengths: Shaped[Array | np.ndarray, "..."],
   state: State,
   *,
   chunk_size: int = CHUNK_SIZE,
@@ -93,21 +99,35 @@ def prefill(
     float32 logits [B, VOCAB] after each row's last token, and the new state.
 
   Raises:
-    ValueError: shapes that disagree, parameters of another model, a state that
-      was donated before, chunk_size < 1, or (if known outside of jit) a length
-      outside 1..T or an id outside the vocabulary.
+    ValueError: shapes that disagree, numbers that are not integers, parameters
+      of another model, a state that was donated before, chunk_size < 1, or (if
+      known outside of jit) a length outside 1..T or an id outside the
+      vocabulary.
   """
-  require_prefill(tokens, lengths, state, chunk_size)
-  tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
-  batch_size, total = tokens.shape
-  logits = jnp.zeros((batch_size, state.config.vocab_size), jnp.float32)
-  for start in range(0, total, chunk_size):
+  require_count("chunk_size", chunk_size)
+  require_block(tokens, lengths, state)
+  return read(params, tokens, lengths, state, chunk_size)
+
+
+def read(
+  params: Any,
+  tokens: Int[Array | np.ndarray, "B T"],
+  lengths: Int[Array | np.ndarray, " B"],
+  state: State,
+  chunk_size: int = CHUNK_SIZE,
+) -> tuple[Float[Array, "B VOCAB"], State]:
+  """`prefill` unchecked; lengths may be 0, where logits come out as 0."""
+  if is_concrete(tokens) and is_concrete(lengths):
+    # On the host: cutting arrays on the device compiles once per length.
+    tokens, lengths = jax.device_get((tokens, lengths))
+    tokens = tokens[:, : lengths.max()]
+  pad = np.pad if is_concrete(tokens) else jnp.pad
+  logits = jnp.zeros((state.batch_size, state.config.vocab_size), jnp.float32)
+  for start in range(0, tokens.shape[1], chunk_size):
     piece = tokens[:, start : start + chunk_size]
     padding = bucket(piece.shape[1], chunk_size) - piece.shape[1]
-    piece = jnp.pad(piece, ((0, 0), (0, padding)))
-    logits, state = _prefill_chunk(
-      params, piece, lengths - start, state, logits
-    )
+    piece = pad(piece, ((0, 0), (0, padding)))
+    logits, state = _read_chunk(params, piece, lengths - start, state, logits)
   return logits, state
 
 
@@ -118,54 +138,101 @@ def bucket(size: int, largest: int) -> int:
 
 
 @functools.partial(jax.jit, donate_argnames=("state", "logits"))
-def _prefill_chunk(params, tokens, lengths, state, logits):
+def _read_chunk(params, tokens, lengths, state, logits):
   """One chunk; lengths may be below 1 (row over) or above T (row goes on)."""
+  x, count, state = _hidden(params, tokens, lengths, state)
+  # The head is applied to one position per row, not to all of them.
+  last = jnp.maximum(count - 1, 0)[:, None, None]
+  x_last = jnp.take_along_axis(x, last, axis=1)[:, 0]
+  new = _head(params, x_last, state)
+  return jnp.where(count[:, None] > 0, new, logits), state
+
+
+def extend(
+  params: Any,
+  tokens: Shaped[Array | np.ndarray, "..."],  # checked by name below
+  lengths: Shaped[Array | np.ndarray, "..."],
+  state: State,
+) -> tuple[Float[Array, "B T VOCAB"], State]:
+  """Reads a short block of tokens and returns the logits after each of them.
+
+  What `prefill` is to a prompt this is to a draft: whether a model agrees with
+  T tokens costs one call instead of T. The state cannot be taken back by some
+  tokens: to drop a part of the block, copy the state before, and read what is
+  kept again with smaller `lengths`. Compiles once per T.
+
+  Args:
+    params: unboxed parameters of LM(state.config).
+    tokens: [B, T] ids; row i is read up to lengths[i], the rest is ignored.
+    lengths: [B] tokens of each row, 1 to T.
+    state: of B sequences. Donated: its buffers are reused for the result.
+
+  Returns:
+    float32 logits [B, T, VOCAB], of which [i, j] follow token j of row i and
+    mean something for j < lengths[i]; and the new state.
+
+  Raises:
+    ValueError: as `prefill`.
+  """
+  require_block(tokens, lengths, state)
+  return _extend(params, tokens, lengths, state)
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def _extend(params, tokens, lengths, state):
+  x, _, state = _hidden(params, tokens, lengths, state)
+  return _head(params, x, state), state
+
+
+def _hidden(params, tokens, lengths, state):
+  """Activations [B, T, D], tokens read by each row [B], and the new state."""
   require_params(params, state.config)
-  model = LM(state.config)
-  size = tokens.shape[1]
-  real = jnp.arange(size)[None] < lengths[:, None]
-  x, cache = model.apply(
+  real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+  x, cache = LM(state.config).apply(
     {"params": params},
     jnp.where(real, tokens, 0),
     real.astype(jnp.int32),
     state.cache,
     method="hidden",
   )
-  read = real.sum(axis=1, dtype=jnp.int32)
-  # The head is applied to one position per row, not to all of them.
-  last = jnp.maximum(read - 1, 0)[:, None, None]
-  x_last = jnp.take_along_axis(x, last, axis=1)[:, 0]
-  new = model.apply({"params": params}, x_last, method="logits")
-  logits = jnp.where(read[:, None] > 0, new.astype(jnp.float32), logits)
-  return logits, state.replace(cache=cache, position=state.position + read)
+  count = real.sum(axis=1, dtype=jnp.int32)
+  return x, count, state.replace(cache=cache, position=state.position + count)
+
+
+def _head(params, x, state):
+  logits = LM(state.config).apply({"params": params}, x, method="logits")
+  return logits.astype(jnp.float32)
 
 
 def decode_step(
-  params: Any, token: Int[Array | np.ndarray, " rows"], state: State
+  params: Any,
+  token: Shaped[Array | np.ndarray, "..."],  # checked by name below
+  state: State,
 ) -> tuple[Float[Array, "B VOCAB"], State]:
   """Reads one token per row, continuing from `state`, which is donated.
 
   Args:
     params: unboxed parameters of LM(state.config).
-    token: [B] ids in [0, vocab_size); others give NaN.
+    token: [B] ids in [0, vocab_size). Those of a NumPy array are checked; to
+      look at those of a JAX array would wait for the device, so there an id
+      outside gives its row NaN.
     state: of B sequences. Donated: its buffers are reused for the result.
 
   Returns:
     float32 logits [B, VOCAB] of the next token, and the new state.
 
   Raises:
-    ValueError: a batch size or parameters that are not the state's, or a state
-      that was donated before.
+    ValueError: another batch size or other parameters than the state's,
+      numbers that are not ids, or a state that was donated before.
   """
-  require_alive(state)
+  require_step(token, state)
   return _decode_step(params, token, state)
 
 
 def advance(
-  params: Any, token: Int[Array, " rows"], state: State
+  params: Any, token: Int[Array, " B"], state: State
 ) -> tuple[Float[Array, "B VOCAB"], State]:
   """`decode_step` without its jit, for use inside a larger jitted function."""
-  require_batch("token", token, state)
   require_params(params, state.config)
   logits, cache = LM(state.config).apply(
     {"params": params}, token[:, None], None, state.cache

@@ -7,13 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdn2_jax.inference.generate import (
-  decode_block,
-  generate,
-  read_prompts,
-  stream,
-)
+from gdn2_jax.inference.decode import Rows, decode_block, pad_stops
+from gdn2_jax.inference.generate import generate, stream
 from gdn2_jax.inference.sampling import GREEDY, Sampler
+from gdn2_jax.inference.state import init_state, read
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [7], [8, 8]]
 NEW = 14  # 10 + 14 = 24 tokens, the length the full forward is compiled for
@@ -37,10 +34,6 @@ def argmax_chain(tiny):
   return [
     row[n : n + NEW].tolist() for row, n in zip(tokens, lengths, strict=True)
   ]
-
-
-def row_keys(rows):
-  return jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(rows))
 
 
 def test_greedy_is_the_argmax_of_the_full_forward(tiny):
@@ -95,48 +88,48 @@ def test_stop_ids_end_each_row_where_it_meets_one(hybrid):
   assert generate(*args, rng=KEY, sampler=WARM, stop_ids=stops) == want
 
 
-def test_decoding_ends_when_every_row_is_done(hybrid):
-  """Rows that are done do not run on to max_new_tokens."""
-  args = (hybrid.params, hybrid.config)
-  free = generate(*args, PROMPTS, NEW, rng=KEY, sampler=WARM)
-  stops = jnp.full((8,), -1, jnp.int32)
-  stops = stops.at[:3].set(jnp.asarray([row[3] for row in free]))
-  keys = row_keys(3)
-  carry = read_prompts(*args, PROMPTS, keys, stops, WARM)
-  _, carry = decode_block(
-    args[0],
-    carry,
-    jnp.asarray(NEW - 1, jnp.int32),
-    keys,
-    stops,
+def begin(tiny, stop_ids=()):
+  """State and rows of PROMPTS, as `generate` begins them."""
+  lengths = np.array([len(p) for p in PROMPTS], np.int32)
+  tokens = np.zeros((3, lengths.max()), np.int32)
+  for row, prompt in zip(tokens, PROMPTS, strict=True):
+    row[: len(prompt)] = prompt
+  _, state = read(tiny.params, tokens, lengths - 1, init_state(tiny.config, 3))
+  return state, Rows(
+    token=tokens[np.arange(3), lengths - 1],
+    index=np.zeros((3,), np.int32),
+    limit=np.full((3,), NEW, np.int32),
+    done=np.zeros((3,), bool),
+    key=jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(3)),
+    stops=pad_stops([stop_ids] * 3),
     sampler=WARM,
-    size=16,
   )
-  assert carry.index <= 4 < NEW
-  assert carry.done.all()
+
+
+def test_decoding_ends_when_every_row_is_done(hybrid):
+  """Rows that are done do not run on to the end of the block."""
+  free = generate(
+    hybrid.params, hybrid.config, PROMPTS, NEW, rng=KEY, sampler=WARM
+  )
+  state, rows = begin(hybrid, [row[3] for row in free])
+  _, state, rows = decode_block(
+    hybrid.params, state, rows, np.int32(16), np.bool_(False), size=16
+  )
+  assert rows.done.all() and rows.index.max() <= 4
+  # Tokens read by every row, done or not: its prompt's and one per round.
+  rounds = np.asarray(state.position) - [len(p) - 1 for p in PROMPTS]
+  np.testing.assert_array_equal(rounds, [rows.index.max()] * 3)
 
 
 def test_memory_does_not_grow_with_the_number_of_tokens(hybrid):
   """Beside the output: compiled temporaries for 16 and for 65536 tokens."""
-  args = (hybrid.params, hybrid.config)
-  keys = row_keys(3)
-  stops = jnp.full((8,), -1, jnp.int32)
-  carry = read_prompts(*args, PROMPTS, keys, stops, WARM)
+  state, rows = begin(hybrid)
 
   def compiled(size):
-    return (
-      decode_block.lower(
-        args[0],
-        carry,
-        jnp.asarray(3, jnp.int32),
-        keys,
-        stops,
-        sampler=WARM,
-        size=size,
-      )
-      .compile()
-      .memory_analysis()
+    lowered = decode_block.lower(
+      hybrid.params, state, rows, np.int32(3), np.bool_(False), size=size
     )
+    return lowered.compile().memory_analysis()
 
   small, large = compiled(16), compiled(65536)
   buffer = 3 * 65536 * 4
@@ -146,13 +139,66 @@ def test_memory_does_not_grow_with_the_number_of_tokens(hybrid):
   assert grown <= buffer, grown
 
 
+@pytest.mark.parametrize("sampler", [GREEDY, WARM])
+def test_going_on_from_the_returned_state_changes_nothing(hybrid, sampler):
+  """In two parts, rows ending at different tokens, bit for bit."""
+  run = functools.partial(
+    generate, hybrid.params, hybrid.config, rng=KEY, sampler=sampler
+  )
+  whole = run(PROMPTS, NEW)
+  stop = next(i for i in whole[0][2:8] if i not in whole[1][:8] + whole[2][:8])
+  first = run(PROMPTS, 8, stop_ids=[stop], return_state=True)
+  index = np.array([whole[0].index(stop) + 1, 8, 8])
+  assert first.index == index.tolist() and index[0] < 8
+  assert first.tokens == [whole[0][: index[0] - 1], *(r[:8] for r in whole[1:])]
+  assert first.pending == [stop, whole[1][7], whole[2][7]]
+  read_tokens = index + [len(p) - 1 for p in PROMPTS]
+  np.testing.assert_array_equal(first.state.position, read_tokens)
+  more = run(
+    [[token] for token in first.pending],
+    6,
+    state=first.state,
+    index=first.index,
+    return_state=True,
+  )
+  want = [row[n : n + 6] for row, n in zip(whole, index, strict=True)]
+  assert more.tokens == want
+  np.testing.assert_array_equal(more.state.position, read_tokens + 6)
+  assert more.index == (index + 6).tolist()
+
+
+def test_callbacks_get_the_tokens_and_may_end_a_row(hybrid):
+  args = (hybrid.params, hybrid.config, PROMPTS, NEW)
+  run = functools.partial(generate, *args, rng=KEY, sampler=WARM)
+  want = run()
+  calls = []
+
+  def on_tokens(row, ids):
+    calls.append((row, ids))
+    return row == 1 and len(calls) > 3
+
+  got = run(on_tokens=on_tokens, tokens_per_dispatch=5)
+  assert [len(ids) for row, ids in calls if row == 0] == [1, 5, 5, 3]
+  assert [len(ids) for row, ids in calls if row == 1] == [1, 5]
+  for row in range(3):
+    assert [t for i, ids in calls if i == row for t in ids] == got[row]
+  assert got == [want[0], want[1][:6], want[2]]
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [
     ({"prompts": []}, "prompts"),
     ({"prompts": [[1], []]}, r"prompts\[1\]"),
     ({"prompts": [[1, 61]]}, r"prompts\[0\].*\[0, 61\).*61"),
+    ({"prompts": [[0.5]]}, r"prompts\[0\]: expected integers.*float"),
+    ({"prompts": [[True]]}, r"prompts\[0\]: expected integers.*bool"),
+    ({"prompts": ["text"]}, r"prompts\[0\]: expected a list of token ids"),
+    ({"prompts": [[1, 2**70]]}, r"prompts\[0\]: expected integers"),
     ({"max_new_tokens": 0}, "max_new_tokens"),
+    ({"max_new_tokens": 2**31}, "no room"),
+    ({"index": [1, 2]}, "index"),
+    ({"index": -1}, "index"),
     ({"stop_ids": [-1]}, "stop_ids"),
     ({"sampler": Sampler(top_k=62)}, "top_k"),
     ({"rng": jnp.zeros((2,), jnp.uint32)}, "rng"),

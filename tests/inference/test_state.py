@@ -160,18 +160,20 @@ def test_states_of_another_model_or_batch_size_are_refused(attention, hybrid):
       decode_step(params, token, state)
     with pytest.raises(ValueError, match=message):
       prefill(params, token[None], lengths, state)
-  with pytest.raises(ValueError, match=r"token: expected B=1 rows.*got 2"):
+  with pytest.raises(
+    ValueError, match=r"token: expected shape \(1,\).*got \(2,\)"
+  ):
     decode_step(attention.params, np.array([5, 5]), state)
 
 
 def test_few_programs_serve_many_prompt_lengths(attention):
-  state_lib._prefill_chunk.clear_cache()
+  state_lib._read_chunk.clear_cache()
   tokens = np.tile(attention.tokens, (1, 4))
   for n in (1, 2, 9, 15, 16, 17, 24, 31, 32):
     lengths = np.array([n, n, 1], np.int32)
     state = init_state(attention.config, 3)
     prefill(attention.params, tokens[:, :n], lengths, state)
-  assert state_lib._prefill_chunk._cache_size() == 2
+  assert state_lib._read_chunk._cache_size() == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,155 @@
+"""The loop on the device: several tokens of many rows in one dispatch."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from gdn2_jax.inference.checks import require_alive
+from gdn2_jax.inference.sampling import sample
+from gdn2_jax.inference.state import State, advance
+
+TOKENS_PER_DISPATCH = 16
+
+
+@struct.dataclass
+class Rows:
+  """What decides the next tokens of B rows, beside their state.
+
+  A row's `token` is chosen, but its state has not read it.
+
+  Attributes:
+    token: [B] int32, the last token: of the prompt, or chosen.
+    index: [B] int32, tokens chosen so far; the next is drawn with
+      fold_in(key, index).
+    limit: [B] int32, the index at which a row ends.
+    done: [B] bool, a row ended: at its limit, or by choosing a stop id.
+    key: [B] typed keys.
+    stops: [B, S] int32 stop ids; -1 is none.
+    sampler: Sampler for all rows, or RowSamplers.
+  """
+
+  # Any: tree transformations build rows of other things than arrays.
+  token: Any
+  index: Any
+  limit: Any
+  done: Any
+  key: Any
+  stops: Any
+  sampler: Any
+
+
+@functools.partial(
+  jax.jit, static_argnames=("size",), donate_argnames=("state",)
+)
+def decode_block(
+  params: Any, state: State, rows: Rows, count: Any, pause: Any, *, size: int
+) -> tuple[Any, State, Rows]:
+  """Chooses up to `count` <= size tokens of every row that is not done.
+
+  Ends early when every row is done or, if `pause`, as soon as another row is:
+  only then has that row's state read exactly the tokens before its last.
+  A row that is done keeps token and index, but its state reads on.
+
+  Args:
+    params: unboxed parameters.
+    state: of B sequences; donated.
+    rows: where they are.
+    count: int32, not static: one program serves every count.
+    pause: bool, not static.
+    size: columns of the output.
+
+  Returns:
+    tokens [B, size] int32, of which row i has the first (new index - old index)
+    columns; the new state; the new rows.
+  """
+  before = rows.done
+
+  def unfinished(loop):
+    column, _, _, rows = loop
+    another = (rows.done & ~before).any()
+    return (column < count) & ~rows.done.all() & ~(pause & another)
+
+  def body(loop):
+    column, tokens, state, rows = loop
+    logits, state = advance(params, rows.token, state)
+    rows = _choose(logits, rows)
+    tokens = jax.lax.dynamic_update_slice_in_dim(
+      tokens, rows.token[:, None], column, axis=1
+    )
+    return column + 1, tokens, state, rows
+
+  tokens = jnp.zeros((state.batch_size, size), jnp.int32)
+  start = (jnp.zeros((), jnp.int32), tokens, state, rows)
+  _, tokens, state, rows = jax.lax.while_loop(unfinished, body, start)
+  return tokens, state, rows
+
+
+def _choose(logits, rows):
+  keys = jax.vmap(jax.random.fold_in)(rows.key, rows.index)
+  drawn = sample(logits, keys, rows.sampler)
+  token = jnp.where(rows.done, rows.token, drawn)
+  index = rows.index + ~rows.done
+  stopped = (token[:, None] == rows.stops).any(axis=1)
+  done = rows.done | stopped | (index >= rows.limit)
+  return rows.replace(token=token, index=index, done=done)
+
+
+def decode(
+  params: Any,
+  state: State,
+  rows: Rows,
+  *,
+  count: int,
+  size: int = TOKENS_PER_DISPATCH,
+  pause: bool = False,
+) -> tuple[list[list[int]], State, Rows]:
+  """`decode_block` and its results on the host.
+
+  Args:
+    params: unboxed parameters.
+    state: of B sequences; donated.
+    rows: where they are, with `index` and `stops` on the host.
+    count: tokens per row at most, 1 to size.
+    size: decides the compiled program.
+    pause: whether to end as soon as another row is done.
+
+  Returns:
+    The new tokens of each row, without the stop id that ended it; the new
+    state; and the new rows, whose token, index and done are on the host.
+  """
+  require_alive(state)
+  tokens, state, new = decode_block(
+    params, state, rows, np.int32(count), np.bool_(pause), size=size
+  )
+  tokens, token, index, done = jax.device_get(
+    (tokens, new.token, new.index, new.done)
+  )
+  chosen = [
+    _without_stop(row[:n].tolist(), stops)
+    for row, n, stops in zip(
+      tokens, index - rows.index, rows.stops, strict=True
+    )
+  ]
+  # Copies: what comes from the device may be read-only.
+  rows = rows.replace(
+    token=np.array(token), index=np.array(index), done=np.array(done)
+  )
+  return chosen, state, rows
+
+
+def _without_stop(tokens, stops) -> list[int]:
+  return tokens[:-1] if tokens and tokens[-1] in stops else tokens
+
+
+def pad_stops(stop_ids: Sequence[Sequence[int]]) -> np.ndarray:
+  """[B, S] int32, S a multiple of 8: few shapes, few programs."""
+  most = max(len(ids) for ids in stop_ids)
+  stops = np.full((len(stop_ids), 8 * max(1, -(-most // 8))), -1, np.int32)
+  for row, ids in zip(stops, stop_ids, strict=True):
+    row[: len(ids)] = ids
+  return stops
