@@ -55,9 +55,17 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
   return ParameterCount(sum(sizes.values()), embedding, head, final_norm)
 
 
-def state_bytes(config: ModelConfig) -> dict[str, int]:
-  """Bytes of the cache of one sequence, by mixer kind; constant in T."""
-  cache = jax.eval_shape(lambda: init_cache(config, 1))
+def state_bytes(
+  config: ModelConfig, max_length: int | None = None
+) -> dict[str, int]:
+  """Bytes of the cache of one sequence, by mixer kind.
+
+  Args:
+    config: of the model.
+    max_length: tokens that the sequence may read; only layers "A" ask, whose
+      cache grows with it.
+  """
+  cache = jax.eval_shape(lambda: init_cache(config, 1, max_length))
   by_kind: dict[str, int] = {}
   for kind, tree in zip(config.pattern, cache, strict=True):
     size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
@@ -75,10 +83,18 @@ def recurrence_flops_per_token(config: ModelConfig) -> float:
   return 7.0 * c.key_dim * c.value_dim * c.value_heads
 
 
-def attention_flops_per_token(config: ModelConfig, seq_len: int) -> float:
-  """Forward operations of one attention's scores and values, mean over T."""
+def attention_flops_per_token(
+  config: ModelConfig, seq_len: int, full: bool = False
+) -> float:
+  """Forward operations of one attention's scores and values, mean over T.
+
+  Args:
+    config: of the model.
+    seq_len: tokens T.
+    full: whether of a layer "A", which sees all tokens before its own.
+  """
   c = config.attention
-  window = min(c.window, seq_len)
+  window = seq_len if full else min(c.window, seq_len)
   # Token t sees min(t + 1, window) keys.
   seen = window - window * (window - 1) / (2 * seq_len)
   return 4.0 * c.head_dim * c.num_heads * seen
@@ -95,6 +111,7 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
   mixers = {
     "G": recurrence_flops_per_token(config),
     "S": attention_flops_per_token(config, seq_len),
+    "A": attention_flops_per_token(config, seq_len, full=True),
   }
   return flops + config.num_groups * sum(mixers[k] for k in config.pattern)
 

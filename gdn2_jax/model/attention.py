@@ -1,7 +1,8 @@
-"""Sliding-window softmax attention with rotary positions and a ring cache.
+"""Causal softmax attention with rotary positions: sliding-window, or full.
 
-The cache holds the keys and values of the last `window` tokens in slots
-position mod window, so its size never grows. Keys are stored rotated.
+With a window, the cache holds the keys and values of the last `window` tokens
+in slots position mod window, so its size never grows. Without, it is a KVCache,
+which holds those of every token. Keys are stored rotated.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from gdn2_jax.model.kv_cache import KVCacheLayer, attend_and_store, last_run
 from gdn2_jax.model.layers import Linear, fan_in_uniform
 from gdn2_jax.model.shards import length_axis, on_shards
 from gdn2_jax.ops.attention import attention_step, sliding_window_attention
@@ -28,14 +30,14 @@ _KV_TOKENS = ("batch", "length", "kv_heads", None)
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class AttentionConfig:
-  """Causal sliding-window attention.
+  """Causal softmax attention, of the layers "S" and "A".
 
   Attributes:
     num_heads: query heads.
     num_kv_heads: key and value heads, a divisor of num_heads; 0 means
       num_heads.
     head_dim: channels of a head, even.
-    window: tokens a query sees, itself included.
+    window: tokens a query sees, itself included, in the layers "S".
     rope_base: base of the rotary frequencies.
     implementation: "" takes the best that supports the call; "xla", "cudnn".
   """
@@ -107,10 +109,19 @@ def init_attention_cache(
 
 
 class AttentionMixer(nn.Module):
-  """x [B, T, D] -> y [B, T, D] through windowed softmax attention."""
+  """x [B, T, D] -> y [B, T, D] through causal softmax attention.
+
+  Attributes:
+    config: heads, positions and window.
+    num_layers: of the model, for the initial size of the output projection.
+    full: every query sees all tokens before it, whatever config.window is.
+    dtype: of activations.
+    param_dtype: of the parameters.
+  """
 
   config: AttentionConfig
   num_layers: int
+  full: bool = False
   dtype: str = "float32"
   param_dtype: str = "float32"
 
@@ -119,8 +130,8 @@ class AttentionMixer(nn.Module):
     self,
     x: Activations,
     segment_ids: SegmentIds | None = None,
-    cache: AttentionCache | None = None,
-  ) -> tuple[Activations, AttentionCache | None]:
+    cache: AttentionCache | KVCacheLayer | None = None,
+  ) -> tuple[Activations, AttentionCache | KVCacheLayer | None]:
     c = self.config
     q = self._project("q_proj", c.num_heads, "heads")(x)
     k = self._project("k_proj", c.kv_heads, "kv_heads")(x)
@@ -151,6 +162,8 @@ class AttentionMixer(nn.Module):
 
     if cache is None:
       o = self._attend(q, k, v, runs, runs)
+    elif self.full:
+      o, cache = attend_and_store(cache, q, k, v, runs, positions)
     elif q.shape[1] == 1 and segment_ids is None:
       cache = _write(cache, k, v, jnp.ones_like(positions), positions)
       # Every slot is within the window: the new token overwrote the oldest.
@@ -182,13 +195,17 @@ class AttentionMixer(nn.Module):
         apply_rope(k, positions, base=c.rope_base),
         v,
         axis_name=axis,
-        window=c.window,
+        window=self._window,
         segment_ids=runs,
         implementation=c.implementation or None,
       )
 
     into = (_TOKENS, _KV_TOKENS, _KV_TOKENS, ("batch", "length"))
     return on_shards(run, into, _TOKENS)(q, k, v, segment_ids)
+
+  @property
+  def _window(self):
+    return None if self.full else self.config.window
 
   def _project(self, name, heads, axis):
     return Linear(
@@ -205,7 +222,7 @@ class AttentionMixer(nn.Module):
       q,
       k,
       v,
-      window=self.config.window,
+      window=self._window,
       q_segment_ids=q_runs,
       kv_segment_ids=kv_runs,
       implementation=self.config.implementation or None,
@@ -242,15 +259,12 @@ def _chronological(cache):
 def _write(cache, k, v, runs, positions):
   """The cache after the tokens with runs > 0; only the last run remains."""
   window = cache.k.shape[1]
-  last_run = runs.max(axis=1, keepdims=True)  # 0: nothing but padding
-  in_last = (runs == last_run) & (runs > 0)
-  end = jnp.where(in_last, positions + 1, 0).max(axis=1)
-  end = jnp.where(last_run[:, 0] > 0, end, cache.next_position)
+  end, in_last = last_run(runs, positions, cache.next_position)
   keep = in_last & (positions >= end[:, None] - window)
   # Slots beyond the ring are dropped, which is how a token is not written.
   slots = jnp.where(keep, positions % window, window)
   rows = jnp.arange(k.shape[0])[:, None]
-  restarted = last_run > 1
+  restarted = runs.max(axis=1, keepdims=True) > 1
   held = jnp.where(restarted, -1, cache.positions)
   return AttentionCache(
     k=cache.k.at[rows, slots].set(k.astype(cache.k.dtype), mode="drop"),

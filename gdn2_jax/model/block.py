@@ -2,11 +2,15 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from gdn2_jax.model.attention import AttentionMixer, init_attention_cache
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.gdn2 import GDN2Mixer, init_gdn2_cache
+from gdn2_jax.model.kv_cache import KVCacheLayer, init_kv_cache
 from gdn2_jax.model.layers import RMSNorm, SwiGLU
 from gdn2_jax.typing import Activations, SegmentIds
 
@@ -17,21 +21,65 @@ def make_mixer(kind: str, config: ModelConfig) -> nn.Module:
   match kind:
     case "G":
       return GDN2Mixer(config.gdn2, name="mixer", **types)
-    case "S":
+    case "S" | "A":
       return AttentionMixer(
-        config.attention, config.num_layers, name="mixer", **types
+        config.attention,
+        config.num_layers,
+        full=kind == "A",
+        name="mixer",
+        **types,
       )
   raise AssertionError(kind)
 
 
-def init_mixer_cache(kind: str, config: ModelConfig, batch_size: int) -> Any:
-  """The empty cache of a layer of this kind."""
+def init_mixer_cache(
+  kind: str, config: ModelConfig, batch_size: int, max_length: int | None
+) -> Any:
+  """The empty cache of all layers of this kind at one place of the pattern.
+
+  Leaves are [groups, B, ...]; max_length matters to "A" alone.
+  """
+  groups = config.num_groups
   match kind:
     case "G":
-      return init_gdn2_cache(config.gdn2, batch_size, config.dtype)
+      cache = init_gdn2_cache(config.gdn2, batch_size, config.dtype)
     case "S":
-      return init_attention_cache(config.attention, batch_size, config.dtype)
-  raise AssertionError(kind)
+      cache = init_attention_cache(config.attention, batch_size, config.dtype)
+    case "A":
+      c = config.attention
+      shape = (c.kv_heads, max_length, c.head_dim)
+      return init_kv_cache(groups, batch_size, *shape, config.dtype)
+    case _:
+      raise AssertionError(kind)
+  return jax.tree.map(
+    lambda a: jnp.broadcast_to(a[None], (groups, *a.shape)).copy(), cache
+  )
+
+
+def _layer_of(kind, cache, index):
+  """What the mixer of one layer is given of the cache of all groups."""
+  if kind == "A":
+    return KVCacheLayer(cache, index)
+  return jax.tree.map(
+    lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), cache
+  )
+
+
+def _with_layer(kind, cache, index, new):
+  """The cache of all groups with what the mixer returned; in place if jitted.
+
+  That is why caches are carried from layer to layer: as inputs and outputs of
+  a scan they would be two arrays, one copied into the other.
+  """
+  if kind == "A":
+    return new.cache
+  return jax.tree.map(
+    lambda a, b: lax.dynamic_update_index_in_dim(
+      a, b.astype(a.dtype), index, 0
+    ),
+    cache,
+    new,
+  )
 
 
 class Block(nn.Module):
@@ -61,17 +109,23 @@ class Group(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Activations, segment_ids: SegmentIds | None, caches: Any
-  ) -> tuple[Activations, Any]:
-    pattern = self.config.pattern
-    caches = (None,) * len(pattern) if caches is None else caches
-    new = []
-    for i, (kind, cache) in enumerate(zip(pattern, caches, strict=True)):
-      x, cache = Block(kind, self.config, name=f"layer_{i}")(
-        x, segment_ids, cache
-      )
-      new.append(cache)
-    return x, None if new[0] is None else tuple(new)
+    self,
+    carry: tuple[Activations, Any],
+    segment_ids: SegmentIds | None,
+    index: Any,
+  ) -> tuple[tuple[Activations, Any], None]:
+    """Carries activations and the caches of all groups, None without."""
+    x, caches = carry
+    caches = None if caches is None else list(caches)
+    for i, kind in enumerate(self.config.pattern):
+      block = Block(kind, self.config, name=f"layer_{i}")
+      if caches is None:
+        x, _ = block(x, segment_ids, None)
+      else:
+        part = _layer_of(kind, caches[i], index)
+        x, part = block(x, segment_ids, part)
+        caches[i] = _with_layer(kind, caches[i], index, part)
+    return (x, None if caches is None else tuple(caches)), None
 
 
 def _constrain(x):

@@ -5,7 +5,11 @@ import dataclasses
 from gdn2_jax.model.attention import AttentionConfig
 from gdn2_jax.model.gdn2 import GDN2Config
 
-KINDS = {"G": "Gated DeltaNet-2", "S": "sliding-window attention"}
+KINDS = {
+  "G": "Gated DeltaNet-2",
+  "S": "sliding-window attention",
+  "A": "full attention",
+}
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _REMAT = ("none", "dots", "full")
 
@@ -18,10 +22,11 @@ class ModelConfig:
     vocab_size: rows of the embedding and columns of the untied head.
     model_dim: width D of the residual stream.
     num_layers: layers (mixer and MLP each), a multiple of the pattern.
-    pattern: layer kinds, repeated: "G" recurrent, "GS" hybrid.
+    pattern: layer kinds, repeated: "G" recurrent, "GS" hybrid, "A" the
+      softmax transformer, whose cache grows with the tokens it may read.
     mlp_dim: hidden width F of every SwiGLU MLP.
     gdn2: mixer of the layers "G".
-    attention: mixer of the layers "S".
+    attention: mixer of the layers "S" and "A".
     norm_eps: of the RMS norms of the residual stream.
     dtype: of activations and matrix products.
     param_dtype: of the parameters (A_log and dt_bias are float32 always).

@@ -79,16 +79,17 @@ class LM(nn.Module):
     """
     x = self.embedding(tokens)
     x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+    carry = x, cache
     if self.config.scan_layers:
-      x, cache = self.groups(x, segment_ids, cache)
+      # An index is for caches; training programs stay free of it.
+      groups = jnp.arange(self.config.num_groups, dtype=jnp.int32)
+      carry, _ = self.groups(
+        carry, segment_ids, None if cache is None else groups
+      )
     else:
-      caches = []
       for i, group in enumerate(self.group_list):
-        part = None if cache is None else jax.tree.map(lambda a: a[i], cache)  # noqa: B023
-        x, part = group(x, segment_ids, part)
-        caches.append(part)
-      if cache is not None:
-        cache = jax.tree.map(lambda *a: jnp.stack(a), *caches)
+        carry, _ = group(carry, segment_ids, i)
+    x, cache = carry
     return self.final_norm(x), cache
 
   def __call__(
@@ -126,19 +127,34 @@ class LM(nn.Module):
     return join(nll)
 
 
-def init_cache(config: ModelConfig, batch_size: int) -> Any:
+def init_cache(
+  config: ModelConfig, batch_size: int, max_length: int | None = None
+) -> Any:
   """The empty cache: a tuple over the pattern, leaves [group, B, ...].
 
-  Constant in the number of tokens seen. Float32 recurrent states; convolution
-  tails and attention rings in the model's dtype.
+  Float32 recurrent states; convolution tails, attention rings, keys and values
+  in the model's dtype. Constant in the number of tokens seen; that of layers
+  "A" is made for a fixed number of tokens, beyond which logits are NaN.
+
+  Args:
+    config: of the model.
+    batch_size: rows B.
+    max_length: tokens that a row may read, prompt and generated ones together;
+      for patterns with "A", ignored by others.
+
+  Raises:
+    ValueError: batch_size < 1, or a max_length that is needed is missing or
+      below 1.
   """
   if batch_size < 1:
     raise ValueError(f"batch_size={batch_size}: expected >= 1")
-
-  def stack(a):
-    return jnp.broadcast_to(a[None], (config.num_groups, *a.shape)).copy()
-
-  caches = tuple(
-    init_mixer_cache(kind, config, batch_size) for kind in config.pattern
+  if "A" in config.pattern and (max_length is None or max_length < 1):
+    raise ValueError(
+      f"max_length={max_length}: expected >= 1, the tokens that a sequence may "
+      f"read, prompt and generated ones together; the cache of pattern="
+      f"{config.pattern!r} is made for that many"
+    )
+  return tuple(
+    init_mixer_cache(kind, config, batch_size, max_length)
+    for kind in config.pattern
   )
-  return jax.tree.map(stack, caches)

@@ -223,3 +223,17 @@ def _backward(window, scale, block, residuals, d_out):
 
 
 blockwise_attention.defvjp(_forward, _backward)
+
+
+def attention_and_logsumexp(q, k, v, q_ids, kv_ids, window, scale):
+  """`blockwise_attention`, and log sum_j exp(s_j) of every query.
+
+  Not differentiable in reverse.
+
+  Returns:
+    [B, T, HQ, D] in q.dtype, and [B, T, HQ], float32 or wider; both 0 for a
+    query that sees no key.
+  """
+  out, residuals = _forward(q, k, v, q_ids, kv_ids, window, scale, None)
+  lse_NBCHG1 = jnp.moveaxis(residuals[-1], 4, 2)
+  return out, _join_blocks(lse_NBCHG1, q.shape[1])[..., 0]

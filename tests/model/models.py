@@ -11,7 +11,8 @@ from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.gdn2 import GDN2Config
 from gdn2_jax.model.lm import LM
 
-PATTERNS = ("G", "S")
+PATTERNS = ("G", "S", "A")
+MAX_LENGTH = 40  # of the caches of "A"
 
 
 def small_config(pattern: str = "GS", **changes) -> ModelConfig:

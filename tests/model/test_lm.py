@@ -7,7 +7,13 @@ import pytest
 from flax import linen as nn
 
 from gdn2_jax.model.lm import LM, init_cache
-from tests.model.models import PATTERNS, small_config, small_model, tokens_of
+from tests.model.models import (
+  MAX_LENGTH,
+  PATTERNS,
+  small_config,
+  small_model,
+  tokens_of,
+)
 
 # Two float32 forwards that sum in another order differ by about 1e-6 on
 # logits of order one; ten times that is still far below any real mistake.
@@ -24,7 +30,7 @@ def test_prefill_and_decode_equal_forward(pattern):
   tokens = tokens_of(2, 33)
   want, none = apply(tokens)
   assert none is None
-  cache, parts = init_cache(small_config(pattern), 2), []
+  cache, parts = init_cache(small_config(pattern), 2, MAX_LENGTH), []
   for start, end in ((0, 15), (15, 16), (16, 17), (17, 18), (18, 33)):
     logits, cache = apply(tokens[:, start:end], None, cache)
     parts.append(logits)
@@ -39,7 +45,8 @@ def test_padding_leaves_the_cache_and_others_alone(pattern):
   want, _ = apply(tokens)
   lengths = np.array([9, 17])
   ids = jnp.asarray(np.arange(17)[None] < lengths[:, None], jnp.int32)
-  _, cache = apply(tokens[:, :17], ids, init_cache(small_config(pattern), 2))
+  empty = init_cache(small_config(pattern), 2, MAX_LENGTH)
+  _, cache = apply(tokens[:, :17], ids, empty)
   step = jnp.stack([tokens[0, 9:10], tokens[1, 17:18]])
   logits, cache = apply(step, None, cache)
   close(logits[0, 0], want[0, 9])
@@ -72,7 +79,7 @@ def test_cache_after_a_packed_row_is_that_of_its_last_document(pattern):
   tokens = tokens_of(1, 22)
   ids = np.ones((1, 20), np.int32)
   ids[:, 12:] = 2
-  empty = init_cache(small_config(pattern), 1)
+  empty = init_cache(small_config(pattern), 1, MAX_LENGTH)
   _, cache = apply(tokens[:, :20], jnp.asarray(ids), empty)
   got, _ = apply(tokens[:, 20:21], None, cache)
   want, _ = apply(tokens[:, 12:21])
@@ -107,7 +114,7 @@ def test_scan_equals_unrolled(pattern):
   tokens = tokens_of(2, 16)
   got, _ = jax.jit(unrolled.apply)({"params": flat}, tokens)
   close(got, apply(tokens)[0])
-  cache = init_cache(small_config(pattern), 2)
+  cache = init_cache(small_config(pattern), 2, MAX_LENGTH)
   got, got_cache = jax.jit(unrolled.apply)(
     {"params": flat}, tokens, None, cache
   )
