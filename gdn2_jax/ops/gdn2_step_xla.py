@@ -6,11 +6,11 @@ heads of a key head.
 
 import math
 
-import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 from jaxtyping import Array, Float
 
+from gdn2_jax.ops.backend import backend
 from gdn2_jax.ops.gdn2_xla_tree import matmul
 
 # Measured: from where the states of a call no longer stay in the last-level
@@ -39,9 +39,15 @@ def gdn2_step_xla(
   out_dtype = v.dtype
   q, k, v, g, b, w = (x.astype(state.dtype) for x in (q, k, v, g, b, w))
   token = (q * scale, k, v, g, b, w)
-  in_cache = jax.default_backend() != "cpu" or state.nbytes < _CACHE_BYTES
-  o, state = (_step if in_cache else _step_by_groups)(token, state)
+  o, state = (_step_by_groups if _by_groups(state) else _step)(token, state)
   return o.astype(out_dtype), state
+
+
+def _by_groups(state):
+  # A program for any batch size has to choose without knowing the size.
+  if backend() != "cpu" or export.is_symbolic_dim(state.shape[0]):
+    return False
+  return state.nbytes >= _CACHE_BYTES
 
 
 def _step_by_groups(token, state):

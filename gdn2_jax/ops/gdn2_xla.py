@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from gdn2_jax.ops.backend import backend
 from gdn2_jax.ops.gdn2_xla_tree import (
   chunk_tree,
   chunk_tree_vjp,
@@ -44,7 +45,7 @@ Segments = tuple[Bool[Array, "B T"], Bool[Array, "B T"]]
 
 def default_chunk_size() -> int:
   """Measured: 16 keeps a CPU core's caches, 64 fills a GPU's tensor cores."""
-  return 16 if jax.default_backend() == "cpu" else 64
+  return 16 if backend() == "cpu" else 64
 
 
 def gdn2_xla(
