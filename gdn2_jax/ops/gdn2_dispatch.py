@@ -1,11 +1,6 @@
-"""Which implementation of the op runs a call, and how each is called.
-
-Kernels are imported when a call may need them, never before: on a machine
-without a GPU nothing of Pallas or Triton is loaded.
-"""
+"""Which implementation of the op runs a call, and how each is called."""
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,14 +11,14 @@ from gdn2_jax.ops import (
   gdn2_reference,
   gdn2_step_xla,
   gdn2_xla,
-  self_check,
+  kernel_choice,
+  self_check_cases,
 )
 from gdn2_jax.ops.segments import segment_starts
 
 Implementation = Literal["reference", "xla", "mosaic_gpu", "triton"]
 
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "triton")
-HOPPER = "9.0"
 
 # What None tries, best first, before "xla". The Triton kernel of a sequence
 # goes token by token and has no backward pass: it must be named.
@@ -62,13 +57,9 @@ def unsupported_reason(
     return None
   if implementation == "triton":
     return _triton_reason(q, k, v, g, b, w)
-  device = None if _device_is_waived() else _device_of(q)
-  capability = getattr(device, "compute_capability", None)
-  if device is not None and str(capability) != HOPPER:
-    found = device.device_kind
-    if capability is not None:
-      found += f" of compute capability {capability}"
-    return f"needs an NVIDIA GPU of compute capability {HOPPER}, found {found}"
+  reason = kernel_choice.hopper_reason(q)
+  if reason is not None:
+    return reason
   K, H = q.shape[-1], q.shape[-2]
   if step:
     from gdn2_jax.pallas.step import step_unsupported_reason
@@ -197,37 +188,17 @@ def unfold_state(state: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return jnp.moveaxis(state, 3, 2).reshape(shape)
 
 
-def _device_is_waived():
-  """Whether kernels are traced for something else than the device here."""
-  target = sys.modules.get("gdn2_jax.pallas.target")
-  # Who has not loaded the module has not chosen a target.
-  return target is not None and target.current() != "device"
-
-
-def _device_of(x):
-  """Where a call on x runs; under jit, the default device."""
-  if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
-    return next(iter(x.devices()))
-  default = jax.config.jax_default_device
-  if default is None or isinstance(default, str):
-    return jax.local_devices(backend=default)[0]
-  return default
-
-
 def _is_right(name, step, q):
-  callables = step_of if step else sequence_of
-  return is_right_here(
-    f"{name} step" if step else name, callables(name), callables("xla"), q
+  callables, case = sequence_of, self_check_cases.sequence
+  if step:
+    callables, case = step_of, self_check_cases.step
+  return kernel_choice.is_right_here(
+    f"{name} step" if step else name,
+    callables(name),
+    callables("xla"),
+    case,
+    q,
   )
-
-
-def is_right_here(
-  name: str, run: Callable[..., Any], reference: Callable[..., Any], q: Any
-) -> bool:
-  """self_check.passes on the device of a call on q; True for other targets."""
-  if _device_is_waived():
-    return True
-  return self_check.passes(name, run, reference, q.dtype, _device_of(q))
 
 
 def token_kinds(segment_ids):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gdn2_jax.ops import gdn2_dispatch
+from gdn2_jax.ops import gdn2_dispatch, kernel_choice, self_check_cases
 from gdn2_jax.ops.gdn2 import gdn2
 from gdn2_jax.ops.gdn2_inputs import (
   check_segment_ids,
@@ -113,8 +113,12 @@ def _in_kernels(p, implementation):
   if name != "mosaic_gpu" or p.f.dtype != p.q.dtype:
     return False
   # None chooses what has proved right; a named implementation is not checked.
-  return implementation is not None or gdn2_dispatch.is_right_here(
-    "mosaic_gpu gates", _check_kernels, _check_reference, p.q
+  return implementation is not None or kernel_choice.is_right_here(
+    "mosaic_gpu gates",
+    _check_kernels,
+    _check_reference,
+    self_check_cases.sequence,
+    p.q,
   )
 
 

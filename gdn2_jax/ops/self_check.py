@@ -20,7 +20,7 @@ import pathlib
 import tempfile
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,6 @@ import numpy as np
 # in the interpreter). Not an accuracy contract, which tests hold.
 _BOUND_EPS = 4
 _LEAST_BOUND = 1e-5  # float32 sums in another order
-# Long enough that rings of buffers are used again; the end is padding.
-_B, _T, _H, _CHANNELS = 2, 313, 4, 128
 _RUNS = 3  # a race does not lose every time
 
 _enabled = True
@@ -46,10 +44,25 @@ def enable(enabled: bool) -> None:
   _enabled = enabled
 
 
+class Case(NamedTuple):
+  """What a kernel and its reference are both called with.
+
+  Attributes:
+    names: of the outputs, gradients included.
+    inputs: floating-point arrays; the reference gets them in float32.
+    outputs_of: f(run, *inputs) -> outputs.
+  """
+
+  names: tuple[str, ...]
+  inputs: tuple[Any, ...]
+  outputs_of: Callable[..., Any]
+
+
 def passes(
   name: str,
   run: Callable[..., Any],
   reference: Callable[..., Any],
+  make_case: Callable[[Any], Case],
   dtype: Any,
   device: Any,
 ) -> bool:
@@ -58,11 +71,11 @@ def passes(
   Safe while a function is traced. Warns, once, if it does not agree.
 
   Args:
-    name: Of the kernel; "... step" for one of a token.
-    run: f(q, k, v, g, b, w, state, segment_ids, scale) -> (o, state), or
-      without segment_ids for a step.
+    name: Of the kernel.
+    run: What a case's outputs_of takes.
     reference: The same by other means; called with float32 inputs.
-    dtype: Of q, k, v, b and w.
+    make_case: The case for a dtype.
+    dtype: Of the call.
     device: jax.Device to run on.
 
   Returns:
@@ -78,7 +91,7 @@ def passes(
   if key not in _passed:
     _passed[key] = key in _read()
     if not _passed[key]:
-      problem, error = _compare(name, run, reference, dtype, device)
+      problem, error = _compare(run, reference, make_case, dtype, device)
       _passed[key] = problem is None
       if problem is None:
         _remember(key, error)
@@ -101,14 +114,14 @@ def _tell(name, device, problem):
   )
 
 
-def _compare(name, run, reference, dtype, device):
+def _compare(run, reference, make_case, dtype, device):
   """What is wrong, None if nothing is; and the largest error."""
   # What is being traced, and under which mesh, belongs to a thread: a thread
   # of its own computes as if nothing were.
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     try:
       errors = pool.submit(
-        _errors, name, run, reference, dtype, device
+        _errors, run, reference, make_case, dtype, device
       ).result()
     except Exception as e:  # whatever a compiler may raise
       return f"{type(e).__name__}: {str(e)[:500]}", None
@@ -122,69 +135,22 @@ def _compare(name, run, reference, dtype, device):
   ), errors[worst]
 
 
-def _errors(name, run, reference, dtype, device):
+def _errors(run, reference, make_case, dtype, device):
   """Relative RMS errors of a kernel on the case: {output: error}."""
-  inputs, segment_ids, cotangents = _case(dtype)
-  scale = _CHANNELS**-0.5
-  if name.endswith("step"):
-    inputs = [x[:, 0] for x in inputs[:-1]] + inputs[-1:]
-
-    def outputs_of(run, *inputs):
-      return run(*inputs, scale)
-
-    names = ("o", "state")
-  else:
-
-    def outputs_of(run, *inputs):
-      outputs, pullback = jax.vjp(
-        lambda *inputs: run(*inputs, segment_ids, scale), *inputs
-      )
-      do, dstate = cotangents
-      return (*outputs, *pullback((do.astype(outputs[0].dtype), dstate)))
-
-    names = ("o", "state", "dq", "dk", "dv", "dg", "db", "dw", "dstate")
-  outputs_of = jax.jit(outputs_of, static_argnums=0)
-  inputs = jax.device_put(inputs, device)
+  case = make_case(dtype)
+  outputs_of = jax.jit(case.outputs_of, static_argnums=0)
+  inputs = jax.device_put(case.inputs, device)
   exact = outputs_of(reference, *(x.astype(jnp.float32) for x in inputs))
   exact = [np.asarray(x, np.float64) for x in exact]
-  errors = dict.fromkeys(names, 0.0)
+  errors = dict.fromkeys(case.names, 0.0)
   for _ in range(_RUNS):
     outputs = outputs_of(run, *inputs)
-    for output, x, y in zip(names, outputs, exact, strict=True):
+    for output, x, y in zip(case.names, outputs, exact, strict=True):
       error = np.sqrt(
         np.mean((np.asarray(x, np.float64) - y) ** 2) / np.mean(y**2)
       )
       errors[output] = float(np.maximum(errors[output], error))  # NaN stays
   return errors
-
-
-def _case(dtype):
-  """q k v g b w state, segment_ids, and cotangents, from a fixed seed."""
-  rng = np.random.default_rng(0)
-  tokens, states = (_B, _T, _H, _CHANNELS), (_B, _H, _CHANNELS, _CHANNELS)
-
-  def normal(shape=tokens):
-    return rng.standard_normal(shape).astype(np.float32)
-
-  def unit():
-    x = normal()
-    return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True))
-
-  def gate():
-    return 1 / (1 + np.exp(-normal()))
-
-  # Heads from almost no decay to a state that is gone after a token.
-  fastest = np.array([-1e-3, -0.1, -5.0, -50.0], np.float32)[:, None]
-  g = rng.uniform(0, 1, tokens).astype(np.float32) * fastest
-  q, k, v, b, w = (
-    jnp.asarray(x, dtype) for x in (unit(), unit(), normal(), gate(), gate())
-  )
-  segment_ids = np.ones(tokens[:2], np.int32)
-  segment_ids[0, 70:] = 2  # a restart inside a chunk
-  segment_ids[1, 30:40] = 0  # and padding
-  cotangents = jnp.asarray(normal(), dtype), jnp.asarray(normal(states))
-  inputs = [q, k, v, jnp.asarray(g), b, w, jnp.asarray(normal(states))]
-  return inputs, jnp.asarray(segment_ids), cotangents
 
 
 def _key(name, dtype, device):

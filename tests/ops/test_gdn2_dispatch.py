@@ -12,7 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdn2_jax.ops import gdn2_dispatch, gdn2_reference, self_check
+from gdn2_jax.ops import (
+  gdn2_reference,
+  kernel_choice,
+  self_check,
+  self_check_cases,
+)
 from gdn2_jax.ops.gdn2 import (
   gdn2,
   gdn2_step,
@@ -42,7 +47,7 @@ def like(K=128, V=128, H=2, HV=2, dtype=jnp.bfloat16, step=False, **dtypes):
 @pytest.fixture
 def hopper(monkeypatch):
   """Calls seem to run on a Hopper GPU, whose kernels are stand-ins."""
-  monkeypatch.setattr(gdn2_dispatch, "_device_of", lambda x: HOPPER)
+  monkeypatch.setattr(kernel_choice, "device_of", lambda x: HOPPER)
   use_kernels(monkeypatch)
 
 
@@ -58,9 +63,10 @@ def checks(monkeypatch, tmp_path):
   monkeypatch.setattr(self_check, "_passed", {})
   monkeypatch.setattr(self_check, "_enabled", True)
   monkeypatch.setattr(self_check, "_path", lambda: tmp_path / "a" / "c.json")
-  for name, value in {"_T": 80, "_CHANNELS": 64, "_RUNS": 1}.items():
-    monkeypatch.setattr(self_check, name, value)
-  monkeypatch.setattr(gdn2_dispatch, "HOPPER", "None")  # what a CPU has
+  monkeypatch.setattr(self_check, "_RUNS", 1)
+  for name, value in {"_T": 80, "_CHANNELS": 64}.items():
+    monkeypatch.setattr(self_check_cases, name, value)
+  monkeypatch.setattr(kernel_choice, "HOPPER", "None")  # what a CPU has
   return tmp_path / "a" / "c.json"
 
 
@@ -83,7 +89,7 @@ def test_without_a_gpu_xla_is_chosen_and_kernels_say_why(rng):
 
 
 def test_other_gpus_are_named(monkeypatch):
-  monkeypatch.setattr(gdn2_dispatch, "_device_of", lambda x: AMPERE)
+  monkeypatch.setattr(kernel_choice, "device_of", lambda x: AMPERE)
   reason = unsupported_reason("mosaic_gpu", *like())
   assert reason.endswith(
     "found NVIDIA A100-SXM4-80GB of compute capability 8.0"
@@ -200,7 +206,7 @@ def triton(monkeypatch):
   from gdn2_jax.triton import gdn2 as kernels
   from gdn2_jax.triton import support
 
-  monkeypatch.setattr(gdn2_dispatch, "_device_of", lambda x: AMPERE)
+  monkeypatch.setattr(kernel_choice, "device_of", lambda x: AMPERE)
   monkeypatch.setattr(self_check, "_enabled", False)
   for name in ("versions_reason", "device_reason"):
     monkeypatch.setattr(support, name, lambda: None)

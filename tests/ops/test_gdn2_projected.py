@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gdn2_jax.ops import gdn2_dispatch, self_check
+from gdn2_jax.ops import kernel_choice, self_check, self_check_cases
 from gdn2_jax.ops.gdn2_projected import Projections, activate, gdn2_projected
 from gdn2_jax.pallas import gdn2_mosaic_gpu as mosaic_gpu
 from gdn2_jax.pallas import target
@@ -20,7 +20,7 @@ HOPPER = types.SimpleNamespace(device_kind="H100", compute_capability="9.0")
 @pytest.fixture
 def hopper(monkeypatch):
   """Calls seem to run on a Hopper GPU, whose kernels are stand-ins."""
-  monkeypatch.setattr(gdn2_dispatch, "_device_of", lambda x: HOPPER)
+  monkeypatch.setattr(kernel_choice, "device_of", lambda x: HOPPER)
   kernels = kernel_stand_in.forward, kernel_stand_in.backward
   monkeypatch.setattr(mosaic_gpu, "_kernels", lambda: kernels)
 
@@ -110,9 +110,10 @@ def test_none_of_it_is_chosen_unless_it_proves_right(monkeypatch, tmp_path):
   monkeypatch.setattr(self_check, "_passed", {})
   monkeypatch.setattr(self_check, "_enabled", True)
   monkeypatch.setattr(self_check, "_path", lambda: tmp_path / "c.json")
-  for name, value in {"_T": 80, "_CHANNELS": 64, "_RUNS": 1}.items():
-    monkeypatch.setattr(self_check, name, value)
-  monkeypatch.setattr(gdn2_dispatch, "HOPPER", "None")  # what a CPU has
+  monkeypatch.setattr(self_check, "_RUNS", 1)
+  for name, value in {"_T": 80, "_CHANNELS": 64}.items():
+    monkeypatch.setattr(self_check_cases, name, value)
+  monkeypatch.setattr(kernel_choice, "HOPPER", "None")  # what a CPU has
 
   def without_rates(q, k, v, g, b, w, rates, *rest, **options):
     gradients = kernel_stand_in.backward(
