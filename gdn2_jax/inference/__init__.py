@@ -1,7 +1,19 @@
-"""Jitted prefill, decode and sampling with an explicit state."""
+"""Prefill, decode, sampling and sessions with an explicit state.
 
+`docs/inference.md` shows every function at work.
+"""
+
+from gdn2_jax.inference.batching import Batcher, Completion
 from gdn2_jax.inference.generate import Generated, generate, stream
-from gdn2_jax.inference.sampling import GREEDY, Sampler, filter_logits, sample
+from gdn2_jax.inference.rows import batch, fork, put, take, unbatch
+from gdn2_jax.inference.sampling import (
+  GREEDY,
+  RowSamplers,
+  Sampler,
+  filter_logits,
+  row_samplers,
+  sample,
+)
 from gdn2_jax.inference.state import (
   State,
   decode_step,
@@ -13,16 +25,25 @@ from gdn2_jax.inference.text import TextStream
 
 __all__ = [
   "GREEDY",
+  "Batcher",
+  "Completion",
   "Generated",
+  "RowSamplers",
   "Sampler",
   "State",
   "TextStream",
+  "batch",
   "decode_step",
   "extend",
   "filter_logits",
+  "fork",
   "generate",
   "init_state",
   "prefill",
+  "put",
+  "row_samplers",
   "sample",
   "stream",
+  "take",
+  "unbatch",
 ]

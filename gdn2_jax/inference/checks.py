@@ -88,15 +88,20 @@ def require_state(state: Any, config: ModelConfig, batch_size: int) -> None:
     )
 
 
-def require_room(
-  position: Any, count: Any, capacity: int = MAX_POSITION
-) -> None:
-  """Raises ValueError unless rows at `position` may go on by `count` tokens."""
+def require_room(position: Any, count: Any, max_length: int | None) -> None:
+  """Raises ValueError unless rows at `position` may go on by `count` tokens.
+
+  Args:
+    position: tokens read so far, of one or of every row.
+    count: tokens to come, of one or of every row.
+    max_length: tokens that a row may have; None: as many as int32 counts.
+  """
+  limit = MAX_POSITION if max_length is None else max_length
   total = np.asarray(jax.device_get(position), np.int64) + count
-  if (total > capacity).any():
+  if (total > limit).any():
     raise ValueError(
-      f"state: expected at most {capacity} tokens in a sequence, got "
-      f"{int(total.max())} with the new ones: there is no room for them"
+      f"state: has room for max_length={limit} tokens of a sequence, got "
+      f"{int(total.max())} with the new ones"
     )
 
 
@@ -126,6 +131,8 @@ def require_block(tokens: Any, lengths: Any, state: Any) -> None:
     )
   real = np.arange(shape[1])[None] < lengths[:, None]
   _require_range("tokens", tokens[real], state.config.vocab_size)
+  if is_concrete(state.position):
+    require_room(state.position, lengths.astype(np.int64), state.max_length)
 
 
 def require_step(token: Any, state: Any) -> None:

@@ -1,7 +1,8 @@
 """The state of a batch of sequences, and the steps that advance it.
 
 Everything here is a pure function of (parameters, tokens, state). The state
-has the same size whatever number of tokens it has seen.
+has the same size whatever number of tokens it has seen (but for models with
+full attention, whose memory is made for a number of tokens in advance).
 """
 
 import copy
@@ -22,6 +23,7 @@ from gdn2_jax.inference.checks import (
   require_step,
 )
 from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.model.kv_cache import KVCache
 from gdn2_jax.model.lm import LM, init_cache
 
 CHUNK_SIZE = 512  # tokens that one prefill dispatch takes, per row
@@ -48,6 +50,14 @@ class State:
     """Sequences B."""
     return self.position.shape[0]
 
+  @property
+  def max_length(self) -> int | None:
+    """Tokens that a sequence may have; None: as many as you like."""
+    for part in self.cache:
+      if isinstance(part, KVCache):
+        return part.k.shape[-2]
+    return None
+
 
 def init_state(
   config: ModelConfig, batch_size: int, max_length: int | None = None
@@ -57,15 +67,15 @@ def init_state(
   Args:
     config: of the model; copied, so that later changes do not reach the state.
     batch_size: sequences B, >= 1.
-    max_length: tokens that a sequence may have in the end. Models whose memory
-      is bounded need none and ignore it.
+    max_length: tokens that a sequence may have in the end, for models with
+      full attention (pattern "A"). All others remember in constant memory and
+      ignore it.
 
   Raises:
-    ValueError: batch_size < 1.
+    ValueError: batch_size < 1, or a max_length that is needed and missing.
   """
-  limit = (max_length,) if "A" in config.pattern else ()
   return State(
-    cache=init_cache(config, batch_size, *limit),
+    cache=init_cache(config, batch_size, max_length),
     position=jnp.zeros((batch_size,), jnp.int32),
     config=copy.deepcopy(config),
   )
@@ -101,8 +111,8 @@ def prefill(
   Raises:
     ValueError: shapes that disagree, numbers that are not integers, parameters
       of another model, a state that was donated before, chunk_size < 1, or (if
-      known outside of jit) a length outside 1..T or an id outside the
-      vocabulary.
+      known outside of jit) a length outside 1..T, an id outside the
+      vocabulary, or more tokens than the state has room for.
   """
   require_count("chunk_size", chunk_size)
   require_block(tokens, lengths, state)
@@ -215,7 +225,7 @@ def decode_step(
     params: unboxed parameters of LM(state.config).
     token: [B] ids in [0, vocab_size). Those of a NumPy array are checked; to
       look at those of a JAX array would wait for the device, so there an id
-      outside gives its row NaN.
+      outside gives its row NaN, as does a token that there is no room for.
     state: of B sequences. Donated: its buffers are reused for the result.
 
   Returns:
@@ -237,8 +247,11 @@ def advance(
   logits, cache = LM(state.config).apply(
     {"params": params}, token[:, None], None, state.cache
   )
-  state = state.replace(cache=cache, position=state.position + 1)
-  return logits[:, 0].astype(jnp.float32), state
+  logits = logits[:, 0].astype(jnp.float32)
+  position = state.position + 1
+  # Past 2**31 - 1 tokens it turns negative: say so, whatever the model can do.
+  logits = jnp.where((position < 0)[:, None], jnp.nan, logits)
+  return logits, state.replace(cache=cache, position=position)
 
 
 _decode_step = jax.jit(advance, donate_argnames=("state",))

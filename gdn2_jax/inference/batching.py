@@ -1,0 +1,257 @@
+"""Continuous batching: requests that come and go are decoded together."""
+
+import collections
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from gdn2_jax.inference.checks import require_count
+from gdn2_jax.inference.decode import (
+  TOKENS_PER_DISPATCH,
+  Rows,
+  decode,
+  pad_stops,
+)
+from gdn2_jax.inference.request import Request
+from gdn2_jax.inference.rows import put, take
+from gdn2_jax.inference.sampling import GREEDY, Sampler, row_samplers
+from gdn2_jax.inference.state import State, init_state
+from gdn2_jax.model.config import ModelConfig
+
+_put_in_place = jax.jit(put, donate_argnums=0)
+
+
+@dataclasses.dataclass(eq=False)
+class Completion:
+  """What becomes of one request of a `Batcher`.
+
+  Attributes:
+    tokens: ids chosen so far, without the stop id that ended them.
+    done: no more will come.
+    state: if it was to be kept, once done: of one sequence, which has read the
+      prompt and all tokens chosen but the last.
+    pending: with `state`: the last token chosen, which whatever follows begins
+      with. None if no token was chosen.
+    index: with `state`: tokens chosen, a stop id included.
+  """
+
+  request: Request = dataclasses.field(repr=False)
+  on_tokens: Callable[[list[int]], Any] | None = None
+  keep_state: bool = False
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  done: bool = False
+  state: State | None = dataclasses.field(default=None, repr=False)
+  pending: int | None = None
+  index: int = 0
+  cancelled: bool = False
+
+  def cancel(self) -> None:
+    """Ends the request before the next step, with the tokens it has."""
+    self.cancelled = True
+
+
+class Batcher:
+  """Decodes requests in a fixed number of slots, the rows of one state.
+
+  A request waits for a free slot, is read into it, and leaves it when it ends.
+  All slots are decoded by one compiled program, whatever the requests in them
+  ask for. A request's tokens depend on the request alone: neither on what
+  decodes beside it nor on when it came.
+
+    batcher = Batcher(params, config, 8)
+    completion = batcher.submit(prompt, 100, rng=jax.random.key(0))
+    batcher.run()  # or batcher.step(), as often as it returns True
+    completion.tokens
+
+  One thread calls `step` or `run`; any may submit and cancel meanwhile.
+
+  Args:
+    params: unboxed parameters of LM(config).
+    config: of the model.
+    num_slots: requests that are decoded together, >= 1. Time per step and
+      memory are those of a batch of so many rows, however few are taken.
+    max_length: tokens of a request, prompt and new ones together; needed by
+      models with full attention alone.
+    tokens_per_dispatch: >= 1; does not change the tokens.
+  """
+
+  def __init__(
+    self,
+    params: Any,
+    config: ModelConfig,
+    num_slots: int,
+    *,
+    max_length: int | None = None,
+    tokens_per_dispatch: int = TOKENS_PER_DISPATCH,
+  ):
+    require_count("num_slots", num_slots)
+    require_count("tokens_per_dispatch", tokens_per_dispatch)
+    self._params = params
+    self._state = init_state(config, num_slots, max_length)
+    self._max_length = max_length
+    self._size = tokens_per_dispatch
+    self._waiting = collections.deque()
+    self._deliveries = collections.deque()
+    self._slots: list[Completion | None] = [None] * num_slots
+    # A free slot is a row that is done, and greedy: drawing costs more.
+    self._samplers = [GREEDY] * num_slots
+    self._stops = [[]] * num_slots
+    self._keys = [jax.random.key(0)[None]] * num_slots
+    none = np.zeros((num_slots,), np.int32)
+    self._rows = Rows(
+      token=none.copy(),
+      index=none.copy(),
+      limit=none.copy(),
+      done=np.ones((num_slots,), bool),
+      key=jnp.concatenate(self._keys),
+      stops=None,  # these two are gathered at every step
+      sampler=None,
+    )
+
+  @property
+  def active(self) -> int:
+    """Requests in slots."""
+    return sum(completion is not None for completion in self._slots)
+
+  @property
+  def waiting(self) -> int:
+    """Requests that no slot has been free for."""
+    return len(self._waiting)
+
+  def submit(
+    self,
+    prompt: Any,  # list of ids, checked by name
+    max_new_tokens: int,
+    *,
+    rng: Array,
+    sampler: Sampler = Sampler(),  # noqa: B008, frozen
+    stop_ids: Any = (),
+    state: State | None = None,
+    index: int = 0,
+    on_tokens: Callable[[list[int]], Any] | None = None,
+    keep_state: bool = False,
+  ) -> Completion:
+    """Asks for the tokens that `generate` gives for [prompt].
+
+    Args:
+      prompt: non-empty token ids.
+      max_new_tokens: >= 1.
+      rng: one typed key.
+      sampler: how a token is chosen.
+      stop_ids: tokens that end the request.
+      state: of one sequence, which the prompt continues; donated.
+      index: n of the first token.
+      on_tokens: called in `step` with the new ids as they come; to end the
+        request there it returns True.
+      keep_state: whether the completion gets its final state.
+
+    Raises:
+      ValueError: as `generate`, at once.
+    """
+    request = Request(
+      self._state.config,
+      [prompt],
+      max_new_tokens,
+      rng,
+      sampler,
+      stop_ids,
+      state,
+      index,
+      self._max_length,
+    )
+    if rng.dtype != self._rows.key.dtype:
+      raise ValueError(
+        f"rng: expected a key of the default kind {self._rows.key.dtype}, got "
+        f"{rng.dtype}"
+      )
+    completion = Completion(request, on_tokens, keep_state, index=index)
+    self._waiting.append(completion)
+    return completion
+
+  def run(self) -> None:
+    """Steps until nothing is left to do."""
+    while self.step():
+      pass
+
+  def step(self) -> bool:
+    """Fills free slots, chooses some tokens for all, hands them out.
+
+    Ends early when a request does, so that its slot is soon taken again.
+
+    Returns:
+      Whether anything is left to do.
+    """
+    self._release()
+    admitted = self._admit()
+    if self.active:
+      vocab_size = self._state.config.vocab_size
+      self._rows = self._rows.replace(
+        stops=pad_stops(self._stops),
+        sampler=row_samplers(self._samplers, vocab_size),
+      )
+      new, self._state, self._rows = decode(
+        self._params,
+        self._state,
+        self._rows,
+        # The first token of a request comes alone, as soon as can be.
+        count=1 if admitted else self._size,
+        size=self._size,
+        pause=True,
+      )
+      for completion, ids in zip(self._slots, new, strict=True):
+        if completion and ids:
+          completion.tokens += ids
+          self._deliveries.append((completion, ids))
+      self._release()
+    # Last: a callback that raises loses nothing.
+    while self._deliveries:
+      completion, ids = self._deliveries.popleft()
+      if completion.on_tokens and completion.on_tokens(ids):
+        completion.cancel()
+    return bool(self.active or self._waiting)
+
+  def _admit(self) -> bool:
+    """Reads waiting requests into free slots."""
+    free = [i for i, used in enumerate(self._slots) if used is None]
+    admitted = False
+    while free and self._waiting:
+      completion = self._waiting.popleft()
+      if completion.cancelled:
+        completion.done = True
+        continue
+      state, rows = completion.request.begin(self._params)
+      self._fill(free.pop(0), completion, state, rows)
+      admitted = True
+    return admitted
+
+  def _fill(self, slot, completion, state, rows):
+    self._slots[slot] = completion
+    self._samplers[slot] = completion.request.sampler
+    self._stops[slot] = completion.request.stop_ids
+    self._keys[slot] = rows.key
+    self._state = _put_in_place(self._state, np.asarray([slot]), state)
+    for name in ("token", "index", "limit", "done"):
+      getattr(self._rows, name)[slot] = getattr(rows, name)[0]
+    self._rows = self._rows.replace(key=jnp.concatenate(self._keys))
+
+  def _release(self):
+    """Frees the slots of requests that ended, by themselves or cancelled."""
+    for slot, completion in enumerate(self._slots):
+      if completion is None:
+        continue
+      if not (self._rows.done[slot] or completion.cancelled):
+        continue
+      if completion.keep_state:
+        completion.state = take(self._state, [slot])
+        completion.pending = int(self._rows.token[slot])
+        completion.index = int(self._rows.index[slot])
+      completion.done = True
+      self._rows.done[slot] = True
+      self._slots[slot] = None
+      self._samplers[slot] = GREEDY
+      self._stops[slot] = []

@@ -1,0 +1,144 @@
+"""Continuous batching: every request as if it were alone."""
+
+import jax
+import pytest
+
+from gdn2_jax.inference.batching import Batcher
+from gdn2_jax.inference.generate import generate
+from gdn2_jax.inference.sampling import GREEDY, Sampler
+from tests.inference.conftest import make_tiny
+
+WARM = Sampler(temperature=1.3, top_k=30, top_p=0.98)
+HOT = Sampler(temperature=2.0)
+# Prompt, new tokens, seed, sampler.
+ASKED = [
+  ([3, 1, 4, 1, 5, 9, 2, 6, 5, 3], 9, 0, WARM),
+  ([7], 3, 1, GREEDY),
+  ([8, 8], 14, 2, HOT),
+  ([2, 7, 1], 1, 3, WARM),
+  ([5] * 20, 6, 4, Sampler(temperature=0.9, top_p=0.6)),
+  ([8, 8], 14, 2, HOT),
+]
+
+
+@pytest.fixture(scope="module")
+def hybrid():
+  return make_tiny("GS")
+
+
+def batcher(tiny):
+  return Batcher(tiny.params, tiny.config, 2, tokens_per_dispatch=5)
+
+
+def submit(batch, i, **changes):
+  prompt, count, seed, sampler = ASKED[i]
+  return batch.submit(
+    prompt, count, rng=jax.random.key(seed), sampler=sampler, **changes
+  )
+
+
+@pytest.fixture(scope="module")
+def alone(hybrid):
+  """What each request gets when no other was ever there."""
+  tokens = []
+  for i in range(len(ASKED)):
+    batch = batcher(hybrid)
+    completion = submit(batch, i)
+    batch.run()
+    tokens.append(completion.tokens)
+  return tokens
+
+
+@pytest.mark.parametrize("i", [0, 1])
+def test_alone_a_request_gets_what_generate_gives(hybrid, alone, i):
+  """Although one compiles its sampler, and the other takes it as numbers."""
+  prompt, count, seed, sampler = ASKED[i]
+  options = {"rng": jax.random.key(seed), "sampler": sampler}
+  want = generate(hybrid.params, hybrid.config, [prompt], count, **options)
+  assert [alone[i]] == want
+
+
+def test_requests_get_the_tokens_they_get_alone(hybrid, alone):
+  """Six in two slots, some of them submitted while others decode."""
+  batch = batcher(hybrid)
+  assert not batch.step()
+  done = [submit(batch, i) for i in range(3)]
+  assert (batch.active, batch.waiting) == (0, 3)
+  assert batch.step()
+  assert (batch.active, batch.waiting) == (2, 1)
+  done += [submit(batch, i) for i in range(3, 6)]
+  batch.run()
+  assert (batch.active, batch.waiting) == (0, 0)
+  assert [completion.tokens for completion in done] == alone
+  assert all(completion.done for completion in done)
+
+
+def test_tokens_are_streamed_and_requests_may_stop(hybrid, alone):
+  """By a stop id, by a callback, by hand; the others do not notice."""
+  batch = batcher(hybrid)
+  calls = []
+  first = submit(batch, 0, on_tokens=calls.append)
+  stop = alone[2][6]
+  stopped = submit(batch, 2, stop_ids=[stop])
+  called = submit(batch, 4, on_tokens=lambda ids: True)
+  never = submit(batch, 5)
+  never.cancel()
+  batch.run()
+  assert calls[0] == alone[0][:1] and len(calls) >= 3
+  assert [token for ids in calls for token in ids] == first.tokens == alone[0]
+  assert stopped.tokens == alone[2][: alone[2].index(stop)]
+  assert called.tokens == alone[4][: len(called.tokens)] and called.done
+  assert 1 <= len(called.tokens) <= 5
+  assert never.done and never.tokens == []
+
+
+def test_a_completion_goes_on_from_its_state(hybrid, alone):
+  """In another batcher: the state has read just the tokens it should."""
+  batch = batcher(hybrid)
+  prompt, count, seed, sampler = ASKED[0]
+  rng = jax.random.key(seed)
+  options = {"rng": rng, "sampler": sampler, "keep_state": True}
+  part = batch.submit(prompt, 4, **options)
+  other = submit(batch, 2)
+  batch.run()
+  assert part.state.position == len(prompt) + 3
+  rest = batch.submit(
+    [part.pending], count - 4, state=part.state, index=part.index, **options
+  )
+  batch.run()
+  assert part.tokens + rest.tokens == alone[0] and rest.index == count
+  assert other.tokens == alone[2] and other.state is None
+
+
+def test_a_callback_that_raises_loses_nothing(hybrid, alone):
+  batch = batcher(hybrid)
+
+  def angry(ids):
+    raise RuntimeError("no")
+
+  first = submit(batch, 1, on_tokens=angry)
+  second = submit(batch, 2)
+  with pytest.raises(RuntimeError, match="no"):
+    batch.step()
+  first.on_tokens = None
+  batch.run()
+  assert (first.tokens, second.tokens) == (alone[1], alone[2])
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"prompt": []}, r"prompts\[0\]: expected at least one"),
+    ({"prompt": [61]}, r"prompts\[0\].*\[0, 61\)"),
+    ({"max_new_tokens": 0}, "max_new_tokens"),
+    ({"sampler": Sampler(top_k=62)}, "top_k"),
+    ({"stop_ids": [-1]}, "stop_ids"),
+    ({"rng": jax.random.key(0, impl="rbg")}, "rng: expected a key of"),
+  ],
+)
+def test_bad_requests_are_refused_when_submitted(attention, change, message):
+  batch = batcher(attention)
+  request = {"prompt": [1], "max_new_tokens": 2, "rng": jax.random.key(0)}
+  with pytest.raises(ValueError, match=message):
+    batch.submit(**(request | change))
+  assert batch.waiting == 0
