@@ -9,33 +9,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax.inference.rows import batch, fork, put, take, unbatch
-from gdn2_jax.inference.state import init_state
-from gdn2_jax.model.attention import AttentionConfig
-from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.gdn2 import GDN2Config
-
-CONFIG = ModelConfig(
-  vocab_size=61,
-  model_dim=32,
-  num_layers=4,
-  pattern="GS",
-  gdn2=GDN2Config(num_heads=2, key_dim=16, value_dim=16),
-  attention=AttentionConfig(num_heads=2, head_dim=16, window=8),
-  mlp_dim=48,
-  dtype="bfloat16",  # another one than that of the recurrent states
-)
-
-
-def random_state(batch_size, seed=0):
-  """A state with every bit drawn, NaN, infinities and -0 among them."""
-  rng = np.random.default_rng(seed)
-
-  def draw(x):
-    bits = rng.bytes(x.size * x.dtype.itemsize)
-    return jnp.asarray(np.frombuffer(bits, x.dtype).reshape(x.shape))
-
-  shapes = jax.eval_shape(lambda: init_state(CONFIG, batch_size))
-  return jax.tree.map(draw, shapes)
+from tests.inference.states import CONFIG, assert_equal, random_state
 
 
 def rows_of(state, rows):
@@ -55,14 +29,6 @@ def stacked(*states):
     ),
     position=np.concatenate([s.position for s in states]),
   )
-
-
-def assert_equal(got, want):
-  got, want = jax.device_get((got, want))
-  assert jax.tree.structure(got) == jax.tree.structure(want)
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    assert a.dtype == b.dtype and a.shape == b.shape
-    assert a.tobytes() == b.tobytes()
 
 
 def test_fork_puts_copies_of_a_row_side_by_side():
