@@ -46,8 +46,8 @@ class State:
   config: ModelConfig = struct.field(pytree_node=False)
 
   @property
-  def batch_size(self) -> int:
-    """Sequences B."""
+  def batch_size(self) -> Any:
+    """Sequences B, an int, or a symbol in programs that take any number."""
     return self.position.shape[0]
 
   @property
