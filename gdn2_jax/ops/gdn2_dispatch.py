@@ -178,7 +178,7 @@ def fold_state(state: jax.Array, H: int) -> jax.Array:
   return jnp.moveaxis(state, 2, 3).reshape(B, H, K, -1)
 
 
-def unfold_state(state: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def unfold_state(state: jax.Array, shape: tuple[Any, ...]) -> jax.Array:
   """What fold_state made of a state of `shape`, undone."""
   B, HV, K, V = shape
   H = state.shape[1]
