@@ -41,6 +41,7 @@ ALLOWED = {
     "model",
     "weights",
   },
+  "export": {"ops", "model", "inference", "weights"},
   "analysis": {"typing", "ops", "model"},
   "eval": {"typing", "sharding", "model", "data"},
   "train": {
@@ -52,6 +53,7 @@ ALLOWED = {
     "eval",
     "inference",
   },
+  "convert": {"model", "data", "weights", "train"},
   "faults": {"sharding", "model", "train"},
   "bench": WHOLE_PROGRAMS,
   "aot": WHOLE_PROGRAMS,
