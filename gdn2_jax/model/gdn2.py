@@ -150,17 +150,22 @@ _TOKENS = ("batch", "length", "heads", None)
 _STATE = ("batch", "heads", None, None)
 
 
-def _convolve(x, kernel, segment_ids, tail):
+def _convolve(x, kernel, segment_ids, tail, **options):
   """short_conv of [B, T, C], wherever the tokens are."""
   tokens, tails = ("batch", "length", "heads"), ("batch", None, "heads")
   taps = kernel.shape[0] - 1
   axis = length_axis((x, tokens), tokens=taps)
   if axis is None:
-    return short_conv(x, kernel, segment_ids=segment_ids, state=tail)
+    return short_conv(x, kernel, segment_ids=segment_ids, state=tail, **options)
 
   def run(x, kernel, segment_ids, tail):
     return short_conv_context(
-      x, kernel, axis_name=axis, segment_ids=segment_ids, state=tail
+      x,
+      kernel,
+      axis_name=axis,
+      segment_ids=segment_ids,
+      state=tail,
+      **options,
     )
 
   into = (tokens, (None, "heads"), _IDS, tails)
@@ -217,6 +222,12 @@ class GDN2Mixer(nn.Module):
       name=name,
     )
 
+  @property
+  def _around_the_op(self):
+    """Implementation of convolution and norm: kernels where they can run."""
+    kernels = self.config.implementation in ("", "mosaic_gpu")
+    return None if kernels else "xla"
+
   def _short_conv(self, name, x, head, segment_ids, tail):
     """silu(conv(x W)) as [B, T, heads, channels], and the new tail."""
     *shape, channel_axis = head
@@ -232,11 +243,18 @@ class GDN2Mixer(nn.Module):
     flat = y.reshape(*y.shape[:2], -1)
     kernel = kernel.reshape(kernel.shape[0], -1)
     if tail is not None and segment_ids is None and x.shape[1] == 1:
-      flat, tail = short_conv_step(flat[:, 0], kernel, tail)
+      flat, tail = short_conv_step(flat[:, 0], kernel, tail, activation="silu")
       flat = flat[:, None]
     else:
-      flat, tail = _convolve(flat, kernel, segment_ids, tail)
-    return jax.nn.silu(flat).reshape(y.shape), tail
+      flat, tail = _convolve(
+        flat,
+        kernel,
+        segment_ids,
+        tail,
+        activation="silu",
+        implementation=self._around_the_op,
+      )
+    return flat.reshape(y.shape), tail
 
   def _gates(self, x):
     """What the gates b [B, T, H, K] and w [B, T, HV, V] are sigmoids of."""
@@ -334,7 +352,13 @@ class GDN2Mixer(nn.Module):
       (c.value_dim,),
       jnp.dtype(self.param_dtype),
     )
-    o = gated_rms_norm(o, gate, weight, activation=c.output_gate)
+    o = gated_rms_norm(
+      o,
+      gate,
+      weight,
+      activation=c.output_gate,
+      implementation=self._around_the_op,
+    )
     return self._linear(
       "o_proj", (x.shape[-1],), ("heads", "value_dim", "embed"), in_dims=2
     )(o)

@@ -13,7 +13,7 @@ devices. No message grows with T, but for windows longer than T.
 """
 
 import functools
-from typing import NamedTuple, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -260,6 +260,7 @@ def short_conv_context(
   bias: Float[Array, " C"] | None = None,
   segment_ids: Int[Array, "B T"] | None = None,
   state: Float[Array, "B W-1 C"] | None = None,
+  **options: Any,
 ) -> tuple[Float[Array, "B T C"], Float[Array, "B W-1 C"]]:
   """short_conv over a sequence of which this device holds one shard.
 
@@ -271,6 +272,7 @@ def short_conv_context(
     segment_ids: [B, T] or None.
     state: The inputs before the whole sequence [B, W-1, C], the same on all
       devices; None for zeros.
+    **options: activation and implementation of short_conv.
 
   Returns:
     y [B, T, C] of this shard, and the state after the whole sequence, the same
@@ -301,7 +303,9 @@ def short_conv_context(
   if state is not None:
     rank = lax.axis_index(axis_name)
     halo = jnp.where(rank == 0, state, halo)
-  y, end = short_conv(x, kernel, bias=bias, segment_ids=segment_ids, state=halo)
+  y, end = short_conv(
+    x, kernel, bias=bias, segment_ids=segment_ids, state=halo, **options
+  )
   last = devices - 1
   if segment_ids is not None:
     # Padding at the end of a row may fill whole shards.

@@ -105,7 +105,10 @@ def _backward(residuals, dy):
   _, pullback = jax.vjp(
     lambda state: _first_tokens(x[:, :n], kernel, state, reach), state
   )
-  (dstate,) = pullback(dy[:, :n].astype(jnp.float32))
+  dy = dy[:, :n].astype(jnp.float32)
+  if reach is not None:
+    dy = jnp.where(reach[..., None] >= 0, dy, 0)
+  (dstate,) = pullback(dy)
   dkernel = sums.sum(axis=(0, 1)).astype(kernel.dtype)
   return dx[:, : x.shape[1]], dkernel, dstate, None
 
@@ -135,10 +138,13 @@ def _first_tokens(x, kernel, state, reach):
   """y in float32 of the n first tokens, by XLA."""
   n, W = x.shape[1], kernel.shape[0]
   inputs = jnp.concatenate([state, x], axis=1).astype(jnp.float32)
+  taps = kernel.astype(jnp.float32)[:, None, None]
   z = jnp.zeros(x.shape, jnp.float32)
   for i in range(W):
-    term = kernel[W - 1 - i].astype(jnp.float32) * inputs[:, W - 1 - i :][:, :n]
-    z += term if reach is None else jnp.where(reach[..., None] >= i, term, 0)
+    seen = inputs[:, W - 1 - i :][:, :n]
+    if reach is not None:
+      seen = jnp.where(reach[..., None] >= i, seen, 0)
+    z += taps[W - 1 - i] * seen
   return jax.nn.silu(z)
 
 
