@@ -70,6 +70,9 @@ _FROM_CONV_ORDER = flags.DEFINE_string(
 _TO_CONV_ORDER = flags.DEFINE_string(
   "to_conv_order", None, "The same for --out."
 )
+_STRIP_PREFIX = flags.DEFINE_string(
+  "strip_prefix", "", "What all names begin with, such as _orig_mod."
+)
 _UNTIE_HEAD = flags.DEFINE_bool(
   "untie_head", False, "Copy the embedding where the head is tied to it."
 )
@@ -135,6 +138,7 @@ def _options() -> Options:
     output_gate=_OUTPUT_GATE.value,
     from_conv_order=_FROM_CONV_ORDER.value,
     to_conv_order=_TO_CONV_ORDER.value,
+    strip_prefix=_STRIP_PREFIX.value,
     untie_head=_UNTIE_HEAD.value,
     dtype=_DTYPE.value,
     step=_STEP.value,

@@ -105,6 +105,10 @@ class Claims:
     """Whether there is such a key with a value."""
     return self._values.get(name) is not None
 
+  def stated(self, name: str) -> bool:
+    """Whether there is such a key, be it null."""
+    return name in self._values
+
   def raw(self, name: str, default: Any = None) -> Any:
     """A value as it is; null is the default."""
     self._asked.add(name)
@@ -120,7 +124,7 @@ class Claims:
     value = self.raw(name, default)
     if value is None:
       self._missing(name)
-    if type(value) not in (int, float) or not 0 < value < float("inf"):
+    if type(value) not in (int, float) or not 0 < value < 1e300:
       self.refuse(name, "a positive number")
     return float(value)
 
@@ -222,7 +226,7 @@ def check_expansion(
   Raises:
     ValueError: no whole number, or not what the tensors have.
   """
-  value_dim = claims.number(name) * key_dim
+  value_dim = min(claims.number(name) * key_dim, 2.0**31)
   if abs(value_dim - round(value_dim)) > 1e-5 * value_dim:
     claims.refuse(name, f"a whole number of channels, times {key_dim}")
   value_dim = round(value_dim)

@@ -19,6 +19,7 @@ from gdn2_jax.model.gdn2 import GDN2Config
 
 MODEL_TYPE = "gdn2"
 KDA_MODEL_TYPE = "kda"
+OUTPUT_NORM_EPS = 1e-5  # of the mixer in gdn2_jax.model.gdn2
 
 # How training went, how kernels run, what generation starts from.
 HARMLESS = (
@@ -122,7 +123,7 @@ def read_config(claims: Claims, shown: Shown, output_gate: str) -> ModelConfig:
     # Their beta = 2 sigmoid would double the write gate too.
     c.only("allow_neg_eigval", False)
   model_dim = c.size("hidden_size", shown=shown.model_dim)
-  num_layers = c.size("num_hidden_layers", shown=len(shown.kinds) or None)
+  num_layers = c.size("num_hidden_layers", shown=len(shown.kinds))
   kinds, attention = _attention(c, shown, model_dim, num_layers)
   return ModelConfig(
     vocab_size=c.size("vocab_size", shown=shown.vocab_size),
@@ -132,7 +133,7 @@ def read_config(claims: Claims, shown: Shown, output_gate: str) -> ModelConfig:
     mlp_dim=c.size("intermediate_size", shown=shown.mlp_dim),
     gdn2=_gdn2(c, shown, output_gate) if "G" in kinds else GDN2Config(),
     attention=attention,
-    norm_eps=c.number("norm_eps"),
+    norm_eps=_norm_eps(c, kinds),
   )
 
 
@@ -143,6 +144,11 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     ValueError: naming what the program cannot express.
   """
   c, a = config, config.attention
+  if "G" in c.pattern and c.norm_eps != OUTPUT_NORM_EPS:
+    raise ValueError(
+      f"norm_eps={c.norm_eps}: fla has one for all norms, the output norm of "
+      f"ours has {OUTPUT_NORM_EPS}"
+    )
   ratio = c.gdn2.value_dim / c.gdn2.key_dim
   if round(c.gdn2.key_dim * ratio) != c.gdn2.value_dim:
     ratio = float(f"{ratio:.17g}")
@@ -167,6 +173,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     "allow_neg_eigval": c.gdn2.negative_eigenvalues,
     "output_gate": c.gdn2.output_gate,
     "attn": None,
+    "torch_dtype": c.param_dtype,
   }
   specs = []
   for kind, window in (("S", a.window), ("A", None)):
@@ -224,6 +231,19 @@ def _gdn2(c: Claims, shown: Shown, output_gate: str) -> GDN2Config:
     negative_eigenvalues=c.boolean("allow_neg_eigval", False),
     output_gate=output_gate,
   )
+
+
+def _norm_eps(c: Claims, kinds: str) -> float:
+  """Of all norms of theirs; ours has its own in the recurrent mixers."""
+  norm_eps = c.number("norm_eps")
+  output = c.number("output_norm_eps", norm_eps)
+  if "G" in kinds and output != OUTPUT_NORM_EPS:
+    raise ValueError(
+      f"norm_eps={norm_eps} is that of the output norm too, which has "
+      f"{OUTPUT_NORM_EPS} here; to take the difference, which is one of small "
+      f"outputs only, pass --set=output_norm_eps={OUTPUT_NORM_EPS}"
+    )
+  return norm_eps
 
 
 def _attention(

@@ -68,12 +68,12 @@ def read_config(claims: Claims, shown: Shown, output_gate: str) -> ModelConfig:
   """
   c = claims
   _refuse_variants(c)
-  num_layers = c.size("n_layer", shown=len(shown.kinds) or None)
+  num_layers = c.size("n_layer", shown=len(shown.kinds))
   model_dim = c.size("n_embd", shown=shown.model_dim)
-  kinds = _kinds(c, shown.kinds or "G" * num_layers)
+  kinds = _kinds(c, shown.kinds)
   attention = AttentionConfig()
   if "S" in kinds or "A" in kinds:
-    attention = _attention(c, shown, model_dim)
+    attention = _attention(c, shown, model_dim, "S" in kinds)
   for name in ("n_head", "n_query_groups", "local_window", "nope"):
     c.raw(name)  # of no effect without attention
   return ModelConfig(
@@ -177,7 +177,7 @@ def _kinds(c: Claims, kinds: str) -> str:
         f"gdn2_per_layer={every} makes the layers {told}, the tensors are those"
         f" of {kinds} (G recurrent, S attention)"
       )
-  if "S" in kinds and c.raw("local_window") == -1:
+  if c.stated("local_window") and c.raw("local_window", -1) == -1:
     return kinds.replace("S", "A")
   return kinds
 
@@ -203,7 +203,9 @@ def _gdn2(c: Claims, shown: Shown, output_gate: str) -> GDN2Config:
   )
 
 
-def _attention(c: Claims, shown: Shown, model_dim: int) -> AttentionConfig:
+def _attention(
+  c: Claims, shown: Shown, model_dim: int, windowed: bool
+) -> AttentionConfig:
   c.only("rotary_percentage", 1.0, 1)
   c.only("condense_ratio", 1, 1.0)
   c.only("nope", False)
@@ -219,7 +221,7 @@ def _attention(c: Claims, shown: Shown, model_dim: int) -> AttentionConfig:
         "n_head", f"heads that divide the {rows} rows of q, k and v together"
       )
   options = {}
-  if c.raw("local_window") != -1:
+  if windowed:
     options["window"] = c.size("local_window")
   return AttentionConfig(
     num_heads=heads,

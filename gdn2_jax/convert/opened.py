@@ -61,7 +61,7 @@ def open_foreign(
     ValueError: naming what is missing, unexpected, wrong or unsupported.
   """
   weights = _weights_file(src)
-  theirs = dict(open_tensors(weights))
+  theirs = _without_prefix(open_tensors(weights), options.strip_prefix, weights)
   if not dialect.recognises(theirs):
     check_names(theirs, [dialect.layer.format(0) + "..."], dialect, weights)
   for name, tensor in theirs.items():
@@ -126,6 +126,15 @@ def agree_on_gate(dialect: Dialect, claims: Claims, options: Options) -> str:
       f"computes; if it is right, pass --output_gate={told}",
     )
   return stated or dialect.output_gate
+
+
+def _without_prefix(
+  tensors: Mapping[str, Any], prefix: str, path: pathlib.Path
+) -> dict[str, Any]:
+  for name in tensors:
+    if not name.startswith(prefix):
+      raise ValueError(f"{path}: {name}: expected --strip_prefix={prefix}")
+  return {name.removeprefix(prefix): t for name, t in tensors.items()}
 
 
 def _weights_file(src: pathlib.Path) -> pathlib.Path:

@@ -28,6 +28,8 @@ class Options:
       that the dialect's own program computes.
     from_conv_order, to_conv_order: which input the first tap of the short
       convolution multiplies; by default the oldest, as in PyTorch.
+    strip_prefix: what stands before all names of the source, as wrappers of
+      modules leave it.
     untie_head: give a model without a head a copy of its embedding.
     dtype: of the parameters that are written; A_log and dt_bias stay float32.
       By default that of each tensor read.
@@ -41,6 +43,7 @@ class Options:
   output_gate: str | None = None
   from_conv_order: str | None = None
   to_conv_order: str | None = None
+  strip_prefix: str = ""
   untie_head: bool = False
   dtype: str | None = None
   step: int | None = None
@@ -74,7 +77,13 @@ class Options:
     if self.step is not None and source != OURS:
       raise ValueError(f"--step={self.step}: goes with --from={OURS}")
     if source == OURS:
-      for name in ("config", "values", "ignored", "from_conv_order"):
+      for name in (
+        "config",
+        "values",
+        "ignored",
+        "from_conv_order",
+        "strip_prefix",
+      ):
         if getattr(self, name):
           flag = {"values": "set", "ignored": "ignore_config"}.get(name, name)
           raise ValueError(f"--{flag}: does not go with --from={OURS}")

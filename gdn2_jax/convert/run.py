@@ -1,9 +1,12 @@
 """One conversion: open and check everything, then write tensor by tensor."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+import shutil
+import uuid
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from gdn2_jax.convert.tensors import Lazy, in_dtype, to_theirs, watched
 from gdn2_jax.data.tokenizer import BPETokenizer, load_tokenizer
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.weights.card import Card
-from gdn2_jax.weights.disk import write_bytes
+from gdn2_jax.weights.disk import sync_folder, write_bytes
 from gdn2_jax.weights.files import SHARD_BYTES, save_shards
 from gdn2_jax.weights.folder import CONFIG, TOKENIZER, save_model
 from gdn2_jax.weights.tree import unflatten_params
@@ -25,6 +28,7 @@ from gdn2_jax.weights.tree import unflatten_params
 _METADATA = {"format": "pt"}  # what loaders of these folders ask for
 _PROGRESS_BYTES = 1 << 28  # below this it is over before one can read it
 _SHOWN = 4
+_STAGING = ".incoming-"
 
 
 def convert(
@@ -82,13 +86,8 @@ def convert(
     if target == OURS:
       files = _save_ours(out, watching, config, opened, notes, max_shard_bytes)
     else:
-      out.mkdir(parents=True, exist_ok=True)
-      files = save_shards(out, watching, _METADATA, max_bytes=max_shard_bytes)
-      files += _copy_tokenizer(opened, out, notes)
-      # Last: what has no config was not finished.
-      text = json.dumps(tree, indent=2) + "\n"
-      write_bytes(out / CONFIG, text.encode())
-      files.append(CONFIG)
+      tokenizer = _their_tokenizer(opened, notes)
+      files = _save_theirs(out, watching, tree, tokenizer, max_shard_bytes)
   notes += counter.notes()
   return Report(source, target, opened, written, names, files, notes)
 
@@ -105,7 +104,9 @@ def _check_out(src: pathlib.Path, out: pathlib.Path) -> None:
     raise ValueError(f"--out={out}: the folder of --src={src}")
   if out.exists() and not out.is_dir():
     raise ValueError(f"--out={out}: a file, expected a folder")
-  if out.exists() and any(out.iterdir()):
+  if out.exists() and any(
+    not path.name.startswith(_STAGING) for path in out.iterdir()
+  ):
     raise ValueError(f"--out={out}: not empty, expected a new folder")
 
 
@@ -145,7 +146,6 @@ def _their_config(
   config: ModelConfig, target: str, conv_order: str
 ) -> dict[str, Any]:
   tree = CONFIGS[target].write_config(config)
-  tree["torch_dtype"] = config.param_dtype
   if conv_order != "oldest_first":
     tree["conv_order"] = conv_order
   return tree
@@ -156,7 +156,7 @@ def _save_ours(out, tensors, config, opened, notes, max_shard_bytes):
   # Layers that are not stacked: one copy of each, which is the one written.
   unstacked = dataclasses.replace(config, scan_layers=False)
   params = unflatten_params(tensors, unstacked, place=lambda array: array)
-  card = Card(facts={"converted from": f"{opened.path.name}"})
+  card = Card(facts={"converted from": opened.path.name})
   save_model(
     out, params, config, tokenizer, card=card, max_shard_bytes=max_shard_bytes
   )
@@ -177,17 +177,49 @@ def _load_tokenizer(opened: Opened, notes: list[str]) -> Any:
   return None
 
 
-def _copy_tokenizer(
-  opened: Opened, out: pathlib.Path, notes: list[str]
-) -> list[str]:
+def _their_tokenizer(opened: Opened, notes: list[str]) -> bytes | None:
+  """tokenizer.json, unless only this program reads it."""
   tokenizer = _load_tokenizer(opened, notes)
   if tokenizer is None:
-    return []
+    return None
   if not isinstance(tokenizer, BPETokenizer):
     notes.append("tokenizer.json left behind: other programs cannot read it")
-    return []
-  write_bytes(out / TOKENIZER, opened.tokenizer.read_bytes())
-  return [TOKENIZER]
+    return None
+  return opened.tokenizer.read_bytes()
+
+
+def _save_theirs(
+  out: pathlib.Path,
+  tensors: dict[str, Any],
+  tree: dict[str, Any],
+  tokenizer: bytes | None,
+  max_shard_bytes: int,
+) -> list[str]:
+  """Writes a folder of another program: all of its files or none."""
+  is_new = not out.exists()
+  out.mkdir(parents=True, exist_ok=True)
+  for abandoned in out.glob(f"{_STAGING}*"):
+    shutil.rmtree(abandoned)
+  staging = out / f"{_STAGING}{uuid.uuid4().hex[:8]}"
+  staging.mkdir()
+  try:
+    files = save_shards(staging, tensors, _METADATA, max_bytes=max_shard_bytes)
+    if tokenizer is not None:
+      write_bytes(staging / TOKENIZER, tokenizer)
+      files.append(TOKENIZER)
+    write_bytes(staging / CONFIG, (json.dumps(tree, indent=2) + "\n").encode())
+    files.append(CONFIG)
+    for name in files:  # the config last: without it nothing loads
+      os.replace(staging / name, out / name)
+    sync_folder(out)
+  except BaseException:
+    shutil.rmtree(staging, ignore_errors=True)
+    if is_new:
+      with contextlib.suppress(OSError):
+        out.rmdir()
+    raise
+  staging.rmdir()
+  return files
 
 
 class _Counter:

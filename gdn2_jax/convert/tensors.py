@@ -64,6 +64,13 @@ def check_names(
           f"{path}: these are names of the dialect {other.name!r}, not of "
           f"{dialect.name!r}; pass --from={other.name}"
         )
+    layers = dialect.layer.partition("{}")[0]
+    prefixes = {n[: n.find(layers)] for n in found if n.find(layers) > 0}
+    if len(prefixes) == 1:
+      raise ValueError(
+        f"{path}: the names do not begin with {layers}; pass --strip_prefix="
+        + prefixes.pop()
+      )
   parts = []
   for what, names in (("missing", missing), ("unexpected", extra)):
     if names:

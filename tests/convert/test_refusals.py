@@ -164,6 +164,13 @@ CASES = [
   ("fla", tell(model_type="kda"), "model_type='kda': expected 'gdn2'"),
   ("fla", tell(norm_eps=-1.0), "norm_eps=-1.0: expected a positive number"),
   ("fla", in_attn(qkv_bias=True), "qkv_bias=True: expected False"),
+  ("fla", tell(norm_eps=1e-6), "pass --set=output_norm_eps=1e-05"),
+  ("fla", tell(norm_eps=10**400), ": expected a positive number"),
+  (
+    "fla",
+    tell(expand_v=1e200),
+    "expand_v=1e+200: expected 24 / 16, by the ten",
+  ),
 ]
 
 
@@ -336,6 +343,38 @@ def test_facts_that_the_user_states(tmp_path):
   (tmp_path / "less.json").write_text(text)
   stated = Options(config=str(tmp_path / "less.json"))
   assert found == open_model(src, "official", stated).config
+
+
+def test_a_prefix_of_all_names(tmp_path):
+  tensors, config = checkpoints.official()
+  tensors = {"_orig_mod." + name: value for name, value in tensors.items()}
+  src = checkpoints.write(tmp_path / "src", (tensors, config))
+  refused(src, tmp_path / "out", "pass --strip_prefix=_orig_mod.")
+  refused(src, tmp_path / "out", "expected --strip_prefix=x", strip_prefix="x")
+  stated = Options(strip_prefix="_orig_mod.")
+  found = open_model(src, "official", stated).tensors
+  same = open_model(checkpoints.OFFICIAL, "official", Options()).tensors
+  assert found.keys() == same.keys()
+
+
+@pytest.mark.parametrize("target", ["official", "gdn2_jax"])
+def test_a_failed_write_leaves_nothing(tmp_path, target):
+  src = checkpoints.write(tmp_path / "src", checkpoints.official())
+  entry = open_model(src, "official", Options()).read["lm_head.weight"]
+
+  def fail(self, *args, **kwargs):
+    if self.name == entry.name:
+      raise OSError("No space left on device")
+    return read(self, *args, **kwargs)
+
+  read = type(entry).__array__
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(type(entry), "__array__", fail)
+    with pytest.raises(OSError, match="No space"):
+      convert(src, tmp_path / "out", source="official", target=target)
+  left = list((tmp_path / "out").glob("*")) if target == "gdn2_jax" else []
+  assert not left
+  convert(src, tmp_path / "out", source="official", target=target)
 
 
 def npz(**arrays):

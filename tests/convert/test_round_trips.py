@@ -108,6 +108,19 @@ def test_full_attention_is_read_and_written(tmp_path):
   assert written["attn"] == config["attn"]
 
 
+@pytest.mark.parametrize("window", [-1, None])
+def test_no_window_is_full_attention(tmp_path, window):
+  tensors, config = checkpoints.official()
+  src = checkpoints.write(
+    tmp_path / "src", (tensors, config | {"local_window": window})
+  )
+  assert open_model(src, "official", Options()).config.pattern == "GA"
+  run(src, tmp_path / "back", "official", "official")
+  written = json.loads((tmp_path / "back" / "config.json").read_text())
+  assert written["local_window"] == -1
+  checkpoints.assert_same(checkpoints.read(tmp_path / "back"), tensors)
+
+
 @pytest.mark.parametrize("order", ["oldest_first", "newest_first"])
 @pytest.mark.parametrize(
   "stored",
