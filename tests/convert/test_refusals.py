@@ -1,6 +1,5 @@
 """Wrong input is refused by name, and nothing is written."""
 
-import io
 import json
 import pickle
 import zipfile
@@ -10,7 +9,6 @@ import pytest
 
 from gdn2_jax.convert import fla, official
 from gdn2_jax.convert.options import Options
-from gdn2_jax.convert.probe import Probe, check_probe, read_probe
 from gdn2_jax.convert.run import convert, open_model
 from gdn2_jax.model.attention import AttentionConfig
 from gdn2_jax.model.config import ModelConfig
@@ -375,42 +373,3 @@ def test_a_failed_write_leaves_nothing(tmp_path, target):
   left = list((tmp_path / "out").glob("*")) if target == "gdn2_jax" else []
   assert not left
   convert(src, tmp_path / "out", source="official", target=target)
-
-
-def npz(**arrays):
-  data = io.BytesIO()
-  np.savez(data, **arrays)
-  return data.getvalue()
-
-
-IDS, LOGITS = np.zeros((1, 3), np.int32), np.zeros((1, 3, 128), np.float32)
-
-
-@pytest.mark.parametrize(
-  ("data", "match"),
-  [
-    (b"PK\x03\x04 not really", "BadZipFile"),
-    (npz(input_ids=IDS), "logits is not a file in the archive"),
-    (npz(input_ids=LOGITS, logits=LOGITS), "input_ids float32[1, 3, 128], ex"),
-    (npz(input_ids=IDS, logits=LOGITS[:, :2]), "logits [1, 2, 128], expected"),
-    (npz(input_ids=IDS, logits=LOGITS * np.nan), "logits that are not finite"),
-    (npz(input_ids=np.array([[{}]]), logits=LOGITS), "allow_pickle=False"),
-  ],
-)
-def test_probes_that_are_none(tmp_path, data, match):
-  path = tmp_path / "io.npz"
-  path.write_bytes(data)
-  with pytest.raises(ValueError) as e:
-    read_probe(path)
-  assert match in str(e.value)
-
-
-def test_probes_of_other_models():
-  config = ModelConfig(vocab_size=128)
-  check_probe(Probe(IDS, LOGITS), config)
-  for probe, match in (
-    (Probe(IDS, LOGITS[..., :100]), "logits of 100 tokens, the model has 128"),
-    (Probe(IDS + 128, LOGITS), "input_ids from 128 to 128, expected 0 to 127"),
-  ):
-    with pytest.raises(ValueError, match=match):
-      check_probe(probe, config)
