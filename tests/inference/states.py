@@ -68,10 +68,14 @@ def random_state(batch_size: int, seed: int = 0) -> State:
     bits = rng.bytes(x.size * x.dtype.itemsize)
     return jnp.asarray(np.frombuffer(bits, x.dtype).reshape(x.shape))
 
-  shapes = jax.eval_shape(lambda: init_state(CONFIG, batch_size))
-  state = jax.tree.map(draw, shapes)
+  state = jax.tree.map(draw, _shapes(batch_size))
   # A position is a number of tokens: never negative.
   return state.replace(position=state.position & 0x7FFFFFFF)
+
+
+@functools.cache
+def _shapes(batch_size):
+  return jax.eval_shape(lambda: init_state(CONFIG, batch_size))
 
 
 def assert_equal(got, want):

@@ -203,7 +203,7 @@ def test_threads_and_processes_share_a_folder(tmp_path, size):
   room = 4 * size + size // 2  # of eight: some are evicted all the time
   command = "import pathlib, sys; from tests.inference.test_store import hammer"
   command += "; folder, room = sys.argv[1:]"
-  command += "; print(hammer(pathlib.Path(folder), 9, int(room), 100))"
+  command += "; print(hammer(pathlib.Path(folder), 9, int(room), 60))"
   other = subprocess.Popen(
     [sys.executable, "-W", "error", "-c", command, str(tmp_path), str(room)],
     cwd=ROOT,
@@ -218,11 +218,11 @@ def test_threads_and_processes_share_a_folder(tmp_path, size):
       # Until the other process has come and gone.
       while other.poll() is None and not failures:
         hits.append(hammer(tmp_path, seed, room, 10))
-        time.sleep(0.05)
+        time.sleep(0.1)
     except BaseException as e:
       failures.append(e)
 
-  threads = [threading.Thread(target=run, args=(seed,)) for seed in range(3)]
+  threads = [threading.Thread(target=run, args=(seed,)) for seed in range(2)]
   for thread in threads:
     thread.start()
   for thread in threads:
