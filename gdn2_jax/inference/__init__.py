@@ -5,6 +5,7 @@
 
 from gdn2_jax.inference.batching import Batcher, Completion
 from gdn2_jax.inference.generate import Generated, generate, stream
+from gdn2_jax.inference.identity import Identity, identify
 from gdn2_jax.inference.rows import batch, fork, put, take, unbatch
 from gdn2_jax.inference.sampling import (
   GREEDY,
@@ -14,6 +15,7 @@ from gdn2_jax.inference.sampling import (
   row_samplers,
   sample,
 )
+from gdn2_jax.inference.session import Session, load_session, save_session
 from gdn2_jax.inference.state import (
   State,
   decode_step,
@@ -21,6 +23,8 @@ from gdn2_jax.inference.state import (
   init_state,
   prefill,
 )
+from gdn2_jax.inference.state_file import load_state, save_state
+from gdn2_jax.inference.store import StateStore, prefill_cached
 from gdn2_jax.inference.text import TextStream
 
 __all__ = [
@@ -28,9 +32,12 @@ __all__ = [
   "Batcher",
   "Completion",
   "Generated",
+  "Identity",
   "RowSamplers",
   "Sampler",
+  "Session",
   "State",
+  "StateStore",
   "TextStream",
   "batch",
   "decode_step",
@@ -38,11 +45,17 @@ __all__ = [
   "filter_logits",
   "fork",
   "generate",
+  "identify",
   "init_state",
+  "load_session",
+  "load_state",
   "prefill",
+  "prefill_cached",
   "put",
   "row_samplers",
   "sample",
+  "save_session",
+  "save_state",
   "stream",
   "take",
   "unbatch",
