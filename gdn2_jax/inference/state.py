@@ -147,15 +147,26 @@ def bucket(size: int, largest: int) -> int:
   return min(largest, max(_SMALLEST_BUCKET, 1 << (size - 1).bit_length()))
 
 
-@functools.partial(jax.jit, donate_argnames=("state", "logits"))
-def _read_chunk(params, tokens, lengths, state, logits):
-  """One chunk; lengths may be below 1 (row over) or above T (row goes on)."""
+def read_chunk(
+  params: Any,
+  tokens: Int[Array | np.ndarray, "B T"],
+  lengths: Int[Array | np.ndarray, " B"],
+  state: State,
+  logits: Float[Array, "B VOCAB"],
+) -> tuple[Float[Array, "B VOCAB"], State]:
+  """One chunk without its jit, for use inside a larger jitted function.
+
+  Lengths may be below 1 (row over, keeps its logits) or above T (goes on).
+  """
   x, count, state = _hidden(params, tokens, lengths, state)
   # The head is applied to one position per row, not to all of them.
   last = jnp.maximum(count - 1, 0)[:, None, None]
   x_last = jnp.take_along_axis(x, last, axis=1)[:, 0]
   new = _head(params, x_last, state)
   return jnp.where(count[:, None] > 0, new, logits), state
+
+
+_read_chunk = jax.jit(read_chunk, donate_argnames=("state", "logits"))
 
 
 def extend(

@@ -111,7 +111,7 @@ def save_model(
       the model.
   """
   folder = pathlib.Path(folder)
-  replaced = _check_target(folder, overwrite)
+  replaced = check_target(folder, overwrite)
   tensors = flatten_params(params, config)
   if tokenizer is not None:
     _check_vocabulary(tokenizer, config)
@@ -183,6 +183,27 @@ def _read_params(tensors: Any, config: ModelConfig, mesh: Mesh | None) -> Any:
   return jax.tree.map(
     jax.device_put, params, shardings_of(boxed["params"], mesh)
   )
+
+
+def check_target(folder: str | os.PathLike, overwrite: bool) -> bool:
+  """Whether the folder holds a model that will be replaced.
+
+  Raises:
+    ValueError: it holds something else, or a model without `overwrite`.
+  """
+  folder = pathlib.Path(folder)
+  if not folder.exists():
+    return False
+  if not folder.is_dir():
+    raise ValueError(f"{folder}: a file, expected a folder")
+  entries = [e for e in folder.iterdir() if not e.name.startswith(_STAGING)]
+  if not entries:
+    return False
+  if not is_model_folder(folder):
+    raise ValueError(f"{folder}: not empty, and not a folder with a model")
+  if not overwrite:
+    raise ValueError(f"{folder}: holds a model; only overwrite replaces it")
+  return True
 
 
 def is_model_folder(folder: str | os.PathLike) -> bool:
@@ -309,22 +330,6 @@ def _check_vocabulary(tokenizer: Any, config: ModelConfig) -> None:
       f"tokenizer: {tokenizer.vocab_size} ids, the model has only "
       f"model.vocab_size={config.vocab_size}"
     )
-
-
-def _check_target(folder: pathlib.Path, overwrite: bool) -> bool:
-  """Whether the folder holds a model that will be replaced."""
-  if not folder.exists():
-    return False
-  if not folder.is_dir():
-    raise ValueError(f"{folder}: a file, expected a folder")
-  entries = [e for e in folder.iterdir() if not e.name.startswith(_STAGING)]
-  if not entries:
-    return False
-  if not is_model_folder(folder):
-    raise ValueError(f"{folder}: not empty, and not a folder with a model")
-  if not overwrite:
-    raise ValueError(f"{folder}: holds a model; overwrite=True replaces it")
-  return True
 
 
 def _config_bytes(config: ModelConfig) -> bytes:

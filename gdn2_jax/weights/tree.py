@@ -106,26 +106,61 @@ def unflatten_params(
     ValueError: listing the names that are missing, unexpected, or have another
       shape or dtype; before any tensor is read.
   """
-  specs = param_specs(config)
-  check_tensors(tensors, specs, "tensors")
+  check_tensors(tensors, param_specs(config), "tensors")
   params: dict[str, Any] = {}
-  stacks: dict[tuple[str, ...], list[str]] = {}
-  for name in specs:
-    path = tuple(name.split("."))
-    if path[0] != "layers":
-      _put(params, path, place(np.asarray(tensors[name])))
-      continue
-    group, layer = divmod(int(path[1]), len(config.pattern))
-    path = (f"layer_{layer}", *path[2:])
-    if config.scan_layers:
-      stacks.setdefault(("groups", *path), []).append(name)
-    else:
-      value = place(np.asarray(tensors[name]))
-      _put(params, (f"group_{group}", *path), value)
-  for path, names in stacks.items():
-    value = np.stack([np.asarray(tensors[name]) for name in names])
-    _put(params, path, place(value))
+  for leaf in leaf_sources(config):
+    parts = [np.asarray(tensors[name]) for name in leaf.names]
+    _put(
+      params, leaf.path, place(np.stack(parts) if leaf.stacked else parts[0])
+    )
   return params
+
+
+def cast_params(params: Any, config: ModelConfig) -> Any:
+  """The parameters in the dtypes that `config` declares, rounded if need be.
+
+  Args:
+    params: unboxed parameters of LM(config) but for their dtypes.
+    config: of the model; A_log and dt_bias are float32 whatever it says.
+  """
+  specs = param_specs(config)
+  dtypes = {
+    leaf.path: specs[leaf.names[0]].dtype for leaf in leaf_sources(config)
+  }
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: x.astype(dtypes[tuple(entry.key for entry in path)]), params
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """A leaf of the parameter tree, and what it is made of.
+
+  Attributes:
+    path: keys from the root of the tree.
+    names: flat names; one, or those of all groups.
+    stacked: along a new leading axis.
+  """
+
+  path: tuple[str, ...]
+  names: tuple[str, ...]
+  stacked: bool
+
+
+def leaf_sources(config: ModelConfig) -> list[Leaf]:
+  """How the tree of LM(config) is put together from flat names."""
+  stacks: dict[tuple[str, ...], list[str]] = {}
+  for name in param_specs(config):
+    path = tuple(name.split("."))
+    if path[0] == "layers":
+      group, layer = divmod(int(path[1]), len(config.pattern))
+      root = "groups" if config.scan_layers else f"group_{group}"
+      path = (root, f"layer_{layer}", *path[2:])
+    stacks.setdefault(path, []).append(name)
+  return [
+    Leaf(path, tuple(names), stacked=path[0] == "groups")
+    for path, names in stacks.items()
+  ]
 
 
 def check_tensors(
