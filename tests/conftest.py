@@ -30,3 +30,16 @@ def rng():
   import numpy as np
 
   return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def fast_compiles():
+  """Programs of a module are left as they are after XLA's passes over HLO.
+
+  LLVM would optimise for longer than programs take that run once. Not where a
+  bound on errors is that of an optimised program.
+  """
+  old = jax.config.jax_disable_most_optimizations
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", old)

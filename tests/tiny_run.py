@@ -81,7 +81,13 @@ def run_module(module: str, *argv: str) -> subprocess.CompletedProcess:
   return subprocess.run(
     [sys.executable, "-m", module, *argv],
     cwd=ROOT,
-    env={**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "80"},
+    env=os.environ
+    | {
+      "JAX_PLATFORMS": "cpu",
+      "COLUMNS": "80",
+      # Compiling takes longer than all that is run.
+      "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    },
     capture_output=True,
     text=True,
     encoding="utf-8",

@@ -14,6 +14,7 @@ from gdn2_jax.pallas import target
 from gdn2_jax.pallas.partition import fingerprint, over_batch_and_heads
 from tests import kernel_stand_in, numerics
 
+pytestmark = pytest.mark.usefixtures("fast_compiles")
 TOKENS, STATES = P("data", None, "heads"), P("data", "heads")
 GATHERS = ("all-gather", "all-to-all", "collective-permute")
 

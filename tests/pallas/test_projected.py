@@ -13,6 +13,7 @@ from gdn2_jax.ops.gdn2_projected import Projections, gdn2_projected
 from tests import numerics
 from tests.pallas.test_chunk_kernels import CONTRACT, interpreted
 
+pytestmark = pytest.mark.usefixtures("fast_compiles")
 BFLOAT16 = jnp.bfloat16
 KEYS = ("q", "k", "f", "b")
 NAMES = ("q", "k", "v", "f", "b", "w", "a_log", "dt_bias")

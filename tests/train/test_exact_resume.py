@@ -20,20 +20,14 @@ from tests.train.conftest import make_config
 from tests.train.test_loop import Faulty, bits, interrupted, losses, poisoned
 
 STEPS = 6
+# Every run is compared with one that was compiled in the same way.
+pytestmark = pytest.mark.usefixtures("fast_compiles")
 
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
   """Nothing here is about the evaluation at the end of a run."""
   monkeypatch.setattr("gdn2_jax.train.loop.finish", lambda *_, **__: None)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compiles():
-  """Every run is compared with one that was compiled in the same way."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
