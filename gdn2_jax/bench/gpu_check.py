@@ -1,9 +1,6 @@
 """Every kernel on the real chip, against "xla" in float32.
 
-Both get the same rounded inputs. An error is the relative RMS over an output
-or a gradient; next to it stands the error that rounding the exact result to
-the dtype of the inputs would make. The bound is one rounding step of that
-dtype, as in the tests.
+Both get the same rounded inputs; see gpu_errors for what is compared.
 """
 
 import functools
@@ -11,15 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from gdn2_jax.bench import gpu_around
+from gdn2_jax.bench.gpu_errors import compare
 from gdn2_jax.bench.gpu_part import Compiler, Recorder, Row, wait
 from gdn2_jax.ops.arg_specs import ArgSpec, make_inputs
 from gdn2_jax.ops.gdn2 import gdn2, gdn2_step, unsupported_reason
 from gdn2_jax.ops.gdn2_projected import as_projections, gdn2_projected
 
 NAMES = ("o", "state", "dq", "dk", "dv", "dg", "db", "dw", "dstate")
-FLOAT32_BOUND = 1e-5
 
 _BF16 = functools.partial(ArgSpec, H=16, K=128, V=128, dtype="bfloat16")
 SEQUENCES = (
@@ -69,8 +66,15 @@ def run(recorder: Recorder, rehearse: bool) -> None:
     label = f"{spec.name}, {name}"
     if label not in recorder.done:
       pending.append((label, submit(compiler, name, spec, truth, outputs)))
+  around = [
+    gpu_around.Check(compiler, case)
+    for case in gpu_around.cases(rehearse)
+    if case.label not in recorder.done
+  ]
   for label, job in pending:
     recorder.run(label, functools.partial(finish, job, recorder))
+  for check in around:
+    recorder.run(check.case.label, functools.partial(check.finish, recorder))
   compiler.close()
 
 
@@ -112,36 +116,6 @@ def finish(job: dict[str, Any], recorder: Recorder) -> Row:
   exact = wait(job["exact"], recorder)(*arguments)
   actual = wait(job["actual"], recorder)(*arguments)
   return compare(job["outputs"], actual, exact, spec.dtype)
-
-
-def compare(names: tuple[str, ...], actual: Any, exact: Any, dtype: str) -> Row:
-  """A row of errors.
-
-  Args:
-    names: of the outputs.
-    actual: arrays to judge.
-    exact: float32 arrays.
-    dtype: of the inputs, whose rounding is the unit of the errors.
-
-  Returns:
-    `errors` and `rounding` by name, `worst` (name), `bound`, `passed`.
-  """
-  bound = FLOAT32_BOUND
-  if dtype != "float32":
-    bound = float(jnp.finfo(dtype).eps)
-  errors, rounding = {}, {}
-  for name, x, y in zip(names, actual, exact, strict=True):
-    difference, size, unit = (float(z) for z in _sizes(x, y, dtype))
-    errors[name] = _ratio(difference, size)
-    rounding[name] = _ratio(unit, size)
-  worst = max(errors, key=lambda n: (not np.isfinite(errors[n]), errors[n]))
-  return {
-    "errors": {n: _plain(e) for n, e in errors.items()},
-    "rounding": rounding,
-    "worst": worst,
-    "bound": bound,
-    "passed": bool(errors[worst] <= bound),
-  }
 
 
 def make_arguments(spec: ArgSpec) -> tuple[Any, Any, Any]:
@@ -197,28 +171,3 @@ def _function(implementation, gradients, step, gates, exact):
     return (*outputs, *pullback((do.astype(outputs[0].dtype), dstate)))
 
   return function
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _sizes(x, y, dtype):
-  """RMS of the error, of the exact result, and of rounding it to dtype."""
-
-  def rms(x):
-    return jnp.sqrt(jnp.mean(jnp.square(x)))
-
-  y = y.astype(jnp.float32)
-  # Not by casts: XLA may drop a pair of them.
-  bits = jnp.finfo(dtype)
-  rounded = jax.lax.reduce_precision(y, bits.nexp, bits.nmant)
-  return rms(x.astype(jnp.float32) - y), rms(y), rms(rounded - y)
-
-
-def _ratio(difference, size):
-  if size == 0:
-    return 0.0 if difference == 0 else float("inf")
-  return difference / size
-
-
-def _plain(error):
-  """JSON has no NaN and no infinity."""
-  return error if np.isfinite(error) else str(error)

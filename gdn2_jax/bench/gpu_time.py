@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gdn2_jax.bench import gpu_peers
+from gdn2_jax.bench import gpu_around, gpu_peers
 from gdn2_jax.bench.gpu_names import COLUMNS
 from gdn2_jax.bench.gpu_part import Compiler, Recorder, Row, first_line, wait
 from gdn2_jax.ops.arg_specs import ArgSpec, make_inputs
@@ -57,6 +57,11 @@ def run(recorder: Recorder, rehearse: bool) -> None:
       label = f"{kind} {spec.name}"
       if label not in recorder.done:
         jobs.append((label, _Job(compiler, kind, spec, in_a_row)))
+  for case in gpu_around.cases(rehearse):
+    for kind in ("forward", "forward+backward"):
+      label = f"{kind} {case.name}"
+      if label not in recorder.done:
+        jobs.append((label, gpu_around.Timing(compiler, kind, case)))
   recorder.run("copy", functools.partial(_copy, size, race))
   for label, job in jobs:
     recorder.run(label, functools.partial(job.measure, recorder, race))

@@ -9,7 +9,14 @@ import time
 import jax.numpy as jnp
 import pytest
 
-from gdn2_jax.bench import gpu, gpu_check, gpu_part, gpu_peers, gpu_table
+from gdn2_jax.bench import (
+  gpu,
+  gpu_check,
+  gpu_errors,
+  gpu_part,
+  gpu_peers,
+  gpu_table,
+)
 from gdn2_jax.bench.gpu_names import COLUMNS, PARTS
 from tests.tiny_run import ROOT, run_module
 
@@ -29,20 +36,29 @@ def test_rehearsal_runs_every_part():
   rows = {row["label"]: row for row in result["rows"]}
   assert {row["part"] for row in rows.values()} == set(PARTS)
   assert set(rows["1x128, mosaic_gpu"]["errors"]) == set(gpu_check.NAMES)
-  for label in ("xla itself, xla", "1x128, mosaic_gpu", "step B=1, mosaic_gpu"):
-    assert rows[label]["passed"]
+  for label in (
+    "1x128",
+    "step B=1",
+    "gated norm 1x64",
+    "short conv packed 1x64",
+  ):
+    assert rows[f"{label}, mosaic_gpu"]["passed"]
+  assert rows["xla itself, xla"]["passed"]
   assert rows["step B=1, triton"]["note"].startswith("not run: ")
   for label in ("forward 1x128", "forward+backward 1x128", "decode B=1"):
     row = rows[label]
     assert set(row["ms"]) | set(row["notes"]) == set(COLUMNS)
     assert {"mosaic_gpu", "xla"} <= set(row["ms"])
+  for op in ("gated norm", "short conv packed"):
+    row = rows[f"forward+backward {op} 1x64"]
+    assert set(row["ms"]) == {"mosaic_gpu", "xla"} and not row["notes"]
   for label in ("step 32x2", "step 64x1"):
     assert rows[label]["passed"] and rows[label]["tokens_per_s"] > 0
 
 
 def test_wrong_result_fails():
   exact = (jnp.linspace(-1, 1, 256), jnp.ones(8))
-  compare = functools.partial(gpu_check.compare, ("o", "state"))
+  compare = functools.partial(gpu_errors.compare, ("o", "state"))
   good = compare((exact[0].astype(jnp.bfloat16), exact[1]), exact, "bfloat16")
   assert good["passed"] and good["worst"] == "o"
   assert good["errors"]["o"] == pytest.approx(good["rounding"]["o"])
