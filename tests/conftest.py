@@ -39,7 +39,7 @@ def fast_compiles():
   LLVM would optimise for longer than programs take that run once. Not where a
   bound on errors is that of an optimised program.
   """
-  old = jax.config.jax_disable_most_optimizations
+  old = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", old)
