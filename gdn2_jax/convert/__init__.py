@@ -1,25 +1,10 @@
 """Weights under the names of other programs: there, back and across.
 
-`python -m gdn2_jax.convert --help` says what it takes. The public names below
-are loaded on first use, so that --help never pays for importing JAX.
+`python -m gdn2_jax.convert --help` says what it takes.
 """
 
-import importlib
-
-_HOME = {
-  "Options": "gdn2_jax.convert.options",
-  "Report": "gdn2_jax.convert.report",
-  "convert": "gdn2_jax.convert.run",
-}
+from gdn2_jax.convert.options import Options
+from gdn2_jax.convert.report import Report
+from gdn2_jax.convert.run import convert
 
 __all__ = ["Options", "Report", "convert"]
-
-
-def __getattr__(name: str):
-  if name not in _HOME:
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-  return getattr(importlib.import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-  return sorted(__all__)

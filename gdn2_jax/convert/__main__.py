@@ -32,12 +32,15 @@ differ by more than --tolerance (the reason is on standard error).
 """
 
 import json
+import pathlib
 from typing import Any
 
 from absl import flags
 
 from gdn2_jax import cli
 from gdn2_jax.convert.options import ALL_DIALECTS, OURS, Options
+from gdn2_jax.convert.probe import check_probe, read_probe, run_probe
+from gdn2_jax.convert.run import convert, open_model
 
 _FROM = flags.DEFINE_string("from", None, f"One of {', '.join(ALL_DIALECTS)}.")
 _TO = flags.DEFINE_string("to", None, f"One of {', '.join(ALL_DIALECTS)}.")
@@ -96,11 +99,12 @@ def main(argv: list[str]) -> None:
   with cli.one_line_errors():
     options = _options()
     options.check(_FROM.value, _TO.value)
-    # Not at the top: --help needs no JAX.
-    from gdn2_jax.convert import probe as probe_lib
-    from gdn2_jax.convert.run import convert
-
-    probe = _PROBE.value and probe_lib.read_probe(_PROBE.value)
+    probe = None
+    if _PROBE.value:
+      probe = read_probe(_PROBE.value)
+      opened = open_model(pathlib.Path(_SRC.value), _FROM.value, options)
+      check_probe(probe, opened.config)
+      del opened
     report = convert(
       _SRC.value,
       _OUT.value,
@@ -109,10 +113,10 @@ def main(argv: list[str]) -> None:
       options=options,
     )
     print(f"{report}\n\nwrote {', '.join(report.files)} to {_OUT.value}")
-    if not probe:
+    if probe is None:
       return
     gate = report.opened.config.gdn2.output_gate
-    error = probe_lib.run_probe(_OUT.value, _TO.value, probe, gate)
+    error = run_probe(_OUT.value, _TO.value, probe, gate)
   print(error)
   if error.exceeds(_TOLERANCE.value):
     cli.fail(

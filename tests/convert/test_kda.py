@@ -61,7 +61,7 @@ def kda_layer(w, x, heads, value_heads):
   return (o * sigmoid(gate)).reshape(len(x), -1) @ w["o_proj.weight"].T
 
 
-@pytest.mark.parametrize(("heads", "value_heads"), [(2, 2), (1, 2)])
+@pytest.mark.parametrize(("heads", "value_heads"), [(2, 2), (2, 4)])
 def test_the_layer_computes_what_kda_does(tmp_path, rng, heads, value_heads):
   tensors, config = checkpoints.kda(heads, value_heads)
   src = checkpoints.write(tmp_path / "kda", (tensors, config))
