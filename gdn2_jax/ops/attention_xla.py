@@ -158,7 +158,9 @@ def _forward(q, k, v, q_ids, kv_ids, window, scale, block):
   )
 
   def body(_, xs):
-    index, q_BCHGD, ids = xs
+    # The mask depends on no layer: left alone JAX computes those of all blocks
+    # in front of a scan over layers, keeps them, and every layer reads them.
+    index, q_BCHGD, ids = lax.optimization_barrier(xs)
     k_BLHD, v_BLHD = plan.take(k_all, index), plan.take(v_all, index)
     scores = _scores(plan, index, q_BCHGD, k_BLHD, ids, kv_all, scale)
     top = jnp.max(scores, axis=-1, keepdims=True)

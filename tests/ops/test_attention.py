@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -359,6 +360,28 @@ def test_bad_inputs_are_named(change, name):
   }
   with pytest.raises(ValueError, match=f"^{name}: expected"):
     inspect.unwrap(sliding_window_attention)(**args)
+
+
+def test_no_mask_is_kept_for_the_layers():
+  """The masks of all blocks would be as large as all scores."""
+  ids = jnp.ones((B, 32), jnp.int32)
+
+  @jax.checkpoint
+  def layer(x, w):
+    q = x * w
+    kv = q[:, :, :HKV]
+    options = {"q_segment_ids": ids, "kv_segment_ids": ids}
+    return x + sliding_window_attention(q, kv, kv, window=8, **options), None
+
+  def loss(w, x):
+    return jnp.sum(jax.lax.scan(layer, x, w)[0])
+
+  x = jnp.ones((B, 32, HQ, D))
+  program = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((3, 1, 1, 1, 1)), x))
+  masks = re.findall(r"bool\[([\d,]+)\]", program)
+  elements = [np.prod([int(n) for n in mask.split(",")]) for mask in masks]
+  blocks, block = 32 // 8, B * HQ * 8 * (8 + 8 - 1)
+  assert block in elements and max(elements) < blocks * block
 
 
 def test_bad_valid_is_named():
