@@ -82,7 +82,7 @@ def plan(
   model, seq_len = config.model, config.data.seq_len
   count = count_parameters(model)
   tokens = config.num_steps * config.data.batch_size * seq_len
-  by_kind = state_bytes(model)
+  by_kind = state_bytes(model, seq_len)
   train_flops = train_flops_per_token(model, seq_len)
   figures = {
     "parameters": {
@@ -92,6 +92,7 @@ def plan(
       "final_norm": count.final_norm,
       "total": count.total,
     },
+    "state_tokens": seq_len if "A" in model.pattern else None,
     "state_bytes_per_sequence": {
       "total": sum(by_kind.values()),
       **{KINDS[kind]: size for kind, size in by_kind.items()},
@@ -189,7 +190,9 @@ def format_plan(figures: dict[str, Any]) -> str:
   flops = figures["flops_per_token"]
   lines = ["parameters"]
   lines += [f"  {name:<26}{n:>16,}" for name, n in parameters.items()]
-  lines.append("state of one sequence, whatever its length")
+  tokens = figures["state_tokens"]
+  which = "whatever its length" if tokens is None else f"of {tokens:,} tokens"
+  lines.append(f"state of one sequence, {which}")
   lines += [
     f"  {name:<26}{_bytes(n):>16}"
     for name, n in figures["state_bytes_per_sequence"].items()

@@ -1,22 +1,15 @@
-"""Causal softmax attention with rotary positions: sliding-window, or full.
-
-With a window, the cache holds the keys and values of the last `window` tokens
-in slots position mod window, so its size never grows. Without, it is a KVCache,
-which holds those of every token. Keys are stored rotated.
-"""
+"""Causal softmax attention with rotary positions: sliding-window, or full."""
 
 import dataclasses
 import math
-from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import struct
 
-from gdn2_jax.model.kv_cache import KVCacheLayer, attend_and_store, last_run
+from gdn2_jax.model.kv_cache import CacheLayer, attend_and_store
 from gdn2_jax.model.layers import Linear, fan_in_uniform
 from gdn2_jax.model.shards import length_axis, on_shards
-from gdn2_jax.ops.attention import attention_step, sliding_window_attention
+from gdn2_jax.ops.attention import sliding_window_attention
 from gdn2_jax.ops.context import attention_context
 from gdn2_jax.ops.context_borders import runs_and_positions
 from gdn2_jax.ops.rope import apply_rope
@@ -77,37 +70,6 @@ class AttentionConfig:
       )
 
 
-@struct.dataclass
-class AttentionCache:
-  """Keys and values of the last W = window tokens, in slots position mod W.
-
-  Attributes:
-    k, v: rotated keys, and values, [B, W, HKV, D].
-    positions: position of the token in each slot [B, W], -1 where empty.
-    next_position: position of the next token [B].
-  """
-
-  # Any: tree transformations build caches of other things than arrays.
-  k: Any
-  v: Any
-  positions: Any
-  next_position: Any
-
-
-def init_attention_cache(
-  config: AttentionConfig, batch_size: int, dtype
-) -> AttentionCache:
-  """An empty ring."""
-  c = config
-  shape = (batch_size, c.window, c.kv_heads, c.head_dim)
-  return AttentionCache(
-    k=jnp.zeros(shape, dtype),
-    v=jnp.zeros(shape, dtype),
-    positions=jnp.full((batch_size, c.window), -1, jnp.int32),
-    next_position=jnp.zeros((batch_size,), jnp.int32),
-  )
-
-
 class AttentionMixer(nn.Module):
   """x [B, T, D] -> y [B, T, D] through causal softmax attention.
 
@@ -130,8 +92,8 @@ class AttentionMixer(nn.Module):
     self,
     x: Activations,
     segment_ids: SegmentIds | None = None,
-    cache: AttentionCache | KVCacheLayer | None = None,
-  ) -> tuple[Activations, AttentionCache | KVCacheLayer | None]:
+    cache: CacheLayer | None = None,
+  ) -> tuple[Activations, CacheLayer | None]:
     c = self.config
     q = self._project("q_proj", c.num_heads, "heads")(x)
     k = self._project("k_proj", c.kv_heads, "kv_heads")(x)
@@ -159,28 +121,18 @@ class AttentionMixer(nn.Module):
     runs, positions = _runs_and_positions(q, segment_ids, cache)
     q = apply_rope(q, positions, base=c.rope_base)
     k = apply_rope(k, positions, base=c.rope_base)
-
-    if cache is None:
-      o = self._attend(q, k, v, runs, runs)
-    elif self.full:
-      o, cache = attend_and_store(cache, q, k, v, runs, positions)
-    elif q.shape[1] == 1 and segment_ids is None:
-      cache = _write(cache, k, v, jnp.ones_like(positions), positions)
-      # Every slot is within the window: the new token overwrote the oldest.
-      o = attention_step(q[:, 0], cache.k, cache.v, cache.positions >= 0)
-      o = o[:, None]
-    else:
-      runs = jnp.ones_like(positions) if runs is None else runs
-      k_past, v_past, past_runs = _chronological(cache)
-      o = self._attend(
-        q,
-        jnp.concatenate([k_past, k], axis=1),
-        jnp.concatenate([v_past, v], axis=1),
-        runs,
-        jnp.concatenate([past_runs, runs], axis=1),
-      )
-      cache = _write(cache, k, v, runs, positions)
-    return o, cache
+    if cache is not None:
+      return attend_and_store(cache, q, k, v, runs, positions, self._window)
+    o = sliding_window_attention(
+      q,
+      k,
+      v,
+      window=self._window,
+      q_segment_ids=runs,
+      kv_segment_ids=runs,
+      implementation=c.implementation or None,
+    )
+    return o, None
 
   def _mix_on_shards(self, q, k, v, segment_ids, axis):
     """The same without a cache, on tokens that are split over devices."""
@@ -217,17 +169,6 @@ class AttentionMixer(nn.Module):
       name=name,
     )
 
-  def _attend(self, q, k, v, q_runs, kv_runs):
-    return sliding_window_attention(
-      q,
-      k,
-      v,
-      window=self._window,
-      q_segment_ids=q_runs,
-      kv_segment_ids=kv_runs,
-      implementation=self.config.implementation or None,
-    )
-
 
 def _runs_and_positions(x, segment_ids, cache):
   """Ids of runs (from 1, 0 padding; None without segments) and positions."""
@@ -239,36 +180,3 @@ def _runs_and_positions(x, segment_ids, cache):
     return None, first[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
   runs = jnp.where(segment_ids != 0, reset_counts(segment_ids) + 1, 0)
   return runs, segment_positions(segment_ids, first)
-
-
-def _chronological(cache):
-  """The ring unrolled: keys, values and run ids (1, or 0 where empty)."""
-  window = cache.k.shape[1]
-  positions = cache.next_position[:, None] + jnp.arange(-window, 0)[None]
-  slots = positions % window
-  stored = jnp.take_along_axis(cache.positions, slots, axis=1)
-  held = (stored == positions) & (positions >= 0)
-  gather = slots[:, :, None, None]
-  return (
-    jnp.take_along_axis(cache.k, gather, axis=1),
-    jnp.take_along_axis(cache.v, gather, axis=1),
-    held.astype(jnp.int32),
-  )
-
-
-def _write(cache, k, v, runs, positions):
-  """The cache after the tokens with runs > 0; only the last run remains."""
-  window = cache.k.shape[1]
-  end, in_last = last_run(runs, positions, cache.next_position)
-  keep = in_last & (positions >= end[:, None] - window)
-  # Slots beyond the ring are dropped, which is how a token is not written.
-  slots = jnp.where(keep, positions % window, window)
-  rows = jnp.arange(k.shape[0])[:, None]
-  restarted = runs.max(axis=1, keepdims=True) > 1
-  held = jnp.where(restarted, -1, cache.positions)
-  return AttentionCache(
-    k=cache.k.at[rows, slots].set(k.astype(cache.k.dtype), mode="drop"),
-    v=cache.v.at[rows, slots].set(v.astype(cache.v.dtype), mode="drop"),
-    positions=held.at[rows, slots].set(positions, mode="drop"),
-    next_position=end,
-  )

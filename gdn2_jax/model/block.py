@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from gdn2_jax.model.attention import AttentionMixer, init_attention_cache
+from gdn2_jax.model.attention import AttentionMixer
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.gdn2 import GDN2Mixer, init_gdn2_cache
-from gdn2_jax.model.kv_cache import KVCacheLayer, init_kv_cache
+from gdn2_jax.model.kv_cache import CacheLayer, init_kv_cache, init_ring_cache
 from gdn2_jax.model.layers import RMSNorm, SwiGLU
 from gdn2_jax.typing import Activations, SegmentIds
 
@@ -40,26 +40,21 @@ def init_mixer_cache(
   Leaves are [groups, B, ...]; max_length matters to "A" alone.
   """
   groups = config.num_groups
-  match kind:
-    case "G":
-      cache = init_gdn2_cache(config.gdn2, batch_size, config.dtype)
-    case "S":
-      cache = init_attention_cache(config.attention, batch_size, config.dtype)
-    case "A":
-      c = config.attention
-      shape = (c.kv_heads, max_length, c.head_dim)
-      return init_kv_cache(groups, batch_size, *shape, config.dtype)
-    case _:
-      raise AssertionError(kind)
-  return jax.tree.map(
-    lambda a: jnp.broadcast_to(a[None], (groups, *a.shape)).copy(), cache
-  )
+  if kind == "G":
+    cache = init_gdn2_cache(config.gdn2, batch_size, config.dtype)
+    return jax.tree.map(
+      lambda a: jnp.broadcast_to(a[None], (groups, *a.shape)).copy(), cache
+    )
+  c = config.attention
+  init = init_ring_cache if kind == "S" else init_kv_cache
+  slots = c.window if kind == "S" else max_length
+  return init(groups, batch_size, c.kv_heads, slots, c.head_dim, config.dtype)
 
 
 def _layer_of(kind, cache, index):
   """What the mixer of one layer is given of the cache of all groups."""
-  if kind == "A":
-    return KVCacheLayer(cache, index)
+  if kind != "G":
+    return CacheLayer(cache, index)
   return jax.tree.map(
     lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), cache
   )
@@ -71,7 +66,7 @@ def _with_layer(kind, cache, index, new):
   That is why caches are carried from layer to layer: as inputs and outputs of
   a scan they would be two arrays, one copied into the other.
   """
-  if kind == "A":
+  if kind != "G":
     return new.cache
   return jax.tree.map(
     lambda a, b: lax.dynamic_update_index_in_dim(

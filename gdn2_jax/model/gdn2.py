@@ -211,12 +211,12 @@ class GDN2Mixer(nn.Module):
       state=state, conv_q=conv_q, conv_k=conv_k, conv_v=conv_v
     )
 
-  def _linear(self, name, features, axes, in_dims=1, use_bias=False):
+  def _linear(self, name, features, axes, in_dims=1, has_bias=False):
     return Linear(
       features,
       axes,
       xavier_uniform(_GAIN, in_dims),
-      use_bias=use_bias,
+      has_bias=has_bias,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
       name=name,
@@ -340,11 +340,11 @@ class GDN2Mixer(nn.Module):
     """Gated norm per head, then the projection back to D."""
     c = self.config
     gate = self._linear("g_down", (c.value_dim,), ("embed", "gate_rank"))(x)
-    gate = self._linear(
+    gate, bias = self._linear(
       "g_up",
       (c.value_heads, c.value_dim),
       ("gate_rank", "heads", "value_dim"),
-      use_bias=True,
+      has_bias=True,
     )(gate)
     weight = self.param(
       "o_norm",
@@ -356,6 +356,7 @@ class GDN2Mixer(nn.Module):
       o,
       gate,
       weight,
+      bias=bias,
       activation=c.output_gate,
       implementation=self._around_the_op,
     )

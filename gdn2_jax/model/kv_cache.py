@@ -1,8 +1,10 @@
-"""The cache of full softmax attention: keys and values of every token.
+"""What softmax attention remembers: the keys and values of earlier tokens.
 
-Its capacity is fixed when it is made. All layers of a kind share one array and
-each works on its own part of it in place, so that a decoding step moves the
-keys and values it reads and not the whole cache.
+A sliding window needs those of the last `window` tokens, which lie in slots
+position mod window: a ring that never grows. Full attention needs all of them,
+in as many slots as a sequence may have tokens. All layers of a kind share one
+array and each works on its own part of it in place, so that a decoding step
+moves the keys and values that it reads and not the whole cache.
 """
 
 from typing import Any
@@ -14,30 +16,46 @@ from gdn2_jax.ops.attention_cached import cached_attention
 
 
 @struct.dataclass
+class RingCache:
+  """Keys and values of N layers; slot j holds a position p with p mod W = j.
+
+  Attributes:
+    k, v: rotated keys, and values, [N, B, HKV, W, D].
+    positions: position of the token in each slot [N, B, W], -1 where empty.
+    next_position: position of the next token [N, B].
+  """
+
+  # Any: tree transformations build caches of other things than arrays.
+  k: Any
+  v: Any
+  positions: Any
+  next_position: Any
+
+
+@struct.dataclass
 class KVCache:
   """Keys and values of N layers; slot j holds the token at position j.
 
   Attributes:
     k, v: rotated keys, and values, [N, B, HKV, S, D] with S = max_length.
-    next_position: position of each layer's next token [N, B].
+    next_position: position of the next token [N, B]: slots in use.
   """
 
-  # Any: tree transformations build caches of other things than arrays.
   k: Any
   v: Any
   next_position: Any
 
 
 @struct.dataclass
-class KVCacheLayer:
-  """One layer's part of a KVCache, which stays whole.
+class CacheLayer:
+  """One layer's part of a RingCache or KVCache, which stays whole.
 
   Attributes:
     cache: of all layers.
     layer: which of them.
   """
 
-  cache: KVCache
+  cache: Any
   layer: Any
 
   @property
@@ -45,17 +63,33 @@ class KVCacheLayer:
     """Position of the next token [B]."""
     return self.cache.next_position[self.layer]
 
+  @property
+  def held(self) -> Any:
+    """Position of the token in each slot [B, S], -1 where empty."""
+    if isinstance(self.cache, RingCache):
+      return self.cache.positions[self.layer]
+    slot = jnp.arange(self.cache.k.shape[3], dtype=jnp.int32)[None]
+    return jnp.where(slot < self.next_position[:, None], slot, -1)
+
+
+def init_ring_cache(
+  layers: int, batch_size: int, heads: int, window: int, channels: int, dtype
+) -> RingCache:
+  """An empty ring."""
+  shape = (layers, batch_size, heads, window, channels)
+  return RingCache(
+    k=jnp.zeros(shape, dtype),
+    v=jnp.zeros(shape, dtype),
+    positions=jnp.full((layers, batch_size, window), -1, jnp.int32),
+    next_position=jnp.zeros((layers, batch_size), jnp.int32),
+  )
+
 
 def init_kv_cache(
-  layers: int,
-  batch_size: int,
-  heads: int,
-  max_length: int,
-  channels: int,
-  dtype,
+  layers: int, batch_size: int, heads: int, slots: int, channels: int, dtype
 ) -> KVCache:
-  """An empty cache."""
-  shape = (layers, batch_size, heads, max_length, channels)
+  """An empty cache of so many slots."""
+  shape = (layers, batch_size, heads, slots, channels)
   return KVCache(
     k=jnp.zeros(shape, dtype),
     v=jnp.zeros(shape, dtype),
@@ -64,8 +98,14 @@ def init_kv_cache(
 
 
 def attend_and_store(
-  part: KVCacheLayer, q: Any, k: Any, v: Any, runs: Any, positions: Any
-) -> tuple[Any, KVCacheLayer]:
+  part: CacheLayer,
+  q: Any,
+  k: Any,
+  v: Any,
+  runs: Any,
+  positions: Any,
+  window: int | None,
+) -> tuple[Any, CacheLayer]:
   """Attention of new tokens to the cache and to each other.
 
   Args:
@@ -76,50 +116,62 @@ def attend_and_store(
     runs: [B, T], 1 for tokens that continue the cache, 2, 3, ... for those of
       later documents, 0 for padding; None for 1.
     positions: [B, T].
+    window: tokens a query sees, None for all.
 
   Returns:
-    o [B, T, HQ, D], NaN for a token beyond the capacity, and the cache after
-    the tokens, which holds the last run only.
+    o [B, T, HQ, D], NaN for a token that the KVCache has no slot left for; and
+    the cache after the tokens, which holds the last run only.
   """
-  cache = part.cache
-  capacity = cache.k.shape[3]
+  cache, layer = part.cache, part.layer
+  S = cache.k.shape[3]
   all_runs = jnp.ones_like(positions) if runs is None else runs
-  end, kept = last_run(all_runs, positions, part.next_position)
+  end, in_last = _last_run(all_runs, positions, part.next_position)
+  if isinstance(cache, RingCache):
+    kept, slots = in_last & (positions >= end[:, None] - S), positions % S
+  else:
+    kept, slots = in_last & (positions < S), positions
   # Slots beyond the cache are dropped, which is how a token is not stored.
-  nowhere = capacity + jnp.arange(positions.shape[1], dtype=jnp.int32)[None]
+  nowhere = S + jnp.arange(positions.shape[1], dtype=jnp.int32)[None]
+  slots = jnp.where(kept, slots, nowhere)
   o, new_k, new_v = cached_attention(
     q,
     k,
     v,
     cache.k,
     cache.v,
-    layer=part.layer,
-    lengths=jnp.minimum(part.next_position, capacity),
-    slots=jnp.where(kept & (positions < capacity), positions, nowhere),
+    layer=layer,
+    held=part.held,
+    positions=positions,
+    slots=slots,
+    window=window,
     segment_ids=runs,
   )
-  lost = (positions >= capacity) & (all_runs > 0)
-  o = jnp.where(lost[:, :, None, None], jnp.nan, o)
-  cache = KVCache(
-    k=new_k,
-    v=new_v,
-    next_position=cache.next_position.at[part.layer].set(end),
+  new = cache.replace(
+    k=new_k, v=new_v, next_position=cache.next_position.at[layer].set(end)
   )
-  return o, part.replace(cache=cache)
+  if isinstance(cache, RingCache):
+    new = new.replace(positions=_ring_positions(part, runs, positions, slots))
+  else:
+    lost = (all_runs > 0) & (positions >= S)
+    o = jnp.where(lost[:, :, None, None], jnp.nan, o)
+  return o, part.replace(cache=new)
 
 
-def last_run(runs: Any, positions: Any, next_position: Any) -> tuple[Any, Any]:
-  """Where the last run ends, and which tokens are of it.
-
-  Args:
-    runs: [B, T], 0 for padding.
-    positions: [B, T].
-    next_position: [B], of the token after the cache.
-
-  Returns:
-    The next position [B] after the tokens, and a mask [B, T].
-  """
+def _last_run(runs, positions, next_position):
+  """Next position [B] after the tokens, and which are of the last run."""
   number = runs.max(axis=1, keepdims=True)  # 0: nothing but padding
   in_last = (runs == number) & (runs > 0)
   end = jnp.where(in_last, positions + 1, 0).max(axis=1)
   return jnp.where(number[:, 0] > 0, end, next_position), in_last
+
+
+def _ring_positions(part, runs, positions, slots):
+  """What all slots of all layers hold once the tokens are stored."""
+  held = part.cache.positions
+  if runs is not None:  # a new document leaves nothing of the one before
+    restarted = runs.max(axis=1, keepdims=True) > 1
+    held = held.at[part.layer].set(jnp.where(restarted, -1, part.held))
+  rows = jnp.arange(positions.shape[0])[:, None]
+  return held.at[part.layer, rows, slots].set(
+    positions, mode="drop", unique_indices=True
+  )

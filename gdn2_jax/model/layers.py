@@ -40,13 +40,14 @@ def _variance_scaling(scale: float, mode: str, in_dims: int) -> Initializer:
 
 
 class Linear(nn.Module):
-  """x[..., in...] times kernel[in..., out...], plus an optional bias.
+  """x[..., in...] times kernel[in..., out...].
 
   Attributes:
     features: sizes of the output axes.
     axes: logical names of the kernel's axes, input axes first.
     kernel_init: initializer that knows the number of input axes.
-    use_bias: whether to add a bias of shape `features`, zero at first.
+    has_bias: whether to return a bias of shape `features`, zero at first,
+      beside the product: who reads the product adds it on the way.
     dtype: dtype of the product; the parameters are cast to it.
     param_dtype: dtype of the parameters.
   """
@@ -54,12 +55,12 @@ class Linear(nn.Module):
   features: tuple[int, ...]
   axes: tuple[str, ...]
   kernel_init: Initializer
-  use_bias: bool = False
+  has_bias: bool = False
   dtype: str = "float32"
   param_dtype: str = "float32"
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Array) -> Array | tuple[Array, Array]:
     in_dims = len(self.axes) - len(self.features)
     kernel = self.param(
       "kernel",
@@ -74,7 +75,7 @@ class Linear(nn.Module):
     y = jax.lax.dot_general(
       x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ()))
     )
-    if not self.use_bias:
+    if not self.has_bias:
       return y
     bias = self.param(
       "bias",
@@ -84,9 +85,7 @@ class Linear(nn.Module):
       self.features,
       jnp.dtype(self.param_dtype),
     )
-    return y + bias.astype(self.dtype).reshape(
-      (1,) * (y.ndim - bias.ndim) + bias.shape
-    )
+    return y, bias
 
 
 class RMSNorm(nn.Module):

@@ -4,16 +4,16 @@
 
 One call serves training (cache None in, None out), prefill (T tokens) and
 decoding (T = 1). A cache is an immutable pytree whose leaves have the batch
-axis first; its size does not depend on the tokens seen. (Full attention is
-given the cache of all its layers, and says which part is its own.) Tokens with
-segment id 0 leave the cache as it was.
+axis first; its size does not depend on the tokens seen. Tokens with segment id
+0 leave the cache as it was. Attention is given the cache of all its layers, and
+is told which part is its own.
 """
 
 from typing import Any, Protocol
 
 from gdn2_jax.typing import Activations, SegmentIds
 
-Cache = Any  # GDN2Cache | AttentionCache | KVCacheLayer
+Cache = Any  # GDN2Cache | CacheLayer
 
 
 class Mixer(Protocol):

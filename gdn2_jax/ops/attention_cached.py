@@ -15,17 +15,17 @@ G query heads of a key head (HQ = HK G), D head channels, L keys of a block.
 
 import functools
 
-import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.ops.attention_xla import attention_and_logsumexp, product
+from gdn2_jax.ops.backend import backend
 
 # Elements of a block of keys, and of its scores. Measured on a CPU: there a
 # block is copied once, which is cheap while the copy stays in the second-level
 # cache. A GPU waits for the host after each block: few of them.
-_CPU_BLOCK, _CPU_SCORES = 1 << 18, 1 << 19
+_CPU_BLOCK, _CPU_SCORES = 1 << 19, 1 << 19
 _GPU_BLOCK, _GPU_SCORES = 1 << 30, 1 << 27
 _SMALLEST_BLOCK = 64
 
@@ -38,8 +38,10 @@ def cached_attention(
   v_cache: Float[Array, "N B HKV S D"],
   *,
   layer: Int[Array, ""] | int,
-  lengths: Int[Array, "B"],
+  held: Int[Array, "B S"],
+  positions: Int[Array, "B T"],
   slots: Int[Array, "B T"],
+  window: int | None,
   segment_ids: Int[Array, "B T"] | None = None,
   scale: float | None = None,
   block: int | None = None,
@@ -50,9 +52,10 @@ def cached_attention(
 ]:
   """Attends to the cache and to the new tokens, then stores these.
 
-  Query i of row r sees the first lengths[r] slots of the cache, if it is in
-  the row's first segment, and the new keys j <= i of its own segment. It takes
-  time in proportion to the longest length, not to S. Not differentiable in
+  A query of the first segment sees the keys that the cache holds, a query of
+  any segment the new keys of its own segment up to itself, and none of them a
+  key `window` or more positions before it. Time is in proportion to the slots
+  up to the last one in use, in any row, not to S. Not differentiable in
   reverse: training has no cache.
 
   Args:
@@ -62,9 +65,12 @@ def cached_attention(
     k_cache: [N, B, HKV, S, D] of all layers, finite in every slot.
     v_cache: [N, B, HKV, S, D].
     layer: which of the N.
-    lengths: [B] tokens that each row has in the cache, at most S.
+    held: [B, S] position of the token in each slot, before all new ones; -1
+      where there is none.
+    positions: [B, T] of the new tokens.
     slots: [B, T] where to store each new key, distinct in a row; nowhere if
       not below S.
+    window: number of keys a query sees, itself included; None for all.
     segment_ids: [B, T], distinct for distinct segments, 1 the first one's and
       0 of padding, whose output is 0; None for one segment.
     scale: multiplies the scores; None for D^-0.5.
@@ -76,25 +82,29 @@ def cached_attention(
   T, D, S = q.shape[1], q.shape[3], k_cache.shape[3]
   scale = D**-0.5 if scale is None else float(scale)
   block = min(S, block or _block_size(q, k))
-  seen = _see_the_new(q, k, v, segment_ids, scale)
+  seen = _see_the_new(q, k, v, segment_ids, window, scale)
   q_BHGTD = _heads_first(q, k.shape[2])
   in_first = jnp.ones((1, T), bool) if segment_ids is None else segment_ids == 1
 
   def see(index, seen):
     start = jnp.minimum(index * block, S - block)  # the last may overlap
     slot = start + jnp.arange(block, dtype=jnp.int32)
-    held = (slot >= index * block)[None] & (slot[None] < lengths[:, None])
-    mask_BTL = in_first[:, :, None] & held[:, None, :]
+    at = lax.dynamic_slice_in_dim(held, start, block, axis=1)
+    at = jnp.where((slot >= index * block)[None], at, -1)[:, None]
+    mask_BTL = in_first[:, :, None] & (at >= 0)
+    if window is not None:
+      mask_BTL &= at > positions[:, :, None] - window
     take = functools.partial(_take, layer=layer, start=start, size=block)
     k_BHLD, v_BHLD = take(k_cache), take(v_cache)
-    scores = product("bhgtd,bhld->bhgtl", q_BHGTD, k_BHLD) * scale
+    scores = _scores(q_BHGTD, k_BHLD) * scale
     scores = jnp.where(mask_BTL[:, None, None], scores, -jnp.inf)
     return _add(seen, scores, v_BHLD)
 
   if block == S:
     seen = see(0, seen)
   else:
-    blocks = (jnp.max(lengths) + block - 1) // block
+    used = jnp.where(held >= 0, jnp.arange(1, S + 1, dtype=jnp.int32)[None], 0)
+    blocks = (jnp.max(used) + block - 1) // block
     seen = lax.fori_loop(0, blocks, see, seen)
   # XLA would copy the caches for a write that could come before the reads.
   k_cache, v_cache, seen = lax.optimization_barrier((k_cache, v_cache, seen))
@@ -116,7 +126,9 @@ def cached_attention(
 def _block_size(q, k):
   """Keys of a block: a power of two."""
   B, T, heads, D = q.shape
-  on_cpu = jax.default_backend() == "cpu"
+  if export.is_symbolic_dim(B):
+    B = 1  # a program for any number of rows serves one well
+  on_cpu = backend() == "cpu"
   elements = _CPU_BLOCK if on_cpu else _GPU_BLOCK
   scores = _CPU_SCORES if on_cpu else _GPU_SCORES
   most = min(elements // (B * k.shape[2] * D), scores // (B * heads * T))
@@ -136,7 +148,7 @@ def _tokens_first(x_BHGTD):
   return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def _see_the_new(q, k, v, segment_ids, scale):
+def _see_the_new(q, k, v, segment_ids, window, scale):
   """m, l [B, HK, G, T] and a [B, HK, G, T, D] of the new tokens alone."""
   key_heads = k.shape[2]
   if q.shape[1] == 1:
@@ -145,7 +157,7 @@ def _see_the_new(q, k, v, segment_ids, scale):
     a = jnp.broadcast_to(_heads_first(v, key_heads), q_BHGTD.shape)
   else:
     o, top = attention_and_logsumexp(
-      q, k, v, segment_ids, segment_ids, None, scale
+      q, k, v, segment_ids, segment_ids, window, scale
     )
     a = _heads_first(o, key_heads)
     top = _heads_first(top[..., None], key_heads)[..., 0]
@@ -159,6 +171,23 @@ def _take(cache, *, layer, start, size):
     cache, (layer, 0, 0, start, 0), (1, B, heads, size, D)
   )
   return part[0]
+
+
+def _scores(q_BHGTD, k_BHLD):
+  """[B, HK, G, T, L]."""
+  if q_BHGTD.shape[3] > 1:
+    return product("bhgtd,bhld->bhgtl", q_BHGTD, k_BHLD)
+  # On a CPU the second operand of a product is transposed, element by element:
+  # let it be the query.
+  dtype = jnp.promote_types(q_BHGTD.dtype, jnp.float32)
+  scores_BHLG = lax.dot_general(
+    k_BHLD,
+    q_BHGTD[:, :, :, 0],
+    (((3,), (3,)), ((0, 1), (0, 1))),
+    precision=lax.Precision.HIGHEST if k_BHLD.dtype == dtype else None,
+    preferred_element_type=dtype,
+  )
+  return jnp.moveaxis(scores_BHLG, 2, 3)[:, :, :, None]
 
 
 def _add(seen, scores, v_BHLD):

@@ -132,7 +132,7 @@ def preflight(
         model.gdn2.value_heads,
       ),
     ]
-  if "S" in model.pattern:
+  if set("SA") & set(model.pattern):
     path = "--config.model.attention"
     sizes += [
       (f"{path}.num_heads", "heads", model.attention.num_heads),

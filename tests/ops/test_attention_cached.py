@@ -24,10 +24,11 @@ def caches():
   return draw(1, N, B, HKV, S, D), draw(2, N, B, HKV, S, D)
 
 
-@functools.partial(jax.jit, static_argnames="block")
+@functools.partial(jax.jit, static_argnames=("window", "block"))
 def run(
-  q, k, v, k_cache, v_cache, lengths, slots, segment_ids=None, block=None
+  q, k, v, k_cache, v_cache, slots, segment_ids=None, window=None, block=None
 ):
+  slot = np.arange(S)[None]
   return cached_attention(
     q,
     k,
@@ -35,21 +36,27 @@ def run(
     k_cache,
     v_cache,
     layer=jnp.int32(LAYER),
-    lengths=lengths,
+    held=jnp.asarray(np.where(slot < LENGTHS[:, None], slot, -1)),
+    positions=jnp.asarray(LENGTHS[:, None] + np.arange(q.shape[1])),
     slots=slots,
+    window=window,
     segment_ids=segment_ids,
     block=block,
   )
 
 
 # Blocks that divide S, that overlap at its end, and one that is all of it.
-@pytest.mark.parametrize("block", [8, 7, None])
-@pytest.mark.parametrize("T", [1, 5])
-def test_equals_attention_to_all_keys(T, block):
+@pytest.mark.parametrize(
+  "T,block,window",
+  [(1, 8, None), (1, 7, 4), (5, 7, None), (5, 8, 6), (5, None, None)],
+)
+def test_equals_attention_to_all_keys(T, block, window):
   q, k, v = draw(3, B, T, HQ, D), draw(4, B, T, HKV, D), draw(5, B, T, HKV, D)
   k_cache, v_cache = caches()
   slots = LENGTHS[:, None] + np.arange(T)
-  o, new_k, new_v = run(q, k, v, k_cache, v_cache, LENGTHS, slots, block=block)
+  o, new_k, new_v = run(
+    q, k, v, k_cache, v_cache, slots, window=window, block=block
+  )
   for row, length in enumerate(LENGTHS):
 
     def joined(cache, new, row=row, length=length):
@@ -57,7 +64,7 @@ def test_equals_attention_to_all_keys(T, block):
       return jnp.concatenate([old, new[row]])[None]
 
     want = sliding_window_attention(
-      q[row : row + 1], joined(k_cache, k), joined(v_cache, v), window=None
+      q[row : row + 1], joined(k_cache, k), joined(v_cache, v), window=window
     )
     assert rel_rms(o[row], want[0]) < 1e-6  # measured 2e-7
   for cache, new, after in ((k_cache, k, new_k), (v_cache, v, new_v)):
@@ -74,13 +81,11 @@ def test_documents_see_themselves_and_padding_nothing():
   ids = jnp.array([[1, 2, 2, 0, 3], [1, 0, 0, 0, 0]], jnp.int32)
   nowhere = S + np.arange(T)[None] + np.zeros((B, 1), int)
   k_cache, v_cache = caches()
-  o, new_k, new_v = run(
-    q, k, v, k_cache, v_cache, LENGTHS, nowhere, ids, block=8
-  )
+  o, new_k, new_v = run(q, k, v, k_cache, v_cache, nowhere, ids, block=8)
   np.testing.assert_array_equal(new_k, k_cache)
   np.testing.assert_array_equal(new_v, v_cache)
   np.testing.assert_array_equal(o[np.asarray(ids) == 0], 0)
-  whole, _, _ = run(q, k, v, k_cache, v_cache, LENGTHS, nowhere, block=8)
+  whole, _, _ = run(q, k, v, k_cache, v_cache, nowhere, block=8)
   np.testing.assert_allclose(o[:, 0], whole[:, 0], rtol=0, atol=1e-6)
   for start, end in ((1, 3), (4, 5)):
     part = (x[:1, start:end] for x in (q, k, v))
@@ -94,19 +99,26 @@ def test_a_donated_cache_is_not_copied():
   cache = jax.ShapeDtypeStruct((N, B, HKV, size, D), jnp.float32)
   token = jax.ShapeDtypeStruct((B, 1, HQ, D), jnp.float32)
   new = jax.ShapeDtypeStruct((B, 1, HKV, D), jnp.float32)
-  numbers = jax.ShapeDtypeStruct((B,), jnp.int32)
+  numbers = jax.ShapeDtypeStruct((B, 1), jnp.int32)
 
   @functools.partial(jax.jit, donate_argnums=(3, 4))
-  def layers(q, k, v, k_cache, v_cache, lengths):
+  def layers(q, k, v, k_cache, v_cache, positions):
+    held = jnp.broadcast_to(jnp.arange(size)[None], (B, size))
+
     def layer(carry, index):
       q, *cache = carry
-      slots = lengths[:, None]
-      return (
-        cached_attention(
-          q, k, v, *cache, layer=index, lengths=lengths, slots=slots, block=64
-        ),
-        None,
-      )
+      return cached_attention(
+        q,
+        k,
+        v,
+        *cache,
+        layer=index,
+        held=held,
+        positions=positions,
+        slots=positions,
+        window=None,
+        block=64,
+      ), None
 
     return jax.lax.scan(layer, (q, k_cache, v_cache), jnp.arange(N))[0]
 
