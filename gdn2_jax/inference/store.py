@@ -24,13 +24,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from gdn2_jax.inference.checks import require_ids
 from gdn2_jax.inference.identity import Identity
 from gdn2_jax.inference.state import CHUNK_SIZE, State, init_state, prefill
 from gdn2_jax.inference.state_file import load_state, save_state
-
-Ids = Sequence[int] | Int[np.ndarray, " N"]
 
 _ENTRY = re.compile(r"(\d{10})-[0-9a-f]{64}\.safetensors")
 _LEFTOVER = re.compile(
@@ -73,7 +72,7 @@ class StateStore:
       raise ValueError(f"folder={os.fspath(folder)!r}: not a folder")
     self._folder.mkdir(parents=True, exist_ok=True)
 
-  def put(self, tokens: Ids, state: State) -> None:
+  def put(self, tokens: Any, state: State) -> None:
     """Keeps the state of one sequence that has read exactly these tokens.
 
     What is there already is not written again. The entries not used for the
@@ -89,7 +88,7 @@ class StateStore:
         is larger than max_bytes.
       OSError: the folder cannot be written to, or its disk is full.
     """
-    tokens = check_ids(tokens, self.identity)
+    tokens = _ids(tokens, self.identity)
     if state.position.shape != (1,):
       raise ValueError(
         f"state: expected one sequence, got {state.position.shape[0]}; "
@@ -118,7 +117,7 @@ class StateStore:
     finally:
       new.unlink(missing_ok=True)
 
-  def get(self, tokens: Ids, *, room: int = 0) -> State | None:
+  def get(self, tokens: Any, *, room: int = 0) -> State | None:
     """The state after exactly these tokens, if it is there and whole.
 
     Args:
@@ -128,12 +127,12 @@ class StateStore:
     Raises:
       ValueError: no token, or an id outside the vocabulary.
     """
-    tokens = check_ids(tokens, self.identity)
+    tokens = _ids(tokens, self.identity)
     ((_, path),) = self._paths(tokens, [len(tokens)])
     return self._load(path, len(tokens), room)
 
   def longest_prefix(
-    self, tokens: Ids, *, room: int = 0
+    self, tokens: Any, *, room: int = 0
   ) -> tuple[int, State] | None:
     """The state after the most of these tokens, counted from the first.
 
@@ -147,7 +146,7 @@ class StateStore:
     Raises:
       ValueError: no token, or an id outside the vocabulary.
     """
-    tokens = check_ids(tokens, self.identity)
+    tokens = _ids(tokens, self.identity)
     names = {entry.name for entry in self._entries()}
     lengths = sorted({int(name[:10]) for name in names})
     candidates = self._paths(tokens, [n for n in lengths if n <= len(tokens)])
@@ -235,7 +234,7 @@ class StateStore:
 
 def prefill_cached(
   params: Any,
-  tokens: Ids,
+  tokens: Any,  # ids as a list or on the host, checked by name below
   store: StateStore,
   *,
   every: int = CHUNK_SIZE,
@@ -268,7 +267,7 @@ def prefill_cached(
     raise ValueError(
       f"every={every}: expected a positive multiple of chunk_size={chunk_size}"
     )
-  tokens = check_ids(tokens, store.identity)
+  tokens = _ids(tokens, store.identity)
   # Not all of them: states are kept, but the logits of the last token are not.
   found = None
   if len(tokens) > 1:
@@ -296,20 +295,16 @@ def _try_put(store, tokens, state) -> None:
     warnings.warn(f"not kept in the state store: {e}", stacklevel=3)
 
 
-def check_ids(tokens: Ids, identity: Identity) -> np.ndarray:
+def _ids(tokens: Any, identity: Identity) -> np.ndarray:
   """The tokens as int32.
 
   Raises:
     ValueError: none, or one that is no id of the model.
   """
-  found = np.asarray(tokens)
-  if found.ndim != 1 or not len(found):
-    raise ValueError(f"tokens: expected [N >= 1] ids, got shape {found.shape}")
-  end = identity.config.vocab_size
-  if found.min() < 0 or found.max() >= end:
-    wrong = found[(found < 0) | (found >= end)][0]
-    raise ValueError(f"tokens: expected ids in [0, {end}), got {wrong}")
-  return found.astype(np.int32)
+  ids = require_ids("tokens", tokens, identity.config.vocab_size)
+  if not len(ids):
+    raise ValueError("tokens: expected at least one id, got none")
+  return ids
 
 
 def _touch(path: pathlib.Path) -> bool:
