@@ -71,8 +71,8 @@ def cases(tiny: bool) -> list[Case]:
     Case(
       f"gated norm {B}x{T}",
       _norm,
-      ("y", "dx", "dgate", "dweight"),
-      (wide, wide, (V,)),
+      ("y", "dx", "dgate", "dweight", "dbias"),
+      (wide, wide, (V,), (H, V)),
     )
   ]
   for name, length in lengths.items():
@@ -87,8 +87,10 @@ def cases(tiny: bool) -> list[Case]:
   return found
 
 
-def _norm(implementation, x, gate, weight):
-  return gated_rms_norm(x, gate, weight, implementation=implementation)
+def _norm(implementation, x, gate, weight, bias):
+  return gated_rms_norm(
+    x, gate, weight, bias=bias, implementation=implementation
+  )
 
 
 def _conv(length, implementation, x, kernel, state):

@@ -2,7 +2,7 @@
 
 l2_norm        x / sqrt(sum x^2 + eps)
 rms_norm       x / sqrt(mean x^2 + eps) * weight
-gated_rms_norm rms_norm(x) * act(gate)
+gated_rms_norm rms_norm(x) * act(gate + bias)
 """
 
 from typing import Literal
@@ -100,18 +100,20 @@ def gated_rms_norm(
   gate: Float[Array, "*axes V"],
   weight: Float[Array, " V"],
   *,
+  bias: Float[Array, "..."] | None = None,
   activation: Literal["silu", "sigmoid"] = "silu",
   eps: float = 1e-5,
   implementation: str | None = None,
 ) -> Array:
   """The output norm of the layer (section 3.5 of the paper).
 
-    x / sqrt(mean x^2 + eps) * weight * act(gate)
+    x / sqrt(mean x^2 + eps) * weight * act(gate + bias)
 
   Args:
     x: [..., V], any floating dtype.
     gate: [..., V], before the activation.
     weight: [V].
+    bias: of the shape of the last axes of gate, V at least; None for zero.
     activation: "silu" (the paper's) or "sigmoid".
     eps: added to the mean of squares.
     implementation: "xla"; "mosaic_gpu", kernels for Hopper that read and write
@@ -131,6 +133,13 @@ def gated_rms_norm(
     )
   _check_weight(weight, x)
   _check_eps(eps)
+  if bias is not None and (
+    bias.ndim < 1 or bias.shape != gate.shape[gate.ndim - bias.ndim :]
+  ):
+    raise ValueError(
+      f"bias: expected the shape of the last axes of gate, {gate.shape}, got "
+      f"{bias.shape}"
+    )
   if activation not in ("silu", "sigmoid"):
     raise ValueError(
       f"activation: expected 'silu' or 'sigmoid', got {activation!r}"
@@ -142,15 +151,23 @@ def gated_rms_norm(
     lambda: _gated_kernels().unsupported_reason(x, gate),
     lambda: _gated_kernels_are_right(x),
   ):
+    if bias is None:
+      bias = jnp.zeros((), jnp.float32)
+    bias = jnp.broadcast_to(bias, x.shape[2:])
     run = _gated_kernels().gated_rms_norm_mosaic_gpu
-    return run(x, gate, weight, activation, eps)
-  return _gated_rms_norm(x, gate, weight, activation, eps)
+    return run(x, gate, weight, bias, activation, eps)
+  return _gated_rms_norm(x, gate, weight, bias, activation, eps)
 
 
-def _gated_rms_norm(x, gate, weight, activation="silu", eps=1e-5):
+def _gated_rms_norm(x, gate, weight, bias, activation="silu", eps=1e-5):
   act = jax.nn.silu if activation == "silu" else jax.nn.sigmoid
   normed = _rms_norm(x, weight, eps)
-  return (normed * act(gate.astype(normed.dtype))).astype(x.dtype)
+  gate = gate.astype(normed.dtype)
+  if bias is not None:
+    gate += bias.astype(gate.dtype).reshape(
+      (1,) * (gate.ndim - bias.ndim) + bias.shape
+    )
+  return (normed * act(gate)).astype(x.dtype)
 
 
 def _gated_kernels():
@@ -160,9 +177,9 @@ def _gated_kernels():
 
 
 def _gated_kernels_are_right(x):
-  def run(x, gate, weight):
+  def run(x, gate, weight, bias):
     run = _gated_kernels().gated_rms_norm_mosaic_gpu
-    return run(x, gate, weight, "silu", 1e-5)
+    return run(x, gate, weight, bias, "silu", 1e-5)
 
   return kernel_choice.is_right_here(
     "mosaic_gpu gated_rms_norm",

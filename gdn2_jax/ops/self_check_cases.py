@@ -39,16 +39,16 @@ def step(dtype: Any) -> Case:
 
 
 def gated_norm(dtype: Any) -> Case:
-  """For f(x, gate, weight) -> y."""
+  """For f(x, gate, weight, bias) -> y."""
   rng = np.random.default_rng(0)
-  shapes = (_B, _T, _H, _CHANNELS), (_CHANNELS,)
-  x, gate, dy = (_normal(rng, shapes[0], dtype) for _ in range(3))
-  inputs = x, gate, _normal(rng, shapes[1], jnp.float32)
+  tokens, vectors = (_B, _T, _H, _CHANNELS), ((_CHANNELS,), (_H, _CHANNELS))
+  x, gate, dy = (_normal(rng, tokens, dtype) for _ in range(3))
+  inputs = x, gate, *(_normal(rng, shape, jnp.float32) for shape in vectors)
 
   def outputs_of(run, *inputs):
     return _with_gradients(lambda *a: (run(*a),), inputs, (dy,))
 
-  return Case(("y", "dx", "dgate", "dweight"), inputs, outputs_of)
+  return Case(("y", "dx", "dgate", "dweight", "dbias"), inputs, outputs_of)
 
 
 def short_conv(dtype: Any) -> Case:

@@ -1,11 +1,12 @@
 r"""The gated norm of a layer's output, forward and backward, on a GPU.
 
-With n = x / sqrt(mean x^2 + eps), a = act(gate) (section 3.5):
+With n = x / sqrt(mean x^2 + eps), a = act(gate + bias) (section 3.5):
 
-  y     = n * weight * a
-  dgate = dy * n * weight * act'(gate)
-  dx    = (dn - n mean(dn * n)) / sqrt(mean x^2 + eps),   dn = dy * weight * a
+  y       = n * weight * a
+  dgate   = dy * n * weight * act'(gate + bias)
+  dx      = (dn - n mean(dn * n)) / sqrt(mean x^2 + eps),  dn = dy * weight * a
   dweight = sum over tokens and heads of dy * n * a
+  dbias   = sum over tokens of dgate
 
 Every array is read once and every result written once; sums are in float32.
 All is bound by memory, so nothing is staged: a thread holds 16 bytes of a row,
@@ -58,20 +59,22 @@ def unsupported_reason(x: Any, gate: Any) -> str | None:
   return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def gated_rms_norm_mosaic_gpu(
   x: Float[Array, "B T H V"],
   gate: Float[Array, "B T H V"],
   weight: Float[Array, " V"],
+  bias: Float[Array, "H V"],
   activation: str,
   eps: float,
 ) -> Float[Array, "B T H V"]:
-  """x / sqrt(mean x^2 + eps) * weight * act(gate), by the kernels.
+  """x / sqrt(mean x^2 + eps) * weight * act(gate + bias), by the kernels.
 
   Args:
     x: [B, T, H, V]; see unsupported_reason.
     gate: [B, T, H, V], in the dtype of x.
     weight: [V].
+    bias: [H, V].
     activation: "silu" or "sigmoid".
     eps: added to the mean of squares, > 0.
 
@@ -81,28 +84,38 @@ def gated_rms_norm_mosaic_gpu(
   return _forward(x, gate, weight, activation, eps)[0]
 
 
-def _forward(x, gate, weight, activation, eps):
+def _forward(x, gate, weight, bias, activation, eps):
   run = over_batch_and_heads(
-    forward, ("b.h", "b.h", "b"), ("b.h",), activation=activation, eps=eps
-  )
-  (y,) = run(_whole(x), _whole(gate), _rows(x, weight))
-  return y[:, : x.shape[1]], (x, gate, weight)
-
-
-def _backward(activation, eps, residuals, dy):
-  x, gate, weight = residuals
-  run = over_batch_and_heads(
-    backward,
-    ("b.h", "b.h", "b", "b.h"),
-    ("b.h", "b.h", "b.h"),
+    forward,
+    ("b.h", "b.h", "b", "bh"),
+    ("b.h",),
     activation=activation,
     eps=eps,
   )
-  dy = _whole(dy.astype(x.dtype))
-  dx, dgate, sums = run(_whole(x), _whole(gate), _rows(x, weight), dy)
-  dweight = sums.sum(axis=(0, 1, 2, 3)).astype(weight.dtype)
+  (y,) = run(_whole(x), _whole(gate), _rows(x, weight), _rows(x, bias))
+  return y[:, : x.shape[1]], (x, gate, weight, bias)
+
+
+def _backward(activation, eps, residuals, dy):
+  x, gate, weight, bias = residuals
+  run = over_batch_and_heads(
+    backward,
+    ("b.h", "b.h", "b", "bh", "b.h"),
+    ("b.h", "b.h", "b.h", "b.h"),
+    activation=activation,
+    eps=eps,
+  )
+  dx, dgate, dweights, dbiases = run(
+    _whole(x),
+    _whole(gate),
+    _rows(x, weight),
+    _rows(x, bias),
+    _whole(dy.astype(x.dtype)),
+  )
+  dweight = dweights.sum(axis=(0, 1, 2, 3)).astype(weight.dtype)
+  dbias = dbiases.sum(axis=(0, 1, 3)).astype(bias.dtype)
   T = x.shape[1]
-  return dx[:, :T], dgate[:, :T], dweight
+  return dx[:, :T], dgate[:, :T], dweight, dbias
 
 
 gated_rms_norm_mosaic_gpu.defvjp(_forward, _backward)
@@ -114,27 +127,27 @@ def _whole(x):
   return jnp.pad(x, ((0, 0), (0, tokens), (0, 0), (0, 0))) if tokens else x
 
 
-def _rows(x, weight):
-  """The weight for each row of the batch: what is mapped has a batch axis."""
+def _rows(x, vector):
+  """A vector for each row of the batch: what is mapped has a batch axis."""
   return jnp.broadcast_to(
-    weight.astype(jnp.float32)[None], (x.shape[0], *weight.shape)
+    vector.astype(jnp.float32)[None], (x.shape[0], *vector.shape)
   )
 
 
-def forward(x, gate, weight, *, activation, eps):
-  """y [B, T, H, V] of whole blocks of tokens, weight [B, V] in float32."""
+def forward(x, gate, weight, bias, *, activation, eps):
+  """y of whole blocks of tokens; weight [B, V], bias [B, H, V], float32."""
   body = functools.partial(_forward_body, activation=activation, eps=eps)
   call = _call("gated_norm", body, x, [_like(x)])
-  return tuple(call(x, gate, weight))
+  return tuple(call(x, gate, weight, bias))
 
 
-def backward(x, gate, weight, dy, *, activation, eps):
-  """dx, dgate and sums [B, blocks, H, R, V] whose total is dweight."""
+def backward(x, gate, weight, bias, dy, *, activation, eps):
+  """dx, dgate, and [B, blocks, H, R, V] parts of dweight and of dbias."""
   B, T, H, V = x.shape
   body = functools.partial(_backward_body, activation=activation, eps=eps)
   sums = blocks.struct((B, T // _block(T), H, _rows_of(V), V), jnp.float32)
-  call = _call("gated_norm_grad", body, x, [_like(x), _like(gate), sums])
-  return tuple(call(x, gate, weight, dy))
+  call = _call("gated_norm_grad", body, x, [_like(x), _like(gate), sums, sums])
+  return tuple(call(x, gate, weight, bias, dy))
 
 
 def _like(x):
@@ -161,49 +174,65 @@ def _call(name, body, x, out_type):
   )
 
 
-def _forward_body(x_gm, gate_gm, weight_gm, y_gm, *, block, activation, eps):
-  weight = _load_weight(weight_gm)
+def _forward_body(
+  x_gm, gate_gm, weight_gm, bias_gm, y_gm, *, block, activation, eps
+):
+  weight, bias = (
+    _load_vector(weight_gm, "row"),
+    _load_vector(bias_gm, "row", "head"),
+  )
 
-  def rows(here):
+  def rows(here, _):
     n, _ = _normed(_load(x_gm, here), eps)
-    act, _ = _activation(_load(gate_gm, here), activation)
+    act, _ = _activation(_load(gate_gm, here) + bias, activation)
     blocks.store_global(y_gm.at[here], (n * weight * act).astype(y_gm.dtype))
 
-  _for_rows(x_gm, block, lambda here, _: rows(here), None)
+  _for_rows(x_gm, block, rows, None)
 
 
 def _backward_body(
   x_gm,
   gate_gm,
   weight_gm,
+  bias_gm,
   dy_gm,
   dx_gm,
   dgate_gm,
-  sums_gm,
+  dweight_gm,
+  dbias_gm,
   *,
   block,
   activation,
   eps,
 ):
-  weight = _load_weight(weight_gm)
+  weight, bias = (
+    _load_vector(weight_gm, "row"),
+    _load_vector(bias_gm, "row", "head"),
+  )
 
-  def rows(here, dweight):
+  def rows(here, sums):
     x, gate, dy = (_load(ref, here) for ref in (x_gm, gate_gm, dy_gm))
     n, scale = _normed(x, eps)
-    act, slope = _activation(gate, activation)
-    dweight += dy * n * act
+    act, slope = _activation(gate + bias, activation)
     dgate = dy * n * weight * slope
     dn = dy * weight * act
     dx = (dn - n * _row_mean(dn * n)) * scale
     blocks.store_global(dgate_gm.at[here], dgate.astype(dgate_gm.dtype))
     blocks.store_global(dx_gm.at[here], dx.astype(dx_gm.dtype))
-    return plgpu.layout_cast(dweight, _layout(dweight.shape[1]))
+    more = dy * n * act, dgate
+    return tuple(
+      plgpu.layout_cast(a + b, _layout(V))
+      for a, b in zip(sums, more, strict=True)
+    )
 
-  layout = _layout(x_gm.shape[-1])
-  zeros = jnp.zeros((_rows_of(x_gm.shape[-1]), x_gm.shape[-1]), jnp.float32)
-  dweight = _for_rows(x_gm, block, rows, plgpu.layout_cast(zeros, layout))
+  V = x_gm.shape[-1]
+  zeros = jnp.zeros((_rows_of(V), V), jnp.float32)
+  sums = _for_rows(
+    x_gm, block, rows, 2 * (plgpu.layout_cast(zeros, _layout(V)),)
+  )
   here = tuple(lax.axis_index(name) for name in ("row", "block", "head"))
-  blocks.store_global(sums_gm.at[here], dweight)
+  for ref, total in zip((dweight_gm, dbias_gm), sums, strict=True):
+    blocks.store_global(ref.at[here], total)
 
 
 def _for_rows(x_gm, block, rows, carry):
@@ -227,15 +256,14 @@ def _load(ref, here):
   return x.astype(jnp.float32)
 
 
-def _load_weight(weight_gm):
+def _load_vector(ref, *axes):
   """[R, V], the same in every row."""
-  V = weight_gm.shape[-1]
-  weight = plgpu.load(
-    weight_gm.at[lax.axis_index("row")],
-    layout=_layout(V).reduce(0),
-    optimized=False,
+  V = ref.shape[-1]
+  here = tuple(lax.axis_index(name) for name in axes)
+  vector = plgpu.load(
+    ref.at[here], layout=_layout(V).reduce(0), optimized=False
   )
-  return lax.broadcast_in_dim(weight, (_rows_of(V), V), (1,))
+  return lax.broadcast_in_dim(vector, (_rows_of(V), V), (1,))
 
 
 def _normed(x, eps):
@@ -289,7 +317,8 @@ def aot_cases() -> list[tuple[str, Callable, list[jax.ShapeDtypeStruct]]]:
     ("V=256 sigmoid", 256, "bfloat16", "sigmoid"),
   ):
     x = jax.ShapeDtypeStruct((4, 4096, 16, V), dtype)
-    inputs = [x, x, jax.ShapeDtypeStruct((4, V), "float32")]
+    weight = jax.ShapeDtypeStruct((4, V), "float32")
+    inputs = [x, x, weight, jax.ShapeDtypeStruct((4, 16, V), "float32")]
     options = {"activation": activation, "eps": 1e-5}
     for name, run, more in (
       ("gated norm", forward, []),

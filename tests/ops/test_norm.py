@@ -95,6 +95,26 @@ def test_gated_rms_norm_values_and_gradients(arrays, activation):
   )
 
 
+@pytest.mark.parametrize("shape", [(16,), (3, 16)])
+def test_the_bias_of_the_gate(arrays, shape, rng):
+  x, gate, weight, d_out = arrays
+  bias = rng.normal(size=shape).astype(np.float32)
+  wide_x, wide_gate, wide_weight, wide_bias, wide_d = wide(
+    [x, gate, weight, bias, d_out]
+  )
+  out, grads = gated_oracle(
+    wide_x, wide_gate + wide_bias, wide_weight, wide_d, "silu", 1e-5
+  )
+  d_bias = grads[1].sum(tuple(range(x.ndim - bias.ndim)))
+  check(
+    lambda x, gate, weight, bias: gated_rms_norm(x, gate, weight, bias=bias),
+    [x, gate, weight, bias],
+    d_out,
+    (out, (*grads, d_bias)),
+    ["x", "gate", "weight", "bias"],
+  )
+
+
 def test_float64_stays_float64(arrays):
   x, gate, weight, d_out = wide(arrays)
   with jax.enable_x64(True):
@@ -145,6 +165,7 @@ def test_eps_keeps_zero_vectors_at_zero():
     (lambda x, w: inspect.unwrap(rms_norm)(x, w[:-1]), "weight"),
     (lambda x, w: rms_norm(x, w, eps=-1.0), "eps"),
     (lambda x, w: inspect.unwrap(gated_rms_norm)(x, x[:1], w), "gate"),
+    (lambda x, w: gated_rms_norm(x, x, w, bias=w[:-1]), "bias"),
     (
       lambda x, w: inspect.unwrap(gated_rms_norm)(x, x, w, activation="relu"),
       "activation",

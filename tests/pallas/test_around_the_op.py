@@ -50,22 +50,30 @@ def test_gated_norm(V, dtype, activation, rng):
   gate[0, ::7] *= 30  # exp would overflow
   x, gate = (np.asarray(jnp.asarray(a, dtype), np.float64) for a in (x, gate))
   weight = 1 + 0.3 * rng.standard_normal(V).astype(np.float32)
-  y, grads = gated_oracle(x, gate, weight, dy, activation, 1e-5)
-  names = ("y", "dx", "dgate", "dweight")
-  exact = dict(zip(names, (y, *grads), strict=True))
+  bias = rng.standard_normal((2, V)).astype(np.float32)
+  y, grads = gated_oracle(x, gate + bias, weight, dy, activation, 1e-5)
+  names = ("y", "dx", "dgate", "dweight", "dbias")
+  exact = dict(zip(names, (y, *grads, grads[1].sum((0, 1))), strict=True))
 
-  def run(x, gate, weight):
+  def run(x, gate, weight, bias):
     return gated_rms_norm(
-      x, gate, weight, activation=activation, implementation="mosaic_gpu"
+      x,
+      gate,
+      weight,
+      bias=bias,
+      activation=activation,
+      implementation="mosaic_gpu",
     )
 
-  inputs = [*(jnp.asarray(a, dtype) for a in (x, gate)), jnp.asarray(weight)]
+  inputs = [jnp.asarray(a, dtype) for a in (x, gate)]
+  inputs += [jnp.asarray(a) for a in (weight, bias)]
   outputs = interpreted(with_gradients, run, inputs, jnp.asarray(dy, dtype))
   actual = dict(zip(names, outputs, strict=True))
-  dweight, exact_dweight = actual.pop("dweight"), exact.pop("dweight")
+  for name in ("dweight", "dbias"):
+    error = numerics.rel_rms(actual.pop(name), exact.pop(name))
+    assert error < numerics.FLOAT32_BOUND, name
   ratios = error_ratios(actual, exact, dtype)
   assert max(ratios.values()) <= CONTRACT, ratios
-  assert numerics.rel_rms(dweight, exact_dweight) < numerics.FLOAT32_BOUND
 
 
 @pytest.mark.parametrize(
