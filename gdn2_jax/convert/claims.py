@@ -24,6 +24,7 @@ class Shown:
     kda: whether the recurrent layers are Kimi Delta Attention.
     vocab_size, model_dim, mlp_dim: sizes.
     heads: key heads H; of KDA, those of q and k.
+    decays: heads that have a decay of their own.
     value_heads, key_dim, value_dim, conv_width: HV, K, V and W.
     rows: rows of the attention weights by name.
   """
@@ -34,6 +35,7 @@ class Shown:
   model_dim: int | None
   mlp_dim: int | None
   heads: int | None
+  decays: int | None
   value_heads: int | None
   key_dim: int | None
   value_dim: int | None
@@ -81,6 +83,7 @@ def look_at(dialect: Dialect, tensors: Tensors) -> Shown:
     model_dim=model_dim,
     mlp_dim=gate[0] if gate else None,
     heads=_quotient(keys, key_dim),
+    decays=decays,
     value_heads=_quotient(rows("G", "v_proj.weight"), value_dim),
     key_dim=key_dim,
     value_dim=value_dim,

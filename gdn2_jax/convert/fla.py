@@ -217,13 +217,15 @@ def _gdn2(c: Claims, shown: Shown, output_gate: str) -> GDN2Config:
   value_heads = c.size("num_v_heads", shown=shown.value_heads, default=heads)
   if value_heads % heads:
     c.refuse("num_v_heads", f"a multiple of num_heads={heads}")
+  if shown.kda and shown.decays not in (heads, value_heads):
+    c.refuse("num_heads", f"decays of so many heads, not {shown.decays}")
   key_dim = c.size("head_dim", shown=shown.key_dim)
   value_dim = shown.value_dim
   if c.raw("expand_v") is not None:
     value_dim = check_expansion(c, "expand_v", key_dim, value_dim)
   return GDN2Config(
-    # KDA has a decay and a gate for every value head: each gets its own key.
-    num_heads=value_heads if shown.kda else heads,
+    # Where KDA has a decay and a gate for every value head, each gets a key.
+    num_heads=shown.decays if shown.kda else heads,
     num_value_heads=value_heads,
     key_dim=key_dim,
     value_dim=value_dim or key_dim,

@@ -191,10 +191,11 @@ class FusedQKV(Layout):
 
 
 class TiedGates(Layout):
-  """Kimi Delta Attention's one gate of a head [HV, d], for b and w alike.
+  """Kimi Delta Attention's one gate of a head [H, d], for b and w alike.
 
-  Ours are [d, HV, K] and [d, HV, V]: the row of a head on each of its channels,
-  after which b = w = beta (paper section 3.2). Goes one way only.
+  Ours are [d, H, K] and [d, HV, V]: the row of a head on each of its channels,
+  and on those of its HV / H value heads, after which b = w = beta. Goes one way
+  only.
   """
 
   @override
@@ -205,7 +206,12 @@ class TiedGates(Layout):
   @override
   def unpack(self, theirs: Arrays, ours: Shapes) -> Arrays:
     column = theirs[0].T[:, :, None]
-    return tuple(np.ascontiguousarray(np.broadcast_to(column, s)) for s in ours)
+    return tuple(
+      np.broadcast_to(
+        np.repeat(column, shape[1] // column.shape[1], axis=1), shape
+      )
+      for shape in ours
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,14 +64,18 @@ def fla(dtype=ml_dtypes.bfloat16, seed=0):
   return tensors, json.loads(json.dumps(FLA_CONFIG))
 
 
-def kda(heads, value_heads, dtype=np.float32, seed=0):
-  """(tensors, config) of a one-layer Kimi Delta Attention model of fla."""
+def kda(heads, value_heads, decays, dtype=np.float32, seed=0):
+  """(tensors, config) of a one-layer Kimi Delta Attention model of fla.
+
+  `decays` heads have a decay and a gate: the value heads, or before fla did
+  grouped heads in its kernels, the key heads.
+  """
   draw = _Draw(seed, dtype)
   tensors = _around(draw, layers=1)
   prefix = "model.layers.0.attn."
-  mixer = _gdn2(draw, prefix, heads, value_heads, decays=value_heads)
+  mixer = _gdn2(draw, prefix, heads, value_heads, decays=decays)
   del mixer[f"{prefix}w_proj.weight"]
-  mixer[f"{prefix}b_proj.weight"] = draw(value_heads, WIDTH)
+  mixer[f"{prefix}b_proj.weight"] = draw(decays, WIDTH)
   config = json.loads(json.dumps(FLA_CONFIG)) | {
     "architectures": ["KDAForCausalLM"],
     "model_type": "kda",

@@ -46,8 +46,9 @@ def kda_layer(w, x, heads, value_heads):
   v = conv("v").reshape(len(x), value_heads, 24)
   f = x @ w["f_proj.0.weight"].T @ w["f_proj.1.weight"].T + w["dt_bias"]
   decay = np.exp(w["A_log"])[:, None]
-  g = -decay * np.log1p(np.exp(f)).reshape(len(x), value_heads, 16)
+  g = -decay * np.log1p(np.exp(f)).reshape(len(x), -1, 16)
   beta = sigmoid(x @ w["b_proj.weight"].T)
+  g, beta = (np.repeat(a, value_heads // a.shape[1], axis=1) for a in (g, beta))
 
   state, o = np.zeros((value_heads, 16, 24)), np.zeros_like(v)
   for t in range(len(x)):
@@ -61,9 +62,13 @@ def kda_layer(w, x, heads, value_heads):
   return (o * sigmoid(gate)).reshape(len(x), -1) @ w["o_proj.weight"].T
 
 
-@pytest.mark.parametrize(("heads", "value_heads"), [(2, 2), (2, 4)])
-def test_the_layer_computes_what_kda_does(tmp_path, rng, heads, value_heads):
-  tensors, config = checkpoints.kda(heads, value_heads)
+@pytest.mark.parametrize(
+  ("heads", "value_heads", "decays"), [(2, 2, 2), (2, 4, 4), (2, 4, 2)]
+)
+def test_the_layer_computes_what_kda_does(
+  tmp_path, rng, heads, value_heads, decays
+):
+  tensors, config = checkpoints.kda(heads, value_heads, decays)
   src = checkpoints.write(tmp_path / "kda", (tensors, config))
   report = convert(src, tmp_path / "out", source="fla", target="gdn2_jax")
   model = load_model(tmp_path / "out")
@@ -81,11 +86,11 @@ def test_the_layer_computes_what_kda_does(tmp_path, rng, heads, value_heads):
   text = str(report)
   assert "note: Kimi Delta Attention, as GDN-2 with tied gates" in text
   assert "one gate of a head, tied over its channels" in text
-  assert ("a key head, repeated" in text) == (heads != value_heads)
+  assert ("a key head, repeated" in text) == (heads != decays)
 
 
 def test_tied_gates_are_the_rows_repeated(tmp_path):
-  tensors, config = checkpoints.kda(2, 2)
+  tensors, config = checkpoints.kda(2, 2, 2)
   src = checkpoints.write(tmp_path / "kda", (tensors, config))
   convert(src, tmp_path / "out", source="fla", target="fla")
   found = checkpoints.read(tmp_path / "out")
@@ -110,7 +115,7 @@ def test_tied_gates_are_the_rows_repeated(tmp_path):
   ],
 )
 def test_what_tied_gates_cannot_express(tmp_path, changes, message):
-  tensors, config = checkpoints.kda(2, 2)
+  tensors, config = checkpoints.kda(2, 2, 2)
   src = checkpoints.write(tmp_path / "kda", (tensors, config | changes))
   with pytest.raises(ValueError) as e:
     convert(src, tmp_path / "out", source="fla", target="gdn2_jax")

@@ -74,10 +74,11 @@ def test_pack_is_the_inverse_of_unpack(rng, layout, shapes):
 
 def test_tied_gates_and_repeated_heads(rng):
   gate, d = rng.normal(size=(2, 5)), 5
-  b, w = layouts.TiedGates().unpack((gate,), ((d, 2, 3), (d, 2, 4)))
+  b, w = layouts.TiedGates().unpack((gate,), ((d, 2, 3), (d, 4, 4)))
   for head in range(2):
     assert (b[:, head] == gate[head][:, None]).all()
-    assert (w[:, head] == gate[head][:, None]).all()
+  for head in range(4):
+    assert (w[:, head] == gate[head // 2][:, None]).all()
   q = rng.normal(size=(2 * 3, d))
   layout = layouts.RepeatedHeads(layouts.Linear(), 2)
   (repeated,) = layout.unpack((q,), ((d, 4, 3),))
