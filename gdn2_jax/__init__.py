@@ -11,10 +11,15 @@ _HOME = {
   "gdn2_step": "gdn2_jax.ops.gdn2",
   "LM": "gdn2_jax.model.lm",
   "ModelConfig": "gdn2_jax.model.config",
+  "decode_step": "gdn2_jax.inference.state",
+  "generate": "gdn2_jax.inference.generate",
+  "init_state": "gdn2_jax.inference.state",
+  "prefill": "gdn2_jax.inference.state",
+  "stream": "gdn2_jax.inference.generate",
 }
 
 __version__ = "0.1.0"
-__all__ = ["LM", "ModelConfig", "__version__", "gdn2", "gdn2_step"]
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str):

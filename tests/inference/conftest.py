@@ -67,3 +67,11 @@ def hybrid() -> Tiny:
 def attention() -> Tiny:
   """For what does not depend on the mixer: it compiles fastest."""
   return make_tiny("S")
+
+
+@pytest.fixture(scope="module")
+def fast_compiles():
+  """For modules that compare tokens: programs that run once, unoptimised."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)

@@ -8,6 +8,8 @@ from gdn2_jax.inference.generate import generate
 from gdn2_jax.inference.sampling import GREEDY, Sampler
 from tests.inference.conftest import make_tiny
 
+pytestmark = pytest.mark.usefixtures("fast_compiles")
+
 WARM = Sampler(temperature=1.3, top_k=30, top_p=0.98)
 HOT = Sampler(temperature=2.0)
 # Prompt, new tokens, seed, sampler.

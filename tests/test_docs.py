@@ -1,0 +1,40 @@
+"""The code on the pages about inference and weights runs as it stands."""
+
+import pathlib
+import re
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = ["README.md", "docs/inference.md", "docs/weights.md"]
+
+
+def blocks_of(page: str) -> list[str]:
+  """The Python blocks, each with the line numbers that it has in the page."""
+  text = (ROOT / page).read_text()
+  return [
+    "\n" * text[: match.start(1)].count("\n") + match.group(1)
+    for match in BLOCK.finditer(text)
+  ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_compiles():
+  """Programs run once or twice: optimising them would take far longer."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize(
+  "page", [page for page in PAGES if (ROOT / page).exists()]
+)
+def test_the_blocks_of_a_page_run_top_to_bottom(page, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  blocks = blocks_of(page)
+  assert blocks
+  names = {"__name__": "page"}
+  for block in blocks:
+    exec(compile(block, str(ROOT / page), "exec"), names)
