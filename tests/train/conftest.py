@@ -55,7 +55,7 @@ def compiled_programs(tmp_path_factory):
   }
   path = str(tmp_path_factory.mktemp("programs"))
   jax.config.update("jax_compilation_cache_dir", path)
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
   yield
   for name, value in old.items():
     jax.config.update(name, value)
