@@ -11,7 +11,11 @@ from typing import Any
 
 from gdn2_jax.inference.identity import Identity
 from gdn2_jax.inference.state import State
-from gdn2_jax.inference.state_file import read_state, write_state
+from gdn2_jax.inference.state_file import (
+  read_state,
+  remove_leftovers_of,
+  write_state,
+)
 from gdn2_jax.weights.disk import parse_json
 
 
@@ -54,6 +58,7 @@ def save_session(
   _check_session("session", fields, session.state)
   text = json.dumps(fields, separators=(",", ":"))
   write_state(path, session.state, identity, session=text)
+  remove_leftovers_of(path)
 
 
 def load_session(

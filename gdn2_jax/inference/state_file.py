@@ -19,15 +19,19 @@ returned whole or not at all. The digest finds damage, not forgery: whoever can
 write the file can also write its digest.
 """
 
+import contextlib
 import functools
 import json
 import os
 import pathlib
+import re
 import struct
+import time
 from typing import Any
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 
 from gdn2_jax.inference.checks import require_alive
 from gdn2_jax.inference.identity import (
@@ -62,6 +66,7 @@ _FIELDS = frozenset(
     "digest",
   )
 )
+_LEFTOVER_SECONDS = 600.0  # since its last byte
 _MAX_HEADER_BYTES = 4 << 20  # positions of 300,000 rows fit
 
 
@@ -86,6 +91,7 @@ def save_state(
     OSError: the file cannot be written; an old one is as it was.
   """
   write_state(path, state, identity, dtype=dtype)
+  remove_leftovers_of(path)
 
 
 def load_state(
@@ -145,7 +151,29 @@ def write_state(
     "session": session,
   }
   metadata["digest"] = _digest(metadata, tensors)
-  save_tensors(path, tensors, metadata)
+  try:
+    save_tensors(path, tensors, metadata)
+  except SafetensorError as e:  # its name for a full disk
+    raise OSError(f"{path}: cannot be written: {e}") from e
+
+
+def remove_leftovers_of(path: str | os.PathLike) -> None:
+  """Removes what writers of this file left beside it when they were killed."""
+  path = pathlib.Path(path)
+  name = re.escape(f".{path.name}.tmp-") + "[0-9a-f]+"
+  remove_leftovers(path.parent, re.compile(name))
+
+
+def remove_leftovers(folder: pathlib.Path, names: re.Pattern[str]) -> None:
+  """Removes files of such names, unless a living writer may be at work."""
+  with os.scandir(folder) as found:
+    for entry in found:
+      if not names.fullmatch(entry.name):
+        continue
+      with contextlib.suppress(FileNotFoundError):
+        age = time.time() - entry.stat(follow_symlinks=False).st_mtime
+        if age > _LEFTOVER_SECONDS:
+          os.unlink(entry.path)
 
 
 def read_state(

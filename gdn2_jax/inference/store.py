@@ -29,13 +29,16 @@ from jaxtyping import Array, Float
 from gdn2_jax.inference.checks import require_ids
 from gdn2_jax.inference.identity import Identity
 from gdn2_jax.inference.state import CHUNK_SIZE, State, init_state, prefill
-from gdn2_jax.inference.state_file import load_state, save_state
+from gdn2_jax.inference.state_file import (
+  load_state,
+  remove_leftovers,
+  write_state,
+)
 
 _ENTRY = re.compile(r"(\d{10})-[0-9a-f]{64}\.safetensors")
 _LEFTOVER = re.compile(
   r"\.{1,2}new-[0-9a-f]{32}\.safetensors(\.tmp-[0-9a-f]+)?"
 )
-_LEFTOVER_SECONDS = 600.0  # since its last byte: its writer is dead
 _LOCK = ".lock"
 
 
@@ -104,7 +107,7 @@ class StateStore:
       return
     new = self._folder / f".new-{uuid.uuid4().hex}.safetensors"
     try:
-      save_state(new, state, self.identity, dtype=self._dtype)
+      write_state(new, state, self.identity, dtype=self._dtype)
       size = new.stat().st_size
       if size > self._max_bytes:
         raise ValueError(
@@ -219,17 +222,7 @@ class StateStore:
         break
       pathlib.Path(path).unlink(missing_ok=True)
       total -= freed
-    self._remove_leftovers()
-
-  def _remove_leftovers(self) -> None:
-    with os.scandir(self._folder) as found:
-      for entry in found:
-        if not _LEFTOVER.fullmatch(entry.name):
-          continue
-        with contextlib.suppress(FileNotFoundError):
-          age = time.time() - entry.stat(follow_symlinks=False).st_mtime
-          if age > _LEFTOVER_SECONDS:
-            os.unlink(entry.path)
+    remove_leftovers(self._folder, _LEFTOVER)
 
 
 def prefill_cached(

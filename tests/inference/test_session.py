@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import random
+import resource
+import signal
 import struct
 
 import jax
@@ -244,6 +246,28 @@ def test_a_save_that_fails_leaves_the_old_file(saved, monkeypatch):
         save_state(saved, random_state(1, seed=1), identity())
     assert_equal(load_state(saved, identity()), random_state(2))
     assert os.listdir(saved.parent) == [saved.name]
+
+  # What kill -9 leaves behind goes with the next save, in time.
+  dead, alive = (saved.with_name(f".{saved.name}.tmp-{n}") for n in "01")
+  for path in (dead, alive):
+    path.touch()
+  os.utime(dead, (0, 0))
+  save_state(saved, random_state(2), identity())
+  assert set(saved.parent.iterdir()) == {saved, alive}
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_the_old_file(saved):
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+  try:
+    with pytest.raises(OSError, match="cannot be written"):
+      save_state(saved, random_state(1, seed=1), identity())
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+  assert_equal(load_state(saved, identity()), random_state(2))
+  assert os.listdir(saved.parent) == [saved.name]
 
 
 def test_sessions_keep_what_a_conversation_needs(path):

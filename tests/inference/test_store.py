@@ -270,7 +270,7 @@ def test_prefill_reads_only_what_is_new(tmp_path, monkeypatch):
   def full(*_, **__):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(store_lib, "save_state", full)
+  monkeypatch.setattr(store_lib, "write_state", full)
   with pytest.warns(UserWarning, match="not kept in the state store.*No space"):
     result, _ = cached(tokens[2:])
   assert_equal(result, fresh(tokens[2:]))
