@@ -81,7 +81,7 @@ def gated_rms_norm_mosaic_gpu(
   Returns:
     [B, T, H, V] in the dtype of x.
   """
-  return _forward(x, gate, weight, activation, eps)[0]
+  return _forward(x, gate, weight, bias, activation, eps)[0]
 
 
 def _forward(x, gate, weight, bias, activation, eps):

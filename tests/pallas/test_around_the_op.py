@@ -67,7 +67,10 @@ def test_gated_norm(V, dtype, activation, rng):
 
   inputs = [jnp.asarray(a, dtype) for a in (x, gate)]
   inputs += [jnp.asarray(a) for a in (weight, bias)]
-  outputs = interpreted(with_gradients, run, inputs, jnp.asarray(dy, dtype))
+  dy = jnp.asarray(dy, dtype)
+  outputs = interpreted(with_gradients, run, inputs, dy)
+  # Without gradients another function runs.
+  np.testing.assert_array_equal(interpreted(run, *inputs), outputs[0])
   actual = dict(zip(names, outputs, strict=True))
   for name in ("dweight", "dbias"):
     error = numerics.rel_rms(actual.pop(name), exact.pop(name))
@@ -119,6 +122,9 @@ def test_short_conv(C, W, dtype, packed, rng):
     return run("mosaic_gpu", *inputs)[0]
 
   actual = interpreted(with_gradients, kernels, inputs, dy)
+  last = interpreted(run, "mosaic_gpu", *inputs)
+  for a, b in zip(last, (actual[0], run("xla", *inputs)[1]), strict=True):
+    np.testing.assert_array_equal(a, b)
   names = ("y", "dx", "dkernel", "dstate")
   exact = {n: np.asarray(x) for n, x in zip(names, exact, strict=True)}
   ratios = error_ratios(dict(zip(names, actual, strict=True)), exact, dtype)
