@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import tarfile
 
 import ml_dtypes
 import numpy as np
@@ -11,11 +13,15 @@ from safetensors.numpy import load_file
 from gdn2_jax.convert.official import PRESETS
 from gdn2_jax.convert.options import Options
 from gdn2_jax.convert.run import convert, open_model
-from gdn2_jax.weights.folder import load_model
+from gdn2_jax.data.tokenizer import BytesTokenizer, train_bpe
+from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.model.gdn2 import GDN2Config
+from gdn2_jax.weights.folder import load_model, save_model
 from gdn2_jax.weights.tree import flatten_params
 from tests.convert import checkpoints
-from tests.tiny_run import make_run
+from tests.random_params import random_params
 
+WORKDIR = pathlib.Path(__file__).parents[1] / "train/golden/0.1.0.tar.xz"
 CHECKPOINTS = {"official": checkpoints.official, "fla": checkpoints.fla}
 GATES = {"official": "silu", "fla": "sigmoid"}
 
@@ -250,23 +256,55 @@ def test_a_tied_head_is_copied_on_request(tmp_path):
   assert written["tie_word_embeddings"] is False
 
 
-def test_a_workdir_and_its_tokenizer(tmp_path):
-  workdir = make_run(tmp_path)
-  run(workdir, tmp_path / "ours", "gdn2_jax", "gdn2_jax")
-  model = load_model(tmp_path / "ours")
-  assert model.tokenizer.decode(model.tokenizer.encode("ab")) == "ab"
-  report = run(workdir, tmp_path / "theirs", "gdn2_jax", "official")
-  assert any("tokenizer.json left behind" in note for note in report.notes)
+def test_a_workdir_of_training(tmp_path):
+  with tarfile.open(WORKDIR) as archive:
+    archive.extractall(tmp_path / "run", filter="data")
+  BytesTokenizer().save(tmp_path / "run" / "tokenizer.json")
+  report = run(tmp_path / "run", tmp_path / "ours", "gdn2_jax", "gdn2_jax")
+  assert report.notes == [
+    "checkpoint of step 2",
+    "tokenizer.json left behind: 259 ids, more than the model has",
+  ]
+  config = load_model(tmp_path / "ours").config
+  assert not config.scan_layers
+  run(tmp_path / "run", tmp_path / "theirs", "gdn2_jax", "official", step=2)
   run(tmp_path / "theirs", tmp_path / "back", "official", "gdn2_jax")
   checkpoints.assert_same(
     checkpoints.read(tmp_path / "back"), checkpoints.read(tmp_path / "ours")
   )
   back = load_model(tmp_path / "back").config
-  # What is not the model's: how it is computed, and what it has none of.
-  same = {"attention": back.attention, "loss_chunk": back.loss_chunk}
-  same["gdn2"] = dataclasses.replace(model.config.gdn2, implementation="")
-  same["gdn2"].num_value_heads = back.gdn2.num_value_heads
-  assert back == dataclasses.replace(model.config, **same)
+  # What is not the model's, but how it is computed.
+  same = dataclasses.replace(
+    config, scan_layers=True, loss_chunk=back.loss_chunk
+  )
+  same.gdn2.implementation = ""
+  same.gdn2.num_value_heads = same.gdn2.num_heads
+  same.attention.num_kv_heads = same.attention.num_heads
+  assert back == same
+
+
+def test_tokenizers_go_where_they_can_be_read(tmp_path):
+  config = ModelConfig(
+    vocab_size=259,
+    model_dim=16,
+    num_layers=1,
+    gdn2=GDN2Config(num_heads=1, key_dim=16, value_dim=16),
+    mlp_dim=16,
+  )
+  save_model(
+    tmp_path / "a", random_params(config), config, tokenizer=BytesTokenizer()
+  )
+  run(tmp_path / "a", tmp_path / "b", "gdn2_jax", "gdn2_jax")
+  assert load_model(tmp_path / "b").tokenizer.encode("a") == [97]
+  report = run(tmp_path / "b", tmp_path / "c", "gdn2_jax", "official")
+  assert report.notes == [
+    "tokenizer.json left behind: other programs cannot read it"
+  ]
+  bpe = train_bpe(["text of a corpus"], 257)
+  bpe.save(tmp_path / "c" / "tokenizer.json")
+  run(tmp_path / "c", tmp_path / "d", "official", "official")
+  run(tmp_path / "d", tmp_path / "e", "official", "gdn2_jax")
+  assert load_model(tmp_path / "e").tokenizer.to_json() == bpe.to_json()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
