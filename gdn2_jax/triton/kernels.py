@@ -70,6 +70,21 @@ def _token(S, q, k, v, g, b, w):
 
 @triton.jit
 @no_type_check
+def _load_token(
+  q_ptr, k_ptr, v_ptr, g_ptr, b_ptr, w_ptr, at_k, at_v, is_k, is_v
+):
+  """The six inputs of a token in float32, zero where masked."""
+  q = tl.load(q_ptr + at_k, mask=is_k, other=0.0).to(tl.float32)
+  k = tl.load(k_ptr + at_k, mask=is_k, other=0.0).to(tl.float32)
+  v = tl.load(v_ptr + at_v, mask=is_v, other=0.0).to(tl.float32)
+  g = tl.load(g_ptr + at_k, mask=is_k, other=0.0).to(tl.float32)
+  b = tl.load(b_ptr + at_k, mask=is_k, other=0.0).to(tl.float32)
+  w = tl.load(w_ptr + at_v, mask=is_v, other=0.0).to(tl.float32)
+  return q, k, v, g, b, w
+
+
+@triton.jit
+@no_type_check
 def gdn2_step_kernel(
   q_ptr,
   k_ptr,
@@ -103,31 +118,13 @@ def gdn2_step_kernel(
   is_S = is_k[:, None] & is_v[None, :]
 
   S = tl.load(state_in_ptr + at_S, mask=is_S, other=0.0)
-  q = tl.load(q_ptr + at_k, mask=is_k, other=0.0).to(tl.float32)
-  k = tl.load(k_ptr + at_k, mask=is_k, other=0.0).to(tl.float32)
-  g = tl.load(g_ptr + at_k, mask=is_k, other=0.0).to(tl.float32)
-  b = tl.load(b_ptr + at_k, mask=is_k, other=0.0).to(tl.float32)
-  v = tl.load(v_ptr + at_v, mask=is_v, other=0.0).to(tl.float32)
-  w = tl.load(w_ptr + at_v, mask=is_v, other=0.0).to(tl.float32)
+  q, k, v, g, b, w = _load_token(
+    q_ptr, k_ptr, v_ptr, g_ptr, b_ptr, w_ptr, at_k, at_v, is_k, is_v
+  )
   o, S = _token(S, q, k, v, g, b, w)
   o = (SCALE * o).to(o_ptr.dtype.element_ty)
   tl.store(o_ptr + at_v, o, mask=is_v)
   tl.store(state_ptr + at_S, S, mask=is_S)
-
-
-@triton.jit
-@no_type_check
-def _load_token(
-  q_ptr, k_ptr, v_ptr, g_ptr, b_ptr, w_ptr, at_k, at_v, is_k, is_v
-):
-  """The six inputs of a token in float32, zero where masked."""
-  q = tl.load(q_ptr + at_k, mask=is_k, other=0.0).to(tl.float32)
-  k = tl.load(k_ptr + at_k, mask=is_k, other=0.0).to(tl.float32)
-  v = tl.load(v_ptr + at_v, mask=is_v, other=0.0).to(tl.float32)
-  g = tl.load(g_ptr + at_k, mask=is_k, other=0.0).to(tl.float32)
-  b = tl.load(b_ptr + at_k, mask=is_k, other=0.0).to(tl.float32)
-  w = tl.load(w_ptr + at_v, mask=is_v, other=0.0).to(tl.float32)
-  return q, k, v, g, b, w
 
 
 @triton.jit
