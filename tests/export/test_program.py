@@ -14,8 +14,8 @@ import pytest
 from gdn2_jax.data.tokenizer import BytesTokenizer
 from gdn2_jax.export import program
 from gdn2_jax.inference import init_state
+from gdn2_jax.inference.state import advance
 from gdn2_jax.model.gdn2 import GDN2Config
-from gdn2_jax.model.lm import LM
 from gdn2_jax.ops import gdn2_xla
 from gdn2_jax.weights import folder as folder_lib
 from gdn2_jax.weights import load_model, save_model
@@ -39,15 +39,29 @@ def params():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, params):
+def exported():
+  """The files, and the sizes of chunks that were traced on the way."""
+  sizes, real = set(), gdn2_xla.default_chunk_size
+
+  def note():
+    sizes.add(real())
+    return real()
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(gdn2_xla, "default_chunk_size", note)
+    files = program.export_programs(CONFIG, chunk_size=16, eos_id=256)
+  return files, sizes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, params, exported):
   folder = tmp_path_factory.mktemp("export") / "model"
-  programs = program.export_programs(CONFIG, chunk_size=16, eos_id=256)
   save_model(
     folder,
     params,
     CONFIG,
     BytesTokenizer(),
-    extra=programs,
+    extra=exported[0],
     max_shard_bytes=60_000,
   )
   return folder
@@ -85,21 +99,19 @@ def alone(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def logits_of(params):
-  """Logits after every token of sequences, from the model without a cache."""
-
-  @jax.jit
-  def apply(tokens):
-    return LM(CONFIG).apply({"params": params}, tokens)[0]
-
-  shape = jax.ShapeDtypeStruct((len(PROMPTS), 48), np.int32)
-  compiled = apply.lower(shape).compile(FAST)
+  """Logits after every token of sequences, token by token in the library."""
+  step = jax.jit(advance, compiler_options=FAST)
 
   def logits_of(rows):
-    tokens = np.zeros(shape.shape, np.int32)
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for row, ids in zip(tokens, rows, strict=True):
       row[: len(ids)] = ids
-    logits = np.asarray(compiled(tokens))
-    return [x[: len(ids)] for x, ids in zip(logits, rows, strict=True)]
+    state, found = init_state(CONFIG, len(rows)), []
+    for token in tokens.T:
+      logits, state = step(params, token, state)
+      found.append(np.asarray(logits))
+    rows = zip(np.stack(found, axis=1), rows, strict=True)
+    return [x[: len(ids)] for x, ids in rows]
 
   return logits_of
 
@@ -122,12 +134,12 @@ def test_any_batch_size_gives_the_logits_of_the_model(alone, logits_of):
 
 def test_generation_is_greedy(alone, logits_of):
   _, found = alone
-  rows = [list(ids) for ids in PROMPTS]
-  for _ in range(5):
-    for row, logits in zip(rows, logits_of(rows), strict=True):
-      row.append(int(logits[-1].argmax()))
-  want = [row[-5:] for row in rows]
-  assert found["generated"] == want
+  want = found["generated"]
+  assert [len(row) for row in want] == [5] * len(PROMPTS)
+  # Each is the best after the prompt and the ones before it.
+  rows = [[*ids, *new] for ids, new in zip(PROMPTS, want, strict=True)]
+  for logits, new in zip(logits_of(rows), want, strict=True):
+    assert logits[-6:-1].argmax(axis=-1).tolist() == new
   assert found["tokens"] == [0, ",".join(map(str, want[0])) + "\n"]
 
 
@@ -163,23 +175,15 @@ def test_the_folder_is_also_a_model(folder, params):
   assert "run.py" in (folder / "README.md").read_text()
 
 
-def test_each_platform_gets_pieces_that_suit_it(monkeypatch):
-  sizes, real = set(), gdn2_xla.default_chunk_size
-
-  def note():
-    sizes.add(real())
-    return real()
-
-  monkeypatch.setattr(gdn2_xla, "default_chunk_size", note)
-  config = small_config("G", num_layers=1)
-  found = program.export_programs(config, chunk_size=64)
+def test_each_platform_gets_pieces_that_suit_it(exported):
+  files, sizes = exported
   assert sizes == {16, 64}
-  exported = jax.export.deserialize(bytearray(found["prefill.jax"]))
-  assert exported.platforms == ("cpu", "cuda")
-  # No kernel of ours, nor anything else that only this machine knows.
-  text = exported.mlir_module()
-  calls = {part.split("(")[0] for part in text.split("custom_call @")[1:]}
-  assert calls <= {"shape_assertion"}
+  for name in ("prefill.jax", "decode.jax"):
+    found = jax.export.deserialize(bytearray(files[name]))
+    assert found.platforms == ("cpu", "cuda")
+    # No kernel of ours, nor anything else that only this machine knows.
+    calls = found.mlir_module().split("custom_call @")[1:]
+    assert {call.split("(")[0] for call in calls} <= {"shape_assertion"}
 
 
 @pytest.fixture(scope="module")

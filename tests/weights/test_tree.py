@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from gdn2_jax.model.lm import LM
 from gdn2_jax.weights.tree import (
+  cast_params,
   flatten_params,
   param_specs,
   unflatten_params,
@@ -22,9 +23,10 @@ def config_of(scan_layers=True, pattern="GS", **changes):
   return small_config(pattern, scan_layers=scan_layers, **changes)
 
 
-@pytest.fixture(scope="module", params=["G", "GGS"])
+@pytest.fixture(scope="module", params=[("G", "float32"), ("GGS", "bfloat16")])
 def model(request):
-  config = config_of(pattern=request.param)
+  pattern, dtype = request.param
+  config = config_of(pattern=pattern, param_dtype=dtype)
   return config, random_params(config)
 
 
@@ -62,9 +64,14 @@ def test_names_do_not_depend_on_scan_layers(model):
   assert_same(unflatten_params(back, config), params)
 
 
-def test_names_are_those_of_the_docstring():
-  config = config_of(pattern="GS", num_layers=2)
-  names = list(param_specs(config))
+@pytest.fixture(scope="module")
+def hybrid():
+  config = config_of(pattern="GS")
+  return config, random_params(config)
+
+
+def test_names_are_those_of_the_docstring(hybrid):
+  names = list(param_specs(hybrid[0]))
   assert names[0] == "embedding.table" and names[-1] == "head"
   mixers = {"A_log", "dt_bias", "q_proj.kernel", "g_up.bias", "o_norm"}
   assert {f"layers.0.mixer.{name}" for name in mixers} < set(names)
@@ -73,18 +80,22 @@ def test_names_are_those_of_the_docstring():
   assert {"layers.1.mlp.down.kernel", "final_norm.weight"} < set(names)
 
 
-def test_float32_leaves_stay_float32():
-  config = config_of(param_dtype="bfloat16")
-  specs = param_specs(config)
-  assert specs["layers.0.mixer.A_log"].dtype == jnp.float32
-  assert specs["layers.0.mixer.q_proj.kernel"].dtype == jnp.bfloat16
-  params = random_params(config)
-  assert_same(unflatten_params(flatten_params(params, config), config), params)
+def test_float32_leaves_stay_float32(model):
+  config, params = model
+  dtypes = {name: spec.dtype for name, spec in param_specs(config).items()}
+  assert dtypes["layers.0.mixer.A_log"] == jnp.float32
+  assert dtypes["layers.0.mixer.q_proj.kernel"] == config.param_dtype
+  rounded = cast_params(
+    params, dataclasses.replace(config, param_dtype="float16")
+  )
+  mixer = rounded["groups"]["layer_0"]["mixer"]
+  assert mixer["A_log"].dtype == mixer["dt_bias"].dtype == jnp.float32
+  assert mixer["q_proj"]["kernel"].dtype == jnp.float16
 
 
-def test_all_differences_are_listed():
-  config = config_of()
-  tensors = flatten_params(random_params(config), config)
+def test_all_differences_are_listed(hybrid):
+  config, params = hybrid
+  tensors = flatten_params(params, config)
   bad = dict(tensors)
   del bad["layers.2.mixer.A_log"]
   bad["layers.4.mixer.A_log"] = tensors["layers.2.mixer.A_log"]
@@ -101,9 +112,8 @@ def test_all_differences_are_listed():
     assert part in str(caught.value)
 
 
-def test_parameters_of_another_model_are_refused():
-  config = config_of()
-  params = random_params(config)
+def test_parameters_of_another_model_are_refused(hybrid):
+  config, params = hybrid
   other = dataclasses.replace(config, num_layers=2)
   with pytest.raises(ValueError, match=r"unexpected layers\.2\."):
     flatten_params(params, other)
