@@ -224,7 +224,11 @@ class Batcher:
       if completion.cancelled:
         completion.done = True
         continue
-      state, rows = completion.request.begin(self._params)
+      try:
+        state, rows = completion.request.begin(self._params)
+      except BaseException:
+        completion.done = True  # nobody waits for it in vain
+        raise
       self._fill(free.pop(0), completion, state, rows)
       admitted = True
     return admitted

@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from gdn2_jax.inference.checks import (
   MAX_POSITION,
+  require_alive,
   require_count,
   require_ids,
   require_key,
@@ -78,6 +79,8 @@ class Request:
 
   def begin(self, params) -> tuple[State, Rows]:
     """Reads the prompts but for their last tokens."""
+    # Again: a request may have waited.
+    require_alive(self.state)
     lengths = self._lengths()
     batch_size = len(lengths)
     state = self.state

@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdn2_jax.inference.sampling import GREEDY, Sampler, filter_logits, sample
+from gdn2_jax.inference.sampling import (
+  GREEDY,
+  Sampler,
+  filter_logits,
+  row_samplers,
+  sample,
+)
 
 
 def oracle(logits, temperature, top_k, top_p):
@@ -70,6 +76,35 @@ def test_a_row_does_not_depend_on_its_batch(rng):
     sample(logits[i : i + 1], keys[i : i + 1], sampler) for i in range(4)
   ]
   np.testing.assert_array_equal(together, np.concatenate(alone))
+
+
+def test_rows_with_settings_of_their_own_draw_what_they_draw_alone(rng):
+  """Sorted or not, kept by rank or not: a key gives an id its own noise."""
+  samplers = [
+    Sampler(),
+    GREEDY,
+    Sampler(temperature=0.3),
+    Sampler(temperature=1.7, top_k=5),
+    Sampler(top_p=0.6),
+    Sampler(temperature=2.0, top_k=9, top_p=0.8),
+    Sampler(vocab_size=12),
+    Sampler(temperature=0.0, vocab_size=3),
+  ]
+  logits = jnp.asarray(rng.normal(0, 2, (8, 40)).astype(np.float32))
+  rows = row_samplers(samplers, 40)
+  one = jax.jit(sample)
+  for seed in range(5):
+    keys = jax.random.split(jax.random.key(seed), 8)
+    want = [
+      sample(logits[i : i + 1], keys[i : i + 1], sampler)[0]
+      for i, sampler in enumerate(samplers)
+    ]
+    np.testing.assert_array_equal(one(logits, keys, rows), want)
+  # And where no row needs its ids ranked.
+  plain = row_samplers(samplers[:3], 40)
+  np.testing.assert_array_equal(one(logits[:3], keys[:3], plain), want[:3])
+  with pytest.raises(ValueError, match="top_k"):
+    row_samplers([Sampler(top_k=41)], 40)
 
 
 def test_greedy_takes_the_first_best_and_needs_no_luck():
