@@ -1,7 +1,6 @@
 """Every notebook runs top to bottom, and is committed the way it ran."""
 
 import ast
-import os
 import pathlib
 import sys
 
@@ -11,6 +10,7 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
+from gdn2_jax.faults.child import environment
 from tests.tiny_run import make_run
 
 NOTEBOOKS = sorted(
@@ -45,9 +45,8 @@ def execute(path, run):
     timeout=180,
     resources={"metadata": {"path": str(path.parent)}},
   )
-  environment = {"JAX_PLATFORMS": "cpu", "GDN2_RUN": str(run)}
   # The default for a manager of ours is to leave kernel and sockets open.
-  client.execute(env={**os.environ, **environment}, cleanup_kc=True)
+  client.execute(env=environment() | {"GDN2_RUN": str(run)}, cleanup_kc=True)
   return notebook
 
 

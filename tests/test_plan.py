@@ -20,9 +20,14 @@ def tiny():
   return config
 
 
-def test_arguments_are_exact_and_sharded():
+@pytest.fixture(scope="module")
+def one():
+  """The plan for one device."""
+  return plan(tiny(), 1)
+
+
+def test_arguments_are_exact_and_sharded(one):
   config = tiny()
-  one = plan(config, 1)
   count = one["parameters"]["total"]
   memory = one["memory_per_device"]
   assert memory["parameters"] == 4 * count
@@ -66,8 +71,8 @@ def test_mesh_that_does_not_fit_is_refused():
     plan(config, 2, compile_step=False)
 
 
-def test_text_names_every_section():
-  text = format_plan(plan(tiny(), 1))
+def test_text_names_every_section(one):
+  text = format_plan(one)
   for word in ("blocks", "optimizer state", "FLOPs per token", "activations"):
     assert word in text
 

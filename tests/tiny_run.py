@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 
 from gdn2_jax.data.pipeline import DataConfig, open_dataset
 from gdn2_jax.eval.perplexity import EvalConfig
+from gdn2_jax.faults.child import environment
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.gdn2 import GDN2Config
 from gdn2_jax.model.lm import LM
@@ -81,13 +81,7 @@ def run_module(module: str, *argv: str) -> subprocess.CompletedProcess:
   return subprocess.run(
     [sys.executable, "-m", module, *argv],
     cwd=ROOT,
-    env=os.environ
-    | {
-      "JAX_PLATFORMS": "cpu",
-      "COLUMNS": "80",
-      # Compiling takes longer than all that is run.
-      "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    },
+    env=environment() | {"COLUMNS": "80"},
     capture_output=True,
     text=True,
     encoding="utf-8",

@@ -1,7 +1,6 @@
 """Parquet files to packed rows to a training run that is killed and resumed."""
 
 import json
-import pathlib
 import re
 import subprocess
 import sys
@@ -10,9 +9,9 @@ import time
 import pytest
 
 from gdn2_jax.data import __main__ as cli
+from gdn2_jax.faults.child import environment
 from tests.data import parquet_files
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.tiny_run import ROOT, run_many
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,7 @@ def rows(tmp_path_factory):
   return out
 
 
-def _command(rows, workdir, *more):
+def _flags(rows, workdir, *more):
   changes = {
     "data.source": rows,
     "data.tokenizer": rows / "tokenizer.json",
@@ -45,14 +44,10 @@ def _command(rows, workdir, *more):
     "log_every": 1,
     "num_steps": 100_000,
   }
-  flags = [f"--config.{name}={value}" for name, value in changes.items()]
   return [
-    sys.executable,
-    "-m",
-    "gdn2_jax.train",
     "--config=configs/tiny_cpu.py",
     f"--workdir={workdir}",
-    *flags,
+    *(f"--config.{name}={value}" for name, value in changes.items()),
     *more,
   ]
 
@@ -71,7 +66,11 @@ def _run_and_kill(rows, workdir, step):
   path = workdir.with_suffix(".log")
   with open(path, "w") as log:
     running = subprocess.Popen(
-      _command(rows, workdir), cwd=ROOT, stdout=log, stderr=log
+      [sys.executable, "-m", "gdn2_jax.train", *_flags(rows, workdir)],
+      cwd=ROOT,
+      env=environment(),
+      stdout=log,
+      stderr=log,
     )
   deadline = time.monotonic() + 240
   try:
@@ -97,25 +96,19 @@ def test_a_killed_run_goes_on_with_the_same_losses(rows, tmp_path):
   assert {step: after[step] for step in before} == before
 
 
-@pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    (
-      "--config.model.vocab_size=256",
-      "--config.model.vocab_size=256: the tokenizer",
-    ),
-    ("--config.data.tokenizer=bytes", "data.tokenizer='bytes'"),
-    ("--config.data.source=no/such", "data.source='no/such'"),
-  ],
-)
-def test_what_does_not_fit_is_refused_at_once(rows, tmp_path, change, message):
-  done = subprocess.run(
-    _command(rows, tmp_path / "run", change),
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
+def test_what_does_not_fit_is_refused_at_once(rows, tmp_path):
+  vocabulary = "--config.model.vocab_size=256"
+  cases = {
+    f"{vocabulary}: the tokenizer": vocabulary,
+    "data.tokenizer='bytes'": "--config.data.tokenizer=bytes",
+    "data.source='no/such'": "--config.data.source=no/such",
+  }
+  results = run_many(
+    "gdn2_jax.train.__main__",
+    [_flags(rows, tmp_path / "run", change) for change in cases.values()],
   )
-  assert done.returncode != 0
-  assert message in done.stderr
-  assert "parameters" not in done.stdout  # nothing was built
-  assert not (tmp_path / "run" / "checkpoints").exists()
+  for message, result in zip(cases, results, strict=True):
+    assert result["code"] != 0
+    assert message in result["err"]
+    assert "parameters" not in result["out"]  # nothing was built
+    assert not (tmp_path / "run" / "checkpoints").exists()
