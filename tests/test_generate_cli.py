@@ -49,7 +49,11 @@ def talks(tmp_path_factory) -> pathlib.Path:
 def done(workdir, run, published, belongs, talks):
   """What the calls gave that succeed, by name: one process for all."""
   ended = Session(
-    state=init_state(run.config.model, 1), pending=None, draws=5, seed=0
+    state=init_state(run.config.model, 1),
+    pending=None,
+    draws=5,
+    seed=0,
+    tail=(0xE2, 0x82),  # two of three bytes
   )
   save_session(talks / "ended", ended, belongs)
   source = f"--workdir={workdir}"
@@ -129,14 +133,13 @@ def test_a_session_goes_on_where_it_stopped(done, talks, belongs):
 
 
 def test_a_session_takes_more_text(done, talks, belongs):
-  # A character that the model had left unfinished, then the prompt.
   assert done["more"]["out"].lstrip("\ufffd").startswith(" x = ")
   assert f"parts: {4 + 24 + 5 + 5} tokens so far]" in done["more"]["err"]
   session = load_session(talks / "parts", belongs)
   assert session.state.position.tolist() == [4 + 24 + 5 + 5 - 1]
   assert session.tail[:-5][-5:] == tuple(b" x = ")
-  # What follows the end of a document: the prompt, and nothing in between.
-  assert done["ended"]["out"].startswith("x")
+  # A character that stays unfinished, and the prompt; the document had ended.
+  assert done["ended"]["out"].startswith("\ufffdx")
   assert "ended: 4 tokens so far]" in done["ended"]["err"]
   assert load_session(talks / "ended", belongs).draws == 5 + 3
 
