@@ -59,8 +59,11 @@ class Entry:
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     assert copy is not False
-    with safetensors.safe_open(self.path, framework="np") as file:
-      value = file.get_tensor(self.name)
+    try:
+      with safetensors.safe_open(self.path, framework="np") as file:
+        value = file.get_tensor(self.name)
+    except safetensors.SafetensorError as e:
+      raise ValueError(f"{self.path}: {e}") from e
     if (value.shape, value.dtype) != (self.shape, self.dtype):
       raise ValueError(f"{self.path}: changed while it was read")
     return value if dtype is None else value.astype(dtype)

@@ -200,7 +200,10 @@ def check_tensors(
 @functools.lru_cache(maxsize=16)
 def _traced(config: ModelConfig) -> list[tuple[tuple[str, ...], Any]]:
   tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  boxed = jax.eval_shape(LM(config).init, jax.random.key(0), tokens)
+  try:
+    boxed = jax.eval_shape(LM(config).init, jax.random.key(0), tokens)
+  except OverflowError as e:
+    raise ValueError("model: sizes that no array can have") from e
   return _leaves(boxed["params"])
 
 

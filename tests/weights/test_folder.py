@@ -171,6 +171,7 @@ DAMAGE = {
   "value": (change("model.pattern", "GX"), "model.pattern='GX'"),
   "shape": (change("model.mlp_dim", 64), "mlp.gate.kernel: float32"),
   "huge": (change("model.num_layers", 10**12), "num_layers=1000000000000"),
+  "sizes": (change("model.vocab_size", 2**40), "sizes that no array can have"),
   "layers": (change("model.num_layers", 4), r"missing layers\.2"),
   "vocabulary": (change("model.vocab_size", 100), "table"),
   "not JSON": (
