@@ -6,7 +6,8 @@ values of full attention only the slots in use. Its metadata says what it is and
 whom it belongs to:
 
   format, version   of this layout
-  model, config     hash of what decides the model's function, and that itself
+  model, config     hash of what decides the model's function, and that itself;
+                    a field that the file does not know has its default
   weights           hash of the parameters
   tokenizer         hash of the tokenizer, "" without one
   positions         tokens seen by each row
@@ -33,6 +34,7 @@ import jax
 import numpy as np
 from safetensors import SafetensorError
 
+from gdn2_jax import config_json
 from gdn2_jax.inference.checks import require_alive
 from gdn2_jax.inference.identity import (
   Identity,
@@ -251,6 +253,8 @@ def _check_identity(path, metadata, identity: Identity) -> None:
       continue
     more = ""
     if name == "model":
+      if _has_function(metadata["config"], identity):
+        continue
       more = ": " + _difference(metadata["config"], identity.function)
     raise ValueError(
       f"{path}: {name}: the file has {_quote(found)}, expected "
@@ -265,6 +269,15 @@ def _abstract_state(
   return _cached_abstract_state(
     config, batch_size, max_length if "A" in config.pattern else 1
   )
+
+
+def _has_function(text: str, identity: Identity) -> bool:
+  """Whether a config written before some field existed means this model."""
+  try:
+    config = config_json.from_dict(ModelConfig, json.loads(text), "model")
+  except (ValueError, RecursionError):
+    return False
+  return function_of(config) == identity.function
 
 
 @functools.lru_cache(maxsize=64)

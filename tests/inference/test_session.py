@@ -201,6 +201,24 @@ def forge(path, change):
   save_tensors(path, tensors, metadata)
 
 
+def older(metadata, field):
+  """As a version wrote it that did not have this field."""
+  config = json.loads(metadata["config"])
+  del config[field]
+  metadata.update(config=json.dumps(config), model="0")
+
+
+def newer(metadata, field, value):
+  config = {**json.loads(metadata["config"]), field: value}
+  metadata.update(config=json.dumps(config), model="0")
+
+
+def test_files_from_before_a_field_existed_mean_its_default(saved):
+  assert CONFIG.norm_eps == 1e-5  # its default
+  forge(saved, lambda _, m: older(m, "norm_eps"))
+  assert_equal(load_state(saved, identity()), random_state(2))
+
+
 def test_files_that_only_their_digest_makes_look_right(saved, monkeypatch):
   ring = "cache.1.k"
   cases = [
@@ -221,6 +239,9 @@ def test_files_that_only_their_digest_makes_look_right(saved, monkeypatch):
     (lambda _, m: m.update(positions="[1]"), "not those of this model"),
     (lambda _, m: m.update(positions="[1, 2]"), "positions: the file has"),
     (lambda _, m: m.update(model="0", config="{"), "its config is unreadable"),
+    (lambda _, m: m.update(model="0", config="[]"), "model: the file has '0'"),
+    (lambda _, m: older(m, "num_layers"), "model.num_layers=None, expected 4"),
+    (lambda _, m: newer(m, "sinks", 4), "model.sinks=4, expected None"),
   ]
   good = saved.read_bytes()
   # Nothing of these may reach a device.
