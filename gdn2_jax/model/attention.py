@@ -6,14 +6,17 @@ import math
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gdn2_jax.model.kv_cache import CacheLayer, attend_and_store
+from gdn2_jax.model.kv_cache import (
+  CacheLayer,
+  attend_and_store,
+  runs_and_positions,
+)
 from gdn2_jax.model.layers import Linear, fan_in_uniform
 from gdn2_jax.model.shards import length_axis, on_shards
+from gdn2_jax.ops import context_borders
 from gdn2_jax.ops.attention import sliding_window_attention
 from gdn2_jax.ops.context import attention_context
-from gdn2_jax.ops.context_borders import runs_and_positions
 from gdn2_jax.ops.rope import apply_rope
-from gdn2_jax.ops.segments import reset_counts, segment_positions
 from gdn2_jax.typing import Activations, SegmentIds
 
 # Logical names, for shards of tokens.
@@ -118,7 +121,10 @@ class AttentionMixer(nn.Module):
   def _mix(self, q, k, v, segment_ids, cache):
     """Attention of whole rows; the new cache if there was one."""
     c = self.config
-    runs, positions = _runs_and_positions(q, segment_ids, cache)
+    first = jnp.zeros(q.shape[:1], jnp.int32)
+    if cache is not None:
+      first = cache.next_position
+    runs, positions = runs_and_positions(first, q.shape[1], segment_ids)
     q = apply_rope(q, positions, base=c.rope_base)
     k = apply_rope(k, positions, base=c.rope_base)
     if cache is not None:
@@ -141,7 +147,9 @@ class AttentionMixer(nn.Module):
       segment_ids = jnp.ones(q.shape[:2], jnp.int32)
 
     def run(q, k, v, segment_ids):
-      runs, positions = runs_and_positions(segment_ids, axis_name=axis)
+      runs, positions = context_borders.runs_and_positions(
+        segment_ids, axis_name=axis
+      )
       return attention_context(
         apply_rope(q, positions, base=c.rope_base),
         apply_rope(k, positions, base=c.rope_base),
@@ -168,15 +176,3 @@ class AttentionMixer(nn.Module):
       param_dtype=self.param_dtype,
       name=name,
     )
-
-
-def _runs_and_positions(x, segment_ids, cache):
-  """Ids of runs (from 1, 0 padding; None without segments) and positions."""
-  batch, length = x.shape[:2]
-  first = jnp.zeros((batch,), jnp.int32)
-  if cache is not None:
-    first = cache.next_position
-  if segment_ids is None:
-    return None, first[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
-  runs = jnp.where(segment_ids != 0, reset_counts(segment_ids) + 1, 0)
-  return runs, segment_positions(segment_ids, first)

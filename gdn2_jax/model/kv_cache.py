@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from gdn2_jax.ops.attention_cached import cached_attention
+from gdn2_jax.ops.segments import reset_counts, segment_positions
 
 
 @struct.dataclass
@@ -119,8 +120,8 @@ def attend_and_store(
     window: tokens a query sees, None for all.
 
   Returns:
-    o [B, T, HQ, D], NaN for a token that the KVCache has no slot left for; and
-    the cache after the tokens, which holds the last run only.
+    o [B, T, HQ, D], and the cache after the tokens, which holds the last run
+    only, and of that what a KVCache has slots for.
   """
   cache, layer = part.cache, part.layer
   S = cache.k.shape[3]
@@ -151,10 +152,40 @@ def attend_and_store(
   )
   if isinstance(cache, RingCache):
     new = new.replace(positions=_ring_positions(part, runs, positions, slots))
-  else:
-    lost = (all_runs > 0) & (positions >= S)
-    o = jnp.where(lost[:, :, None, None], jnp.nan, o)
   return o, part.replace(cache=new)
+
+
+def lost_tokens(cache: Any, segment_ids: Any, length: int) -> Any:
+  """Which of the next tokens a cache has no slot for: [B, T], None if none can.
+
+  Args:
+    cache: of all groups, a tuple over the pattern.
+    segment_ids: [B, T] or None.
+    length: T.
+  """
+  for part in cache:
+    if isinstance(part, KVCache):
+      first = part.next_position[0]
+      runs, positions = runs_and_positions(first, length, segment_ids)
+      lost = positions >= part.k.shape[3]
+      return lost if runs is None else lost & (runs > 0)
+  return None
+
+
+def runs_and_positions(
+  first: Any, length: int, segment_ids: Any
+) -> tuple[Any, Any]:
+  """Ids of runs [B, T] (from 1; 0 of padding) and positions [B, T].
+
+  Args:
+    first: [B] position of the first token, if it continues what came before.
+    length: T.
+    segment_ids: [B, T], or None, where the runs are None too.
+  """
+  if segment_ids is None:
+    return None, first[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
+  runs = jnp.where(segment_ids != 0, reset_counts(segment_ids) + 1, 0)
+  return runs, segment_positions(segment_ids, first)
 
 
 def _last_run(runs, positions, next_position):

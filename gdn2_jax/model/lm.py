@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from gdn2_jax.model.block import Group, init_mixer_cache
 from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.model.kv_cache import lost_tokens
 from gdn2_jax.model.layers import Embedding, RMSNorm, fan_in_uniform
 from gdn2_jax.model.shards import shards_as_rows
 from gdn2_jax.ops.loss import cross_entropy
@@ -71,6 +72,8 @@ class LM(nn.Module):
   ) -> tuple[Activations, Any]:
     """Activations after the final norm, and the cache after the tokens.
 
+    Those of a token for which a cache of layers "A" has no room are NaN.
+
     Args:
       tokens: ids in [0, vocab_size); others give NaN.
       segment_ids: see `gdn2_jax.ops.segments`; 0 is padding. None: one run.
@@ -79,6 +82,9 @@ class LM(nn.Module):
     """
     x = self.embedding(tokens)
     x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+    lost = None
+    if cache is not None:
+      lost = lost_tokens(cache, segment_ids, tokens.shape[1])
     carry = x, cache
     if self.config.scan_layers:
       # An index is for caches; training programs stay free of it.
@@ -90,7 +96,10 @@ class LM(nn.Module):
       for i, group in enumerate(self.group_list):
         carry, _ = group(carry, segment_ids, i)
     x, cache = carry
-    return self.final_norm(x), cache
+    x = self.final_norm(x)
+    if lost is not None:  # here: inside, a NaN would reach other tokens
+      x = jnp.where(lost[..., None], jnp.nan, x)
+    return x, cache
 
   def __call__(
     self,
