@@ -211,7 +211,7 @@ def _hidden(params, tokens, lengths, state):
   real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
   x, cache = LM(state.config).apply(
     {"params": params},
-    jnp.where(real, tokens, 0),
+    jnp.where(real, tokens.astype(jnp.int32), 0),
     real.astype(jnp.int32),
     state.cache,
     method="hidden",
@@ -256,7 +256,7 @@ def advance(
   """`decode_step` without its jit, for use inside a larger jitted function."""
   require_params(params, state.config)
   logits, cache = LM(state.config).apply(
-    {"params": params}, token[:, None], None, state.cache
+    {"params": params}, token[:, None].astype(jnp.int32), None, state.cache
   )
   logits = logits[:, 0].astype(jnp.float32)
   position = state.position + 1

@@ -71,7 +71,7 @@ def attention() -> Tiny:
 
 @pytest.fixture(scope="module")
 def fast_compiles():
-  """For modules that compare tokens: programs that run once, unoptimised."""
+  """Programs run a few times: optimising them would take far longer."""
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)

@@ -17,6 +17,8 @@ from gdn2_jax.inference.state import (
 from tests.inference.conftest import LENGTH, make_tiny
 from tests.inference.test_state import assert_close
 
+pytestmark = pytest.mark.usefixtures("fast_compiles")
+
 FULL = np.array([LENGTH] * 3, np.int32)
 
 

@@ -11,6 +11,8 @@ import pytest
 from gdn2_jax.inference import state as state_lib
 from gdn2_jax.inference.state import decode_step, init_state, prefill
 
+pytestmark = pytest.mark.usefixtures("fast_compiles")
+
 # Two float32 programs for the same logits: measured at most 5.2e-7 relative RMS
 # over the three models here. The contract for logits is 1e-4.
 TOLERANCE = 2 * 6e-7
@@ -131,7 +133,8 @@ def test_prefill_and_decode_reuse_the_buffers_of_their_state(hybrid):
   for step in (decode, read):
     state = init_state(hybrid.config, 1)
     _, new = step(state)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    # Not the positions: a buffer that the host has looked at may stay.
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache))
     assert shapes(state) == shapes(new)
     for again in (decode, read):
       with pytest.raises(ValueError, match="state: was donated"):
