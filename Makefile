@@ -16,7 +16,7 @@ AOT_VENV := .venv-aot-$(AOT_JAX)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train generate plan test lint format notebooks faults bench \
-  gpu aot aot-all clean
+  bench-serve gpu aot aot-all clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' \
@@ -68,6 +68,9 @@ faults: $(READY) ## kill, damage and starve real training runs (~15 minutes)
 
 bench: $(READY) ## time the op against the token scan
 	$(BIN)/python -m gdn2_jax.bench op $(ARGS)
+
+bench-serve: $(READY) ## time serving against a softmax transformer
+	$(BIN)/python -m gdn2_jax.bench serve $(ARGS)
 
 # A machine with a GPU often has its own JAX and no way to a package index.
 gpu: ## on a GPU: check every kernel, time it, time the train step

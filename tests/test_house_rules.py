@@ -55,7 +55,7 @@ ALLOWED = {
   },
   "convert": {"model", "data", "weights", "train"},
   "faults": {"sharding", "model", "train"},
-  "bench": WHOLE_PROGRAMS,
+  "bench": WHOLE_PROGRAMS | {"analysis", "inference"},
   "aot": WHOLE_PROGRAMS,
 }
 # Entry points stand above all layers and are imported by nobody.

@@ -1,13 +1,18 @@
-"""Benchmarks that check their subject before they time it.
+r"""Benchmarks that check their subject before they time it.
 
   python -m gdn2_jax.bench op [--spec=small,large] [--json=FILE] [--peers]
   python -m gdn2_jax.bench gpu [--rehearse] [--seconds=510]
+  python -m gdn2_jax.bench serve [--lengths=1K,16K] [--batches=1,8] \
+    [--preset=small] [--price_per_hour=2.5] [--json=FILE] [--plot=FILE.png]
 
 Subcommands:
   op    gdn2: error, time, memory and compile time of each implementation,
         decoding against copy bandwidth, time against length.
   gpu   on an NVIDIA GPU: every kernel checked and timed against "xla" and fla,
         and the training step of the 1.3B hybrid; under nine minutes.
+  serve time, memory and cost of a token against context and batch: GDN-2, the
+        hybrid and a softmax transformer of the same size; and that a token
+        after 256K others costs what it costs after 1K.
 """
 
 import sys
@@ -15,9 +20,9 @@ import sys
 from absl import app, flags
 
 from gdn2_jax import cli
-from gdn2_jax.bench import gpu, op
+from gdn2_jax.bench import gpu, op, serve
 
-_COMMANDS = {"op": op.main, "gpu": gpu.main}
+_COMMANDS = {"op": op.main, "gpu": gpu.main, "serve": serve.main}
 
 
 def main(argv: list[str]) -> None:
@@ -34,4 +39,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
   op.define_flags()
   gpu.define_flags()
+  serve.define_flags()
   cli.run(main, sys.modules["__main__"].__doc__ or "")

@@ -51,7 +51,7 @@ def main(values: Any) -> None:
   if values.one_core:
     timing.use_one_core()
   specs = _specs(values.spec)
-  result = _environment()
+  result = environment()
   rows = result["rows"] = []
   for spec in tqdm.tqdm(specs, desc="shapes", disable=None):
     rows.extend(run_spec(spec, values.implementation, values.rounds))
@@ -211,7 +211,8 @@ def _specs(names):
   return [spec for spec in arg_specs.ARG_SPECS if tag in spec.tags]
 
 
-def _environment():
+def environment() -> dict[str, Any]:
+  """Date, device, clock and versions, as every result file has them."""
   device = jax.devices()[0]
   return {
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -35,7 +35,7 @@ def test_wrong_result_is_not_timed(monkeypatch):
   _, row = op.run_spec(SPEC, ["reference", "xla"], rounds=1)
   assert not row["passed"]
   assert "forward_ms" not in row and "both_ms" not in row
-  result = op._environment() | {"rows": [row], "scaling": {}}
+  result = op.environment() | {"rows": [row], "scaling": {}}
   result["decode"] = {"rows": []}
   assert "fails its error check" in op._table(result)
 
