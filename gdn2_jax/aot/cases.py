@@ -30,6 +30,8 @@ MODULES = (
   "gdn2_jax.pallas.scan_grad",
   "gdn2_jax.pallas.gated_norm",
   "gdn2_jax.pallas.short_conv",
+  "gdn2_jax.pallas.attention",
+  "gdn2_jax.pallas.attention_grad",
 )
 
 

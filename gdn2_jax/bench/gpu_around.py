@@ -1,4 +1,4 @@
-"""The short convolution and the gated norm on the real chip.
+"""Short convolution, gated norm and windowed attention on the real chip.
 
 Checked and timed as the recurrence is, forward and with gradients. Shapes are
 those of the 1.3B models, four rows of 4,096 tokens.
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from gdn2_jax.bench.gpu_errors import compare
 from gdn2_jax.bench.gpu_names import COLUMNS
 from gdn2_jax.bench.gpu_part import Compiler, Recorder, Row, first_line, wait
+from gdn2_jax.ops.attention import sliding_window_attention
 from gdn2_jax.ops.norm import gated_rms_norm
 from gdn2_jax.ops.short_conv import short_conv
 
@@ -84,7 +85,37 @@ def cases(tiny: bool) -> list[Case]:
         ((B, T, C), (taps, C), (B, taps - 1, C)),
       )
     )
+  D = 64 if tiny else 128
+  heads = 1 if tiny else 18
+  found.append(
+    Case(
+      f"attention packed {B}x{T}",
+      functools.partial(_attention, T // 3 + 1, T // 2),
+      ("o", "dq", "dk", "dv"),
+      3 * ((B, T, heads, D),),
+    )
+  )
   return found
+
+
+def _documents(length, B, T):
+  """Ids of documents of that length, padding at the end."""
+  at = jnp.arange(T)
+  ids = jnp.where(at < T - 5, 1 + at // length, 0)
+  return jnp.broadcast_to(ids[None], (B, T))
+
+
+def _attention(length, window, implementation, q, k, v):
+  ids = _documents(length, *q.shape[:2])
+  return sliding_window_attention(
+    q,
+    k,
+    v,
+    window=window,
+    q_segment_ids=ids,
+    kv_segment_ids=ids,
+    implementation=implementation,
+  )
 
 
 def _norm(implementation, x, gate, weight, bias):
@@ -95,10 +126,8 @@ def _norm(implementation, x, gate, weight, bias):
 
 def _conv(length, implementation, x, kernel, state):
   ids = None
-  if length is not None:  # documents of that length, padding at the end
-    at = jnp.arange(x.shape[1])
-    ids = jnp.where(at < x.shape[1] - 5, 1 + at // length, 0)
-    ids = jnp.broadcast_to(ids[None], x.shape[:2])
+  if length is not None:
+    ids = _documents(length, *x.shape[:2])
   options = {"activation": "silu", "implementation": implementation}
   return short_conv(x, kernel, segment_ids=ids, state=state, **options)[0]
 

@@ -14,7 +14,7 @@ from gdn2_jax.model.kv_cache import (
 from gdn2_jax.model.layers import Linear, fan_in_uniform
 from gdn2_jax.model.shards import length_axis, on_shards
 from gdn2_jax.ops import context_borders
-from gdn2_jax.ops.attention import sliding_window_attention
+from gdn2_jax.ops.attention import IMPLEMENTATIONS, sliding_window_attention
 from gdn2_jax.ops.context import attention_context
 from gdn2_jax.ops.rope import apply_rope
 from gdn2_jax.typing import Activations, SegmentIds
@@ -35,7 +35,8 @@ class AttentionConfig:
     head_dim: channels of a head, even.
     window: tokens a query sees, itself included, in the layers "S".
     rope_base: base of the rotary frequencies.
-    implementation: "" takes the best that supports the call; "xla", "cudnn".
+    implementation: "" takes the best that supports the call; "xla", "cudnn",
+      "mosaic_gpu".
   """
 
   num_heads: int = 18
@@ -66,10 +67,11 @@ class AttentionConfig:
       )
     if self.rope_base <= 1:
       raise ValueError(f"{path}.rope_base={self.rope_base}: expected > 1")
-    if self.implementation not in ("", "xla", "cudnn"):
+    allowed = ("", *IMPLEMENTATIONS)
+    if self.implementation not in allowed:
       raise ValueError(
-        f"{path}.implementation={self.implementation!r}: expected '', 'xla' "
-        "or 'cudnn'"
+        f"{path}.implementation={self.implementation!r}: expected one of "
+        f"{allowed}"
       )
 
 

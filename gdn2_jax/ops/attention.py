@@ -16,7 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from gdn2_jax.ops import kernel_choice, self_check_cases
 from gdn2_jax.ops.attention_xla import blockwise_attention, product
+
+IMPLEMENTATIONS = ("xla", "cudnn", "mosaic_gpu")
 
 
 def _check_qkv(q, k, v, scale, rank):
@@ -57,9 +60,10 @@ def _check_options(q, k, window, implementation):
     )
   if window is not None and window < 1:
     raise ValueError(f"window: expected None or at least 1, got {window}")
-  if implementation not in (None, "xla", "cudnn"):
+  if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(
-      f"implementation: expected 'xla', 'cudnn' or None, got {implementation!r}"
+      f"implementation: expected None or one of {', '.join(IMPLEMENTATIONS)}, "
+      f"got {implementation!r}"
     )
 
 
@@ -153,7 +157,7 @@ def sliding_window_attention(
   q_segment_ids: Int[Array, "B T"] | None = None,
   kv_segment_ids: Int[Array, "B S"] | None = None,
   scale: float | None = None,
-  implementation: Literal["xla", "cudnn"] | None = None,
+  implementation: Literal["xla", "cudnn", "mosaic_gpu"] | None = None,
 ) -> Float[Array, "B T HQ D"]:
   """Causal attention in which a query sees its last `window` keys.
 
@@ -175,7 +179,10 @@ def sliding_window_attention(
     kv_segment_ids: [B, S], given if and only if q_segment_ids is.
     scale: multiplies the scores; None for D^-0.5.
     implementation: "xla" runs anywhere; "cudnn" on a GPU, bfloat16 or float16,
-      S == T, no segment ids; None takes "cudnn" where it can run.
+      S == T, no segment ids; "mosaic_gpu", kernels for Hopper, bfloat16 or
+      float16, S == T, D 64 or 128, the same ids for queries and keys. None
+      takes "cudnn" where it can run, else "mosaic_gpu" where it can run and
+      has proved right, else "xla".
 
   Returns:
     [B, T, HQ, D] in q.dtype; scores and softmax are float32 (float64 for
@@ -189,7 +196,7 @@ def sliding_window_attention(
   _check_options(q, k, window, implementation)
   _check_segments(q, k, q_segment_ids, kv_segment_ids)
   scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-  if implementation != "xla":
+  if implementation in (None, "cudnn"):
     reason = cudnn_unsupported_reason(q, k, q_segment_ids)
     if implementation == "cudnn" and reason:
       raise NotImplementedError(f"sliding_window_attention(cudnn): {reason}")
@@ -203,7 +210,42 @@ def sliding_window_attention(
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
       )
+  if kernel_choice.takes(
+    "sliding_window_attention",
+    implementation,
+    q,
+    lambda: _kernel_reason(q, k, q_segment_ids, kv_segment_ids),
+    lambda: _kernels_are_right(q),
+  ):
+    return _run_kernels(q, k, v, q_segment_ids, window, scale)
   return _attend_in_parts(q, k, v, q_segment_ids, kv_segment_ids, window, scale)
+
+
+def _kernel_reason(q, k, q_ids, kv_ids):
+  from gdn2_jax.pallas.attention_mosaic_gpu import unsupported_reason
+
+  if q_ids is not kv_ids:
+    return "needs the same array of segment ids for queries and keys"
+  return unsupported_reason(q, k)
+
+
+def _run_kernels(q, k, v, segment_ids, window, scale):
+  from gdn2_jax.pallas.attention_mosaic_gpu import attention_mosaic_gpu
+
+  return attention_mosaic_gpu(q, k, v, segment_ids, window, scale)
+
+
+def _kernels_are_right(q):
+  def xla(q, k, v, ids, window, scale):
+    return blockwise_attention(q, k, v, ids, ids, window, scale)
+
+  return kernel_choice.is_right_here(
+    "mosaic_gpu sliding_window_attention",
+    _run_kernels,
+    xla,
+    self_check_cases.attention,
+    q,
+  )
 
 
 def attention_step(

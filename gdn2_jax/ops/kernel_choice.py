@@ -66,7 +66,7 @@ def takes(
   unsupported_reason: Callable[[], str | None],
   is_right: Callable[[], bool],
 ) -> bool:
-  """Whether the kernel for Hopper runs a call that "xla" can run as well.
+  """Whether the kernel for Hopper runs a call that "xla" runs as well.
 
   Args:
     op: Name of the op, for errors.

@@ -51,6 +51,24 @@ def gated_norm(dtype: Any) -> Case:
   return Case(("y", "dx", "dgate", "dweight", "dbias"), inputs, outputs_of)
 
 
+def attention(dtype: Any) -> Case:
+  """For f(q, k, v, segment_ids, window, scale) -> o."""
+  rng = np.random.default_rng(0)
+  shape = (_B, _T, _H, _CHANNELS)
+  q, k, v, do = (_normal(rng, shape, dtype) for _ in range(4))
+  # Here a segment ends where padding begins.
+  segment_ids = _segment_ids().at[1, 40:].set(2)
+  scale = _CHANNELS**-0.5
+
+  def outputs_of(run, *inputs):
+    def outputs(*inputs):
+      return (run(*inputs, segment_ids, 2 * _T // 3, scale),)
+
+    return _with_gradients(outputs, inputs, (do,))
+
+  return Case(("o", "dq", "dk", "dv"), (q, k, v), outputs_of)
+
+
 def short_conv(dtype: Any) -> Case:
   """For f(x, kernel, state, segment_ids) -> y."""
   rng = np.random.default_rng(0)

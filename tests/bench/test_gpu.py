@@ -41,6 +41,7 @@ def test_rehearsal_runs_every_part():
     "step B=1",
     "gated norm 1x64",
     "short conv packed 1x64",
+    "attention packed 1x64",
   ):
     assert rows[f"{label}, mosaic_gpu"]["passed"]
   assert rows["xla itself, xla"]["passed"]

@@ -1,0 +1,227 @@
+r"""Causal attention of a row with itself, over a window and segments, forward.
+
+A query t sees the keys lo_t, ..., t. Blocks of 64 queries go over tiles of 64
+keys and keep, per query, the largest score m so far, the sum l of exp(s - m)
+and o = sum exp(s - m) v; what was summed is scaled by exp(m_old - m_new) when m
+grows. No exponent is above zero.
+
+    s = scale * q k^T      o = sum exp(s - m) v / l      lse = m + log l
+
+One warpgroup has a block of queries; keys and values of the next tile are on
+their way while one is worked. With D = 128 two blocks share a multiprocessor,
+and one's products hide the other's exponentials.
+
+Legend: B batch, T tokens, H key heads, G query heads of a key head, D channels
+of a head; C = 64 queries or keys.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gdn2_jax.pallas import blocks
+from gdn2_jax.pallas.blocks import TILE, C
+
+STAGES = 2
+PER_ROW = blocks.ROWS.reduce(1)
+NEVER = -1e30  # below any score; a sum with it overflows nothing
+
+
+def attention(q, k, v, low, *, scale, save):
+  """Runs the kernel.
+
+  Args:
+    q: [B, T, H, G, D], 16-bit; T a multiple of 64, D of 64.
+    k: [B, T, H, D], in the dtype of q.
+    v: [B, T, H, D], in the dtype of q.
+    low: [B, T] int32, the first key that a query sees, above T for none.
+    scale: factor on the scores.
+    save: whether to return what the backward pass takes.
+
+  Returns:
+    o [B, T, H, G, D] in the dtype of q; with `save` also what rounding took
+    from o, in that dtype, and lse [B, H, G, T], float32.
+  """
+  B, T, H, G, D = q.shape
+  tiles, dtype = D // TILE, q.dtype
+  out_type = [blocks.struct(q.shape, dtype)]
+  if save:
+    out_type += [
+      blocks.struct(q.shape, dtype),
+      blocks.struct((B, H, G, T), jnp.float32),
+    ]
+  scratch = {
+    "q": blocks.smem((tiles * C, TILE), dtype),  # then o
+    "k": blocks.smem((STAGES * tiles * C, TILE), dtype),
+    "v": blocks.smem((STAGES * tiles * C, TILE), dtype),
+    "q_loaded": plgpu.Barrier(num_arrivals=tiles),
+    "loaded": plgpu.Barrier(num_arrivals=2 * tiles, num_barriers=STAGES),
+  }
+
+  def body(q_gm, k_gm, v_gm, low_gm, first_gm, *refs):
+    outputs, refs = refs[: len(out_type)], refs[len(out_type) :]
+    s = dict(zip(scratch, refs, strict=True))
+    _body(q_gm, (k_gm, v_gm), low_gm, first_gm, outputs, s, scale, tiles)
+
+  first = low.reshape(B, T // C, C).min(axis=-1) // C
+  out = blocks.call(
+    "attention",
+    body,
+    out_type,
+    scratch_types=list(scratch.values()),
+    # Blocks that read the same keys are neighbours.
+    grid=(B, H, T // C, G),
+    grid_names=("b", "h", "i", "g"),
+  )(q, k, v, low, first)
+  return tuple(out)
+
+
+def fetch(source_gm, here, ref, slot, barrier, tiles):
+  """Loads 64 tokens, channel tile by channel tile."""
+  for n in range(tiles):
+    plgpu.copy_gmem_to_smem(
+      source_gm.at[(*here, pl.ds(n * TILE, TILE))],
+      slot_of(ref, slot, n, tiles),
+      barrier,
+    )
+
+
+def slot_of(ref, slot, n, tiles):
+  """Channel tile n in a slot of a ring."""
+  return blocks.tile_of(ref, slot * tiles + n)
+
+
+def scores(a, b, tiles):
+  """a b^T [C, C] over all channels; both are a buffer and a slot."""
+  pairs = [
+    (slot_of(*a, n, tiles), blocks.transposed(slot_of(*b, n, tiles)))
+    for n in range(tiles)
+  ]
+  return blocks.dot(blocks.zeros(C, C), *pairs)
+
+
+def per_row(x: Any, columns: int = C) -> Any:
+  """One number per row as a tile."""
+  return blocks.of_rows(x, (C, columns))
+
+
+def load_rows(ref: Any) -> Any:
+  """One number per row, from global memory."""
+  return plgpu.load(ref, layout=PER_ROW, optimized=False)
+
+
+def _body(q_gm, kv_gm, low_gm, first_gm, outputs, s, scale, tiles):
+  b, h, i, g = (lax.axis_index(name) for name in ("b", "h", "i", "g"))
+  queries = (b, pl.ds(i * C, C), h, g)
+  first = jnp.minimum(first_gm[b, i], i)
+
+  def fetch_keys(j):
+    slot = lax.rem(j, STAGES)
+    for source, name in zip(kv_gm, "kv", strict=True):
+      here = (b, pl.ds(j * C, C), h)
+      fetch(source, here, s[name], slot, s["loaded"].at[slot], tiles)
+
+  fetch(q_gm, queries, s["q"], 0, s["q_loaded"], tiles)
+  fetch_keys(first)
+  low = per_row(load_rows(low_gm.at[b, pl.ds(i * C, C)]))
+  plgpu.barrier_wait(s["q_loaded"])
+  r, c = blocks.iotas()
+  query = i * C + r
+
+  def tile(j, carry):
+    m, total, *o = carry
+    slot = lax.rem(j, STAGES)
+    plgpu.commit_smem()  # what the last tile read may be written
+
+    @pl.when(j < i)
+    def _():
+      fetch_keys(j + 1)
+
+    plgpu.barrier_wait(s["loaded"].at[slot])
+    x = scores((s["q"], 0), (s["k"], slot), tiles) * scale
+    key = j * C + c
+    x = jnp.where((key >= low) & (key <= query), x, NEVER)
+    new = jnp.maximum(m, x.max(axis=1))
+    shift = jnp.exp(m - new)
+    # A row that has seen nothing has new = NEVER: nothing is exp(0) there.
+    p = jnp.where(x > NEVER / 2, jnp.exp(x - per_row(new)), 0.0)
+    total = total * shift + p.sum(axis=1)
+    p = p.astype(s["v"].dtype)
+    o = [
+      blocks.in_rows(
+        blocks.dot(
+          acc * per_row(shift, TILE), (p, slot_of(s["v"], slot, n, tiles))
+        )
+      )
+      for n, acc in enumerate(o)
+    ]
+    return (
+      plgpu.layout_cast(new, PER_ROW),
+      plgpu.layout_cast(total, PER_ROW),
+      *o,
+    )
+
+  start = jnp.zeros((C,), jnp.float32)
+  m, total, *o = lax.fori_loop(
+    first,
+    i + 1,
+    tile,
+    (
+      plgpu.layout_cast(start + NEVER, PER_ROW),
+      plgpu.layout_cast(start, PER_ROW),
+      *(blocks.zeros() for _ in range(tiles)),
+    ),
+  )
+  some = jnp.where(total > 0, total, 1.0)
+  o = [acc / per_row(some, TILE) for acc in o]
+  if len(outputs) > 1:
+    # Of a query that sees nothing: all its weights are exp(s - lse) = 0.
+    lse = jnp.where(total > 0, m + jnp.log(some), -NEVER)
+    blocks.store_global(outputs[2].at[b, h, g, pl.ds(i * C, C)], lse)
+  parts = [o]
+  if len(outputs) > 1:
+    dtype = s["q"].dtype
+    parts.append([acc - acc.astype(dtype).astype(jnp.float32) for acc in o])
+  for part, out_gm in zip(parts, outputs, strict=False):
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for n, acc in enumerate(part):
+      blocks.tile_of(s["q"], n)[...] = acc.astype(s["q"].dtype)
+    plgpu.commit_smem()
+    for n in range(tiles):
+      plgpu.copy_smem_to_gmem(
+        blocks.tile_of(s["q"], n), out_gm.at[(*queries, pl.ds(n * TILE, TILE))]
+      )
+  plgpu.wait_smem_to_gmem(0)
+
+
+SHAPES = (
+  # Label, key heads, query heads of each, channels, dtype.
+  ("", 18, 1, 128, "bfloat16"),
+  (" G=4 D=64", 4, 4, 64, "bfloat16"),
+  (" float16", 18, 1, 128, "float16"),
+)
+
+
+def shapes(H: int, G: int, D: int, dtype: str) -> tuple[Any, ...]:
+  """Of q, k (and v), low and lse in the cases to compile."""
+  B, T, struct = 4, 4096, jax.ShapeDtypeStruct
+  q, k = struct((B, T, H, G, D), dtype), struct((B, T, H, D), dtype)
+  return q, k, struct((B, T), "int32"), struct((B, H, G, T), "float32")
+
+
+def aot_cases() -> list[tuple[str, Callable, list[Any], dict[str, int]]]:
+  """Representative calls: name, function, shapes of arguments, options."""
+  cases = []
+  for label, H, G, D, dtype in SHAPES:
+    q, k, low, _ = shapes(H, G, D, dtype)
+    options = {"token_heads": q.shape[0] * q.shape[1] * H * G}
+    for name, save in (("attention", False), ("attention, saving", True)):
+      call = functools.partial(attention, scale=D**-0.5, save=save)
+      cases.append((f"{name}{label}", call, [q, k, k, low], options))
+  return cases
