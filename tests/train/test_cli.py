@@ -21,7 +21,7 @@ from tests.train.conftest import make_config
 def get_config():
   config = make_config({cache_dir!r})
   config.mesh = MeshConfig()
-  config.num_steps = 160
+  config.num_steps = 240
   config.checkpoint.every_steps = 20
   return config
 """
@@ -35,7 +35,7 @@ def config_file(cache_dir, tmp_path_factory):
 
 
 def arrays(workdir):
-  step = workdir / "checkpoints" / "160"
+  step = workdir / "checkpoints" / "240"
   with ocp.StandardCheckpointer() as reader:
     trees = [reader.restore(step / item) for item in ("params", "optimizer")]
   return [np.asarray(x) for x in jax.tree.leaves(trees)]
@@ -53,21 +53,21 @@ def test_killed_runs_resume_bit_for_bit(config_file, tmp_path):
   shutil.copytree(straight / ".jax_cache", killed / ".jax_cache")
 
   run = Child(config_file, killed)
-  assert run.wait_for_step(25), run.output
+  assert run.wait_for_step(45), run.output
   run.send(signal.SIGTERM)
   assert run.end() == 0, run.output
   saved = int(re.search(r"SIGTERM: saved step (\d+), stopping", run.output)[1])
-  assert 25 <= saved < 160
+  assert 45 <= saved < 240
   assert committed_steps(killed / "checkpoints")[-1] == saved
 
   run = Child(config_file, killed)
-  assert run.wait_for_step(saved + 50), run.output
+  assert run.wait_for_step(saved + 75), run.output
   assert run.kill() == -signal.SIGKILL
   assert run.resumed_from == saved
 
   run = Child(config_file, killed)
   assert run.end() == 0, run.output
-  assert saved < run.resumed_from < 160
+  assert saved < run.resumed_from < 240
   assert train_rows(killed) == train_rows(straight)
   for x, y in zip(arrays(killed), arrays(straight), strict=True):
     assert x.dtype == y.dtype
