@@ -19,7 +19,7 @@ AOT_VENV := .venv-aot-$(AOT_JAX)
   bench-serve gpu aot aot-all clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' \
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' \
 	  $(MAKEFILE_LIST)
 	@echo
 	@echo "  variables: CONFIG=$(CONFIG) WORKDIR=$(WORKDIR) ARGS='--flag=value'"
