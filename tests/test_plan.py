@@ -64,6 +64,20 @@ def test_flops_are_six_per_parameter_and_the_mixers():
   assert figures["flops_per_token"]["train"] == pytest.approx(want)
 
 
+def test_a_cache_that_grows_is_planned_for_the_rows_of_the_data():
+  config = tiny()
+  config.model.pattern = "A"
+  figures = plan(config, 1, compile_step=False)
+  # Keys and values of 2 heads of 8 channels in each layer, and its position.
+  layer = 2 * 32 * 2 * 8 * 4 + 4
+  want = config.model.num_layers * layer
+  assert figures["state_bytes_per_sequence"]["total"] == want
+  assert "state of one sequence, of 32 tokens" in format_plan(figures)
+  config.mesh.tensor = 4
+  with pytest.raises(ValueError, match=r"attention\.num_kv_heads gives 2"):
+    plan(config, 4, compile_step=False)
+
+
 def test_mesh_that_does_not_fit_is_refused():
   config = tiny()
   config.mesh.tensor = 3
