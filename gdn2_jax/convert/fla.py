@@ -19,7 +19,6 @@ from gdn2_jax.model.gdn2 import GDN2Config
 
 MODEL_TYPE = "gdn2"
 KDA_MODEL_TYPE = "kda"
-OUTPUT_NORM_EPS = 1e-5  # of the mixer in gdn2_jax.model.gdn2
 
 # How training went, how kernels run, what generation starts from.
 HARMLESS = (
@@ -133,7 +132,7 @@ def read_config(claims: Claims, shown: Shown, output_gate: str) -> ModelConfig:
     mlp_dim=c.size("intermediate_size", shown=shown.mlp_dim),
     gdn2=_gdn2(c, shown, output_gate) if "G" in kinds else GDN2Config(),
     attention=attention,
-    norm_eps=_norm_eps(c, kinds),
+    norm_eps=c.number("norm_eps"),
   )
 
 
@@ -144,10 +143,10 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     ValueError: naming what the program cannot express.
   """
   c, a = config, config.attention
-  if "G" in c.pattern and c.norm_eps != OUTPUT_NORM_EPS:
+  if "G" in c.pattern and c.norm_eps != c.gdn2.norm_eps:
     raise ValueError(
-      f"norm_eps={c.norm_eps}: fla has one for all norms, the output norm of "
-      f"ours has {OUTPUT_NORM_EPS}"
+      f"norm_eps={c.norm_eps}: fla has one for all norms, the output norm has "
+      f"gdn2.norm_eps={c.gdn2.norm_eps}"
     )
   ratio = c.gdn2.value_dim / c.gdn2.key_dim
   if round(c.gdn2.key_dim * ratio) != c.gdn2.value_dim:
@@ -232,20 +231,8 @@ def _gdn2(c: Claims, shown: Shown, output_gate: str) -> GDN2Config:
     conv_width=c.size("conv_size", shown=shown.conv_width, default=4),
     negative_eigenvalues=c.boolean("allow_neg_eigval", False),
     output_gate=output_gate,
+    norm_eps=c.number("norm_eps"),
   )
-
-
-def _norm_eps(c: Claims, kinds: str) -> float:
-  """Of all norms of theirs; ours has its own in the recurrent mixers."""
-  norm_eps = c.number("norm_eps")
-  output = c.number("output_norm_eps", norm_eps)
-  if "G" in kinds and output != OUTPUT_NORM_EPS:
-    raise ValueError(
-      f"norm_eps={norm_eps} is that of the output norm too, which has "
-      f"{OUTPUT_NORM_EPS} here; to take the difference, which is one of small "
-      f"outputs only, pass --set=output_norm_eps={OUTPUT_NORM_EPS}"
-    )
-  return norm_eps
 
 
 def _attention(

@@ -51,6 +51,7 @@ HARMLESS = (
   "torch_dtype",
   "transformers_version",
 )
+OUTPUT_NORM_EPS = 1e-5  # no key of the config sets it
 # Private fields of the official program's config that matter.
 _NORMS = ("RMSNorm", "FusedRMSNorm")
 
@@ -96,6 +97,11 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
   """
   c = config
   kinds = c.pattern * c.num_groups
+  if "G" in kinds and c.gdn2.norm_eps != OUTPUT_NORM_EPS:
+    raise ValueError(
+      f"gdn2.norm_eps={c.gdn2.norm_eps}: the output norm of the official "
+      f"program has {OUTPUT_NORM_EPS}"
+    )
   every = _every(kinds)
   tree: dict[str, Any] = {
     "n_embd": c.model_dim,
@@ -200,6 +206,7 @@ def _gdn2(c: Claims, shown: Shown, output_gate: str) -> GDN2Config:
     conv_width=c.size("conv_size", shown=shown.conv_width, default=4),
     negative_eigenvalues=c.boolean("allow_neg_eigval", False),
     output_gate=output_gate,
+    norm_eps=OUTPUT_NORM_EPS,
   )
 
 

@@ -47,6 +47,7 @@ class GDN2Config:
     conv_width: taps of the short convolution.
     negative_eigenvalues: erase gate in [0, 2] instead of [0, 1].
     output_gate: "silu" (the paper) or "sigmoid" (fla's variant).
+    norm_eps: of the output norm.
     erase_gate: "channel", or "scalar": b averaged over a head's key channels
       (the write-only ablation of Table 5).
     write_gate: "channel", or "scalar": w averaged over a head's value channels
@@ -63,6 +64,7 @@ class GDN2Config:
   conv_width: int = 4
   negative_eigenvalues: bool = False
   output_gate: str = "silu"
+  norm_eps: float = 1e-5
   erase_gate: str = "channel"
   write_gate: str = "channel"
   implementation: str = ""
@@ -86,6 +88,8 @@ class GDN2Config:
         raise ValueError(
           f"{path}.{name}={getattr(self, name)}: expected 16 to 256"
         )
+    if not self.norm_eps > 0:
+      raise ValueError(f"{path}.norm_eps={self.norm_eps}: expected > 0")
     if self.conv_width < 2:
       raise ValueError(f"{path}.conv_width={self.conv_width}: expected >= 2")
     choices = {
@@ -358,6 +362,7 @@ class GDN2Mixer(nn.Module):
       weight,
       bias=bias,
       activation=c.output_gate,
+      eps=c.norm_eps,
       implementation=self._around_the_op,
     )
     return self._linear(

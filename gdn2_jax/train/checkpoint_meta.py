@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.train.config import TrainConfig, differences
 
 # Format 1 had no digests.
@@ -169,7 +170,7 @@ def check_meta(
   check_fields(saved)
   changes = list(
     differences(
-      _architecture(saved["config"]["model"]),
+      _architecture(_filled(saved["config"]["model"])),
       _architecture(wanted["config"]["model"]),
       "--config.model",
     )
@@ -217,6 +218,17 @@ def _is_spec(value: Any) -> bool:
     and all(type(size) is int and size >= 0 for size in value[0])
     and value[1] in _DTYPES
   )
+
+
+def _filled(model: dict[str, Any]) -> dict[str, Any]:
+  """The model of a config, with the fields that older versions did not have."""
+  default = dataclasses.asdict(ModelConfig())
+  parts = {
+    name: {**default.get(name, {}), **value}
+    for name, value in model.items()
+    if isinstance(value, dict)
+  }
+  return default | model | parts
 
 
 def _architecture(model: dict[str, Any]) -> dict[str, Any]:

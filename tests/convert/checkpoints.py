@@ -20,7 +20,7 @@ FLA_CONFIG = {
   "hidden_act": "swish",
   "vocab_size": VOCAB,
   "tie_word_embeddings": False,
-  "norm_eps": 1e-5,
+  "norm_eps": 1e-3,
   "num_heads": 2,
   "num_v_heads": 4,
   "head_dim": 16,

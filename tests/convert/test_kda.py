@@ -58,7 +58,7 @@ def kda_layer(w, x, heads, value_heads):
     o[t] = np.einsum("hkv,hk->hv", state, q[t]) / 4.0
   gate = x @ w["g_proj.0.weight"].T @ w["g_proj.1.weight"].T
   gate = (gate + w["g_proj.1.bias"]).reshape(o.shape)
-  o = o / np.sqrt((o**2).mean(-1, keepdims=True) + 1e-5) * w["o_norm.weight"]
+  o = o / np.sqrt((o**2).mean(-1, keepdims=True) + 1e-3) * w["o_norm.weight"]
   return (o * sigmoid(gate)).reshape(len(x), -1) @ w["o_proj.weight"].T
 
 

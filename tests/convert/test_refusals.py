@@ -162,7 +162,6 @@ CASES = [
   ("fla", tell(model_type="kda"), "model_type='kda': expected 'gdn2'"),
   ("fla", tell(norm_eps=-1.0), "norm_eps=-1.0: expected a positive number"),
   ("fla", in_attn(qkv_bias=True), "qkv_bias=True: expected False"),
-  ("fla", tell(norm_eps=1e-6), "pass --set=output_norm_eps=1e-05"),
   ("fla", tell(norm_eps=10**400), ": expected a positive number"),
   (
     "fla",
@@ -297,6 +296,16 @@ def model_config(**changes):
       official.write_config,
       {"attention": AttentionConfig(num_heads=2, head_dim=16, rope_base=9.0)},
       "attention.rope_base=9.0",
+    ),
+    (
+      official.write_config,
+      {"gdn2": GDN2Config(norm_eps=1e-6)},
+      "gdn2.norm_eps=1e-06: the output norm of the official",
+    ),
+    (
+      fla.write_config,
+      {"norm_eps": 1e-6},
+      "norm_eps=1e-06: fla has one for all norms, the output norm has gdn2",
     ),
     (
       fla.write_config,
