@@ -93,7 +93,6 @@ class Batcher:
     require_count("tokens_per_dispatch", tokens_per_dispatch)
     self._params = params
     self._state = init_state(config, num_slots, max_length)
-    self._max_length = max_length
     self._size = tokens_per_dispatch
     self._waiting = collections.deque()
     self._deliveries = collections.deque()
@@ -162,8 +161,13 @@ class Batcher:
       stop_ids,
       state,
       index,
-      self._max_length,
+      self._state.max_length,
     )
+    if state is not None and state.max_length != self._state.max_length:
+      raise ValueError(
+        f"state: expected one made with max_length={self._state.max_length}, "
+        f"as the slots are, got {state.max_length}"
+      )
     if rng.dtype != self._rows.key.dtype:
       raise ValueError(
         f"rng: expected a key of the default kind {self._rows.key.dtype}, got "
@@ -225,20 +229,21 @@ class Batcher:
         completion.done = True
         continue
       try:
-        state, rows = completion.request.begin(self._params)
+        self._fill(free[0], completion)
       except BaseException:
         completion.done = True  # nobody waits for it in vain
         raise
-      self._fill(free.pop(0), completion, state, rows)
+      free.pop(0)
       admitted = True
     return admitted
 
-  def _fill(self, slot, completion, state, rows):
+  def _fill(self, slot, completion):
+    state, rows = completion.request.begin(self._params)
+    self._state = _put_in_place(self._state, np.asarray([slot]), state)
     self._slots[slot] = completion
     self._samplers[slot] = completion.request.sampler
     self._stops[slot] = completion.request.stop_ids
     self._keys[slot] = rows.key
-    self._state = _put_in_place(self._state, np.asarray([slot]), state)
     for name in ("token", "index", "limit", "done"):
       getattr(self._rows, name)[slot] = getattr(rows, name)[0]
     self._rows = self._rows.replace(key=jnp.concatenate(self._keys))

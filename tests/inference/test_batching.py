@@ -6,6 +6,7 @@ import pytest
 from gdn2_jax.inference.batching import Batcher
 from gdn2_jax.inference.generate import generate
 from gdn2_jax.inference.sampling import GREEDY, Sampler
+from gdn2_jax.inference.state import init_state
 from tests.inference.conftest import make_tiny
 
 pytestmark = pytest.mark.usefixtures("fast_compiles")
@@ -144,3 +145,39 @@ def test_bad_requests_are_refused_when_submitted(attention, change, message):
   with pytest.raises(ValueError, match=message):
     batch.submit(**(request | change))
   assert batch.waiting == 0
+
+
+def test_states_of_others_are_refused_when_submitted(attention, hybrid):
+  ask = {"max_new_tokens": 2, "rng": jax.random.key(0)}
+  batch = batcher(attention)
+  with pytest.raises(
+    ValueError, match=r"state: expected .* batch size 1, got 2"
+  ):
+    batch.submit([1], state=init_state(attention.config, 2), **ask)
+  with pytest.raises(ValueError, match="state: a state of another model"):
+    batch.submit([1], state=init_state(hybrid.config, 1), **ask)
+
+
+def test_full_attention_needs_room_and_keeps_to_it():
+  tiny = make_tiny("A")
+  with pytest.raises(ValueError, match="max_length"):
+    batcher(tiny)
+  batch = Batcher(tiny.params, tiny.config, 2, max_length=16)
+  ask = {"max_new_tokens": 8, "rng": jax.random.key(0)}
+  with pytest.raises(ValueError, match=r"room for max_length=16 .* got 17"):
+    batch.submit([1] * 9, **ask)
+  with pytest.raises(ValueError, match=r"max_length=16, .* got 32"):
+    batch.submit([1], state=init_state(tiny.config, 1, 32), **ask)
+  assert batch.waiting == 0
+
+
+def test_a_request_that_cannot_begin_ends(attention):
+  """Its state was given away while it waited; the slots stay free."""
+  batch = batcher(attention)
+  state = init_state(attention.config, 1)
+  lost = batch.submit([1], 2, rng=jax.random.key(0), state=state)
+  jax.tree.map(lambda leaf: leaf.delete(), state)
+  with pytest.raises(ValueError, match="state: was donated"):
+    batch.step()
+  assert lost.done and lost.tokens == []
+  assert (batch.active, batch.waiting) == (0, 0)
