@@ -17,10 +17,10 @@ from gdn2_jax.convert.opened import CONFIGS, Opened, open_foreign, open_ours
 from gdn2_jax.convert.options import OURS, Options
 from gdn2_jax.convert.report import Report
 from gdn2_jax.convert.tensors import Lazy, in_dtype, to_theirs, watched
+from gdn2_jax.data.files import sync_folder, write_atomic
 from gdn2_jax.data.tokenizer import BPETokenizer, load_tokenizer
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.weights.card import Card
-from gdn2_jax.weights.disk import sync_folder, write_bytes
 from gdn2_jax.weights.files import SHARD_BYTES, save_shards
 from gdn2_jax.weights.folder import CONFIG, TOKENIZER, save_model
 from gdn2_jax.weights.tree import unflatten_params
@@ -205,9 +205,9 @@ def _save_theirs(
   try:
     files = save_shards(staging, tensors, _METADATA, max_bytes=max_shard_bytes)
     if tokenizer is not None:
-      write_bytes(staging / TOKENIZER, tokenizer)
+      write_atomic(staging / TOKENIZER, tokenizer)
       files.append(TOKENIZER)
-    write_bytes(staging / CONFIG, (json.dumps(tree, indent=2) + "\n").encode())
+    write_atomic(staging / CONFIG, (json.dumps(tree, indent=2) + "\n").encode())
     files.append(CONFIG)
     for name in files:  # the config last: without it nothing loads
       os.replace(staging / name, out / name)

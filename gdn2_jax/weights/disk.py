@@ -1,39 +1,14 @@
-"""Single files, replaced in one step; JSON that is checked before use."""
+"""Files of others, checked before use: their kind, size and JSON."""
 
 import json
 import os
 import pathlib
 import re
 import stat
-import uuid
 from collections.abc import Iterable
 from typing import Any
 
 _MAX_JSON_BYTES = 64 << 20
-
-
-def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-  """Replaces a file in one step: readers see the old or the new one."""
-  path = pathlib.Path(path)
-  temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-  try:
-    with open(temporary, "xb") as file:
-      file.write(data)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
-  sync_folder(path.parent)
-
-
-def sync_folder(path: pathlib.Path) -> None:
-  """Flushes the entries of a folder, so that a rename survives a crash."""
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from gdn2_jax.weights.disk import read_json, sync_folder, write_bytes
+from gdn2_jax.data.files import sync_folder, write_atomic
+from gdn2_jax.weights.disk import read_json
 from gdn2_jax.weights.header import DTYPES, Entry, read_header
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -153,7 +154,9 @@ def save_shards(
   total = sum(value.nbytes for value in tensors.values())
   index = {"metadata": {"total_size": total}, "weight_map": placed}
   names.append("model" + INDEX_SUFFIX)
-  write_bytes(folder / names[-1], (json.dumps(index, indent=2) + "\n").encode())
+  write_atomic(
+    folder / names[-1], (json.dumps(index, indent=2) + "\n").encode()
+  )
   return names
 
 

@@ -13,7 +13,6 @@ it does not list, such as those that hubs add, are left alone.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -30,6 +29,7 @@ from jax.sharding import Mesh
 
 import gdn2_jax
 from gdn2_jax import config_json
+from gdn2_jax.data.files import sha256_file, sync_folder, write_atomic
 from gdn2_jax.data.tokenizer import load_tokenizer
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.lm import LM
@@ -39,8 +39,6 @@ from gdn2_jax.weights.disk import (
   is_plain_name,
   read_json,
   regular_size,
-  sync_folder,
-  write_bytes,
 )
 from gdn2_jax.weights.files import (
   SHARD_BYTES,
@@ -56,7 +54,6 @@ CONFIG, MANIFEST, CARD = "config.json", "manifest.json", "README.md"
 TOKENIZER = "tokenizer.json"
 
 _STAGING = ".incoming-"
-_BLOCK = 1 << 20
 _CONFIG_FIELDS = {"format", "format_version", "library_version", "model"}
 _MANIFEST_FIELDS = {"format", "format_version", "files"}
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -125,17 +122,17 @@ def save_model(
   staging.mkdir()
   try:
     names = [CONFIG]
-    write_bytes(staging / CONFIG, _config_bytes(config))
+    write_atomic(staging / CONFIG, _config_bytes(config))
     names += save_shards(staging, tensors, _METADATA, max_bytes=max_shard_bytes)
     if tokenizer is not None:
-      write_bytes(staging / TOKENIZER, tokenizer.to_json().encode())
+      write_atomic(staging / TOKENIZER, tokenizer.to_json().encode())
       names.append(TOKENIZER)
     for name, data in (extra or {}).items():
-      write_bytes(staging / name, data)
+      write_atomic(staging / name, data)
       names.append(name)
     text = render_card(card, config, name=folder.absolute().name, files=names)
-    write_bytes(staging / CARD, text.encode())
-    write_bytes(staging / MANIFEST, _manifest_bytes(staging, names))
+    write_atomic(staging / CARD, text.encode())
+    write_atomic(staging / MANIFEST, _manifest_bytes(staging, names))
     _move_in(staging, folder, [*names, CARD], replaced)
   finally:
     shutil.rmtree(staging, ignore_errors=True)
@@ -286,7 +283,7 @@ def verify(folder: pathlib.Path, listed: Mapping[str, tuple[int, str]]) -> None:
   for name in sorted(_model_files(folder) - set(listed)):
     raise ValueError(f"{folder / name}: not in {MANIFEST}")
   for name, (_, sha256) in listed.items():
-    if _sha256(folder / name) != sha256:
+    if sha256_file(folder / name) != sha256:
       raise ValueError(
         f"{folder / name}: damaged or altered, its SHA-256 is not the one in "
         f"{MANIFEST}"
@@ -297,14 +294,6 @@ def _model_files(folder: pathlib.Path) -> set[str]:
   """Names of weights and tokenizer, whoever put them there."""
   names = {entry.name for entry in folder.iterdir()}
   return {n for n in names if n == TOKENIZER or _WEIGHTS.fullmatch(n)}
-
-
-def _sha256(path: pathlib.Path) -> str:
-  digest = hashlib.sha256()
-  with open(path, "rb") as file:
-    while block := file.read(_BLOCK):
-      digest.update(block)
-  return digest.hexdigest()
 
 
 def _check_format(path: Any, tree: dict[str, Any], fields: set[str]) -> None:
@@ -346,7 +335,7 @@ def _manifest_bytes(staging: pathlib.Path, names: list[str]) -> bytes:
   files = {
     name: {
       "bytes": (staging / name).stat().st_size,
-      "sha256": _sha256(staging / name),
+      "sha256": sha256_file(staging / name),
     }
     for name in names
   }

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from gdn2_jax.data.files import sha256_file
 from gdn2_jax.data.tokenizer import BytesTokenizer
 from gdn2_jax.sharding import MeshConfig, make_mesh
 from gdn2_jax.weights import Card, load_model, save_model
@@ -111,7 +112,7 @@ def reseal(folder, name, data):
   tree = json.loads((folder / "manifest.json").read_text())
   tree["files"][name] = {
     "bytes": len(data),
-    "sha256": folder_lib._sha256(folder / name),
+    "sha256": sha256_file(folder / name),
   }
   (folder / "manifest.json").write_text(json.dumps(tree))
 
