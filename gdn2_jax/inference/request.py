@@ -58,14 +58,6 @@ class Request:
     for i, prompt in enumerate(self.prompts):
       if not prompt.size:
         raise ValueError(f"prompts[{i}]: expected at least one token, got none")
-    index = np.asarray(self.index)
-    if index.shape not in ((), (batch_size,)) or index.dtype.kind not in "iu":
-      raise ValueError(
-        f"index: expected an integer or {batch_size} of them, got {self.index}"
-      )
-    if index.min() < 0:
-      raise ValueError(f"index: expected >= 0, got {self.index}")
-    self.index = np.broadcast_to(index, (batch_size,)).astype(np.int32)
     position, limit = 0, None
     if self.state is not None:
       require_state(self.state, self.config, batch_size)
@@ -73,6 +65,19 @@ class Request:
     elif "A" in self.config.pattern:
       limit = self.max_length
     require_room(position, self._lengths() + int(self.max_new_tokens), limit)
+    self.index = self._index()
+
+  def _index(self):
+    shape = (len(self.prompts),)
+    index = np.asarray(self.index)
+    if index.shape not in ((), shape) or index.dtype.kind not in "iu":
+      raise ValueError(
+        f"index: expected an integer or {shape[0]} of them, got {self.index}"
+      )
+    most = MAX_POSITION - int(self.max_new_tokens)
+    if index.min() < 0 or index.max() > most:
+      raise ValueError(f"index: expected 0 to {most}, got {self.index}")
+    return np.broadcast_to(index, shape).astype(np.int32)
 
   def _lengths(self):
     return np.asarray([prompt.size for prompt in self.prompts], np.int64)

@@ -9,6 +9,7 @@ import pytest
 
 from gdn2_jax.inference.decode import Rows, decode_block, pad_stops
 from gdn2_jax.inference.generate import generate, stream
+from gdn2_jax.inference.rows import take
 from gdn2_jax.inference.sampling import GREEDY, Sampler
 from gdn2_jax.inference.state import init_state, read
 
@@ -147,7 +148,8 @@ def test_going_on_from_the_returned_state_changes_nothing(hybrid, sampler):
   run = functools.partial(
     generate, hybrid.params, hybrid.config, rng=KEY, sampler=sampler
   )
-  whole = run(PROMPTS, NEW)
+  at_once = run(PROMPTS, NEW, return_state=True)
+  whole = at_once.tokens
   stop = next(i for i in whole[0][2:8] if i not in whole[1][:8] + whole[2][:8])
   first = run(PROMPTS, 8, stop_ids=[stop], return_state=True)
   index = np.array([whole[0].index(stop) + 1, 8, 8])
@@ -167,6 +169,11 @@ def test_going_on_from_the_returned_state_changes_nothing(hybrid, sampler):
   assert more.tokens == want
   np.testing.assert_array_equal(more.state.position, read_tokens + 6)
   assert more.index == (index + 6).tolist()
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    take(more.state, [1, 2]),
+    take(at_once.state, [1, 2]),
+  )
 
 
 def test_callbacks_get_the_tokens_and_may_end_a_row(hybrid):
@@ -200,7 +207,8 @@ def test_callbacks_get_the_tokens_and_may_end_a_row(hybrid):
     ({"max_new_tokens": 0}, "max_new_tokens"),
     ({"max_new_tokens": 2**31}, "state: has room for max_length=2147483647"),
     ({"index": [1, 2]}, "index"),
-    ({"index": -1}, "index"),
+    ({"index": -1}, "index: expected 0 to"),
+    ({"index": 2**31}, "index: expected 0 to"),
     ({"stop_ids": [-1]}, "stop_ids"),
     ({"sampler": Sampler(top_k=62)}, "top_k"),
     ({"rng": jnp.zeros((2,), jnp.uint32)}, "rng"),
