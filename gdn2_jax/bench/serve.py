@@ -138,10 +138,11 @@ def read_options(values: Any) -> dict[str, Any]:
     ("constancy_lengths", "constancy"),
   ):
     for length in options[name]:
-      if section in options["sections"] and length % options["chunk"]:
+      chunk = min(length, options["chunk"])
+      if section in options["sections"] and length % chunk:
         raise ValueError(
-          f"--{name}={length}: expected multiples of --chunk="
-          f"{options['chunk']} to read prompts"
+          f"--{name}={length}: expected a multiple of --chunk={chunk}, by which"
+          " prompts are read"
         )
   if "constancy" in options["sections"] and options["models"] == ["softmax"]:
     options["sections"] = [s for s in options["sections"] if s != "constancy"]

@@ -268,19 +268,19 @@ def prefill(
 
   Args:
     subjects: models that take turns.
-    lengths: tokens of the prompt, multiples of the chunk.
+    lengths: tokens of the prompt, multiples of the chunk or below it.
     rounds: timed rounds, fewer where one takes long.
     chunk: tokens of a dispatch.
     most_seconds: of one prompt; what is expected to take longer is not run.
   """
   last: dict[str, tuple[int, float]] = {}
-  kept: dict[str, _Reader] = {}
+  kept: dict[Any, _Reader] = {}
   result = []
   for length in tqdm.tqdm(lengths, desc="prefill", disable=None):
     rows, readers = [], []
     for subject in subjects:
       row = {"section": "prefill", "model": subject.name}
-      row |= {"batch": 1, "length": length, "chunk": chunk}
+      row |= {"batch": 1, "length": length, "chunk": min(chunk, length)}
       rows.append(row)
       # Attention to everything takes up to four times as long for twice as
       # much.
@@ -292,13 +292,14 @@ def prefill(
         last[subject.name] = length, expected
         continue
       grows = "A" in subject.config.pattern
-      if grows or subject.name not in kept:
-        kept[subject.name] = _Reader(subject, length, chunk)
-      readers.append((subject, row, kept[subject.name], []))
+      key = subject.name, row["chunk"], length if grows else None
+      if key not in kept:
+        kept[key] = _Reader(subject, length, row["chunk"])
+      readers.append((subject, row, kept[key], []))
     for _ in range(rounds):
-      for _, _, reader, times in readers:
+      for _, row, reader, times in readers:
         if sum(times) < most_seconds / 2:
-          times.append(reader.read(reader.empty(), length // chunk)[1])
+          times.append(reader.read(reader.empty(), length // row["chunk"])[1])
     for subject, row, reader, times in readers:
       row |= _milliseconds(times) | reader.memory
       row["tokens_per_s"] = length * 1e3 / row["ms"]

@@ -24,10 +24,12 @@ from gdn2_jax.ops.backend import backend
 
 # Elements of a block of keys, and of its scores. Measured on a CPU: there a
 # block is copied once, which is cheap while the copy stays in the second-level
-# cache. A GPU waits for the host after each block: few of them.
-_CPU_BLOCK, _CPU_SCORES = 1 << 19, 1 << 19
-_GPU_BLOCK, _GPU_SCORES = 1 << 30, 1 << 27
-_SMALLEST_BLOCK = 64
+# cache, and slots of the last block are read that hold nothing yet. A GPU waits
+# for the host after each block, so that a block should take longer than that;
+# not measured.
+_CPU_BLOCK, _CPU_SCORES = 1 << 17, 1 << 19
+_GPU_BLOCK, _GPU_SCORES = 1 << 26, 1 << 27
+_SMALLEST_BLOCK = 128
 
 
 def cached_attention(

@@ -194,7 +194,7 @@ def test_a_model_that_decodes_wrongly_is_not_timed(monkeypatch):
   "changes,says",
   [
     ({"lengths": ["1K", "x"]}, "--lengths=x: "),
-    ({"lengths": ["700"]}, "--lengths=700: expected multiples of --chunk=512"),
+    ({"lengths": ["700"]}, "--lengths=700: expected a multiple of --chunk=512"),
     ({"batches": ["0"]}, "--batches=0: "),
     ({"batches": []}, "--batches: "),
     ({"models": ["mamba"]}, "--models=mamba: expected among GDN-2, hybrid"),
