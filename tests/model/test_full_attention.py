@@ -22,25 +22,29 @@ FAST = {"xla_backend_optimization_level": 0}
 
 
 def test_a_token_without_a_slot_is_loud_and_leaves_the_others_alone():
-  """Row 0 has room for four of five tokens; row 1 reads two of them."""
+  """Of three pieces of 17 tokens, 40 fit; row 1 reads less of the second."""
   _, _, apply = small_model("A")
-  tokens = tokens_of(2, 24)
+  tokens = tokens_of(2, 51)
   want, _ = apply(tokens)
-  cache = init_cache(small_config("A"), 2, 20)
-  ids = np.ones((2, 16), np.int32)
-  ids[1, 10:] = 0
-  _, cache = apply(tokens[:, :16], jnp.asarray(ids), cache)
-  ids = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], np.int32)
-  piece = jnp.stack([tokens[0, 16:21], tokens[1, 10:15]])
-  logits, cache = apply(piece, jnp.asarray(ids), cache)
-  np.testing.assert_allclose(logits[0, :4], want[0, 16:20], rtol=0, atol=1e-5)
-  np.testing.assert_allclose(logits[1, :2], want[1, 10:12], rtol=0, atol=1e-5)
-  assert np.isnan(logits[0, 4]).all()
-  logits, _ = apply(
-    jnp.stack([tokens[0, 21:22], tokens[1, 12:13]]), None, cache
-  )
+  cache = init_cache(small_config("A"), 2, MAX_LENGTH)
+  starts, counts = np.array([0, 0]), np.array([[17, 17], [17, 9], [17, 12]])
+  for count in counts:
+    piece = np.stack(
+      [np.asarray(t)[s : s + 17] for t, s in zip(tokens, starts, strict=True)]
+    )
+    ids = (np.arange(17)[None] < count[:, None]).astype(np.int32)
+    logits, cache = apply(jnp.asarray(piece), jnp.asarray(ids), cache)
+    for row, (start, n) in enumerate(zip(starts, count, strict=True)):
+      fit = min(n, MAX_LENGTH - start)
+      expected = want[row, start : start + fit]
+      np.testing.assert_allclose(logits[row, :fit], expected, rtol=0, atol=1e-5)
+      assert np.isnan(logits[row, fit:n]).all()
+    starts = starts + count
+  assert starts.tolist() == [51, 38]
+  step = jnp.stack([tokens[0, :1], tokens[1, 38:39]])
+  logits, _ = apply(step, None, cache)
   assert np.isnan(logits[0]).all()
-  np.testing.assert_allclose(logits[1, 0], want[1, 12], rtol=0, atol=1e-5)
+  np.testing.assert_allclose(logits[1, 0], want[1, 38], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("max_length", [None, 0])
