@@ -68,7 +68,8 @@ class Batcher:
     batcher.run()  # or batcher.step(), as often as it returns True
     completion.tokens
 
-  One thread calls `step` or `run`; any may submit and cancel meanwhile.
+  One thread calls `step` or `run`; any may submit and cancel meanwhile. While a
+  prompt is read the others wait: read a long one elsewhere, submit its state.
 
   Args:
     params: unboxed parameters of LM(config).
