@@ -32,7 +32,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
 
 from gdn2_jax import config_json
 from gdn2_jax.inference.checks import require_alive
@@ -153,10 +152,7 @@ def write_state(
     "session": session,
   }
   metadata["digest"] = _digest(metadata, tensors)
-  try:
-    save_tensors(path, tensors, metadata)
-  except SafetensorError as e:  # its name for a full disk
-    raise OSError(f"{path}: cannot be written: {e}") from e
+  save_tensors(path, tensors, metadata)
 
 
 def remove_leftovers_of(path: str | os.PathLike) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from gdn2_jax.data.files import sync_folder, write_atomic
@@ -90,6 +91,7 @@ def save_tensors(
 
   Raises:
     ValueError: a name, dtype or metadata value that the format cannot hold.
+    OSError: it cannot be written: no such folder, a full disk, ...
   """
   path = pathlib.Path(path)
   arrays = {name: _storable(name, value) for name, value in tensors.items()}
@@ -99,7 +101,13 @@ def save_tensors(
       raise ValueError(f"metadata[{key!r}]={value!r}: expected text by name")
   temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
   try:
-    save_file(arrays, temporary, metadata=metadata or None)
+    temporary.touch()
+    mode = temporary.stat().st_mode
+    try:
+      save_file(arrays, temporary, metadata=metadata or None)
+    except SafetensorError as e:  # its name for a full disk
+      raise OSError(f"{path}: cannot be written: {e}") from e
+    os.chmod(temporary, mode)  # the library's files are for their owner alone
     with open(temporary, "r+b") as file:
       _sort_metadata(file)
       file.flush()

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from gdn2_jax.weights import files
@@ -25,6 +26,24 @@ def tensors_of(rng):
     "nan": np.array([np.nan, np.inf], np.float32),
     "jax": jnp.arange(6, dtype=jnp.int32).reshape(2, 3),
   }
+
+
+def test_others_may_read_what_they_may_read_elsewhere(tmp_path):
+  files.save_tensors(tmp_path / "a.safetensors", {"x": np.zeros(1)})
+  (tmp_path / "b").touch()
+  modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+  assert len(modes) == 1
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_nothing(tmp_path, monkeypatch):
+  def full(arrays, path, **_):
+    path.write_bytes(b"some of it")
+    raise SafetensorError("No space left on device")
+
+  monkeypatch.setattr(files, "save_file", full)
+  with pytest.raises(OSError, match=r"a.safetensors: cannot be .*No space"):
+    files.save_tensors(tmp_path / "a.safetensors", {"x": np.zeros(1)})
+  assert not list(tmp_path.iterdir())
 
 
 def assert_same(found, expected):
