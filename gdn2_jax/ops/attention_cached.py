@@ -27,7 +27,7 @@ from gdn2_jax.ops.backend import backend
 # cache, and slots of the last block are read that hold nothing yet. A GPU waits
 # for the host after each block, so that a block should take longer than that;
 # not measured.
-_CPU_BLOCK, _CPU_SCORES = 1 << 17, 1 << 19
+_CPU_BLOCK, _CPU_SCORES = 1 << 18, 1 << 19
 _GPU_BLOCK, _GPU_SCORES = 1 << 26, 1 << 27
 _SMALLEST_BLOCK = 128
 
