@@ -60,16 +60,16 @@ def attention(q, k, v, low, *, scale, save):
     "q": blocks.smem((tiles * C, TILE), dtype),  # then o
     "k": blocks.smem((STAGES * tiles * C, TILE), dtype),
     "v": blocks.smem((STAGES * tiles * C, TILE), dtype),
-    "q_loaded": plgpu.Barrier(num_arrivals=tiles),
+    "own_loaded": plgpu.Barrier(num_arrivals=tiles),
     "loaded": plgpu.Barrier(num_arrivals=2 * tiles, num_barriers=STAGES),
   }
 
-  def body(q_gm, k_gm, v_gm, low_gm, first_gm, *refs):
+  def body(q_gm, *refs):
+    keys_gm, refs = refs[:4], refs[4:]
     outputs, refs = refs[: len(out_type)], refs[len(out_type) :]
     s = dict(zip(scratch, refs, strict=True))
-    _body(q_gm, (k_gm, v_gm), low_gm, first_gm, outputs, s, scale, tiles)
+    _body(q_gm, keys_gm, outputs, s, scale, tiles)
 
-  first = low.reshape(B, T // C, C).min(axis=-1) // C
   out = blocks.call(
     "attention",
     body,
@@ -78,8 +78,14 @@ def attention(q, k, v, low, *, scale, save):
     # Blocks that read the same keys are neighbours.
     grid=(B, H, T // C, G),
     grid_names=("b", "h", "i", "g"),
-  )(q, k, v, low, first)
+  )(q, k, v, low, first_tiles(low))
   return tuple(out)
+
+
+def first_tiles(low: Any) -> Any:
+  """The first tile of keys that each block of queries sees, [B, T / C]."""
+  B, T = low.shape
+  return low.reshape(B, T // C, C).min(axis=-1) // C
 
 
 def fetch(source_gm, here, ref, slot, barrier, tiles):
@@ -116,26 +122,34 @@ def load_rows(ref: Any) -> Any:
   return plgpu.load(ref, layout=PER_ROW, optimized=False)
 
 
-def _body(q_gm, kv_gm, low_gm, first_gm, outputs, s, scale, tiles):
-  b, h, i, g = (lax.axis_index(name) for name in ("b", "h", "i", "g"))
-  queries = (b, pl.ds(i * C, C), h, g)
+def over_keys(keys_gm, s, here, scale, tiles, body, carry):
+  """carry = body(slot, scores, carry) over the tiles of keys a block sees.
+
+  Args:
+    keys_gm: k, v, low, and the first tile of keys of every block.
+    s: buffers: q, and the rings k and v; barriers own_loaded, of q and
+      whatever else belongs to the block, and loaded, of the rings.
+    here: batch row, key head and block of queries.
+    scale: factor on the scores.
+    tiles: of channels.
+    body: takes scores [C, C] that are NEVER where a query does not look.
+    carry: to begin with.
+  """
+  k_gm, v_gm, low_gm, first_gm = keys_gm
+  b, h, i = here
   first = jnp.minimum(first_gm[b, i], i)
 
   def fetch_keys(j):
-    slot = lax.rem(j, STAGES)
-    for source, name in zip(kv_gm, "kv", strict=True):
-      here = (b, pl.ds(j * C, C), h)
-      fetch(source, here, s[name], slot, s["loaded"].at[slot], tiles)
+    slot, tokens = lax.rem(j, STAGES), (b, pl.ds(j * C, C), h)
+    for source, name in ((k_gm, "k"), (v_gm, "v")):
+      fetch(source, tokens, s[name], slot, s["loaded"].at[slot], tiles)
 
-  fetch(q_gm, queries, s["q"], 0, s["q_loaded"], tiles)
   fetch_keys(first)
   low = per_row(load_rows(low_gm.at[b, pl.ds(i * C, C)]))
-  plgpu.barrier_wait(s["q_loaded"])
+  plgpu.barrier_wait(s["own_loaded"])
   r, c = blocks.iotas()
-  query = i * C + r
 
   def tile(j, carry):
-    m, total, *o = carry
     slot = lax.rem(j, STAGES)
     plgpu.commit_smem()  # what the last tile read may be written
 
@@ -146,7 +160,19 @@ def _body(q_gm, kv_gm, low_gm, first_gm, outputs, s, scale, tiles):
     plgpu.barrier_wait(s["loaded"].at[slot])
     x = scores((s["q"], 0), (s["k"], slot), tiles) * scale
     key = j * C + c
-    x = jnp.where((key >= low) & (key <= query), x, NEVER)
+    x = jnp.where((key >= low) & (key <= i * C + r), x, NEVER)
+    return body(slot, x, carry)
+
+  return lax.fori_loop(first, i + 1, tile, carry)
+
+
+def _body(q_gm, keys_gm, outputs, s, scale, tiles):
+  b, h, i, g = (lax.axis_index(name) for name in ("b", "h", "i", "g"))
+  queries = (b, pl.ds(i * C, C), h, g)
+  fetch(q_gm, queries, s["q"], 0, s["own_loaded"], tiles)
+
+  def tile(slot, x, carry):
+    m, total, *o = carry
     new = jnp.maximum(m, x.max(axis=1))
     shift = jnp.exp(m - new)
     # A row that has seen nothing has new = NEVER: nothing is exp(0) there.
@@ -168,16 +194,12 @@ def _body(q_gm, kv_gm, low_gm, first_gm, outputs, s, scale, tiles):
     )
 
   start = jnp.zeros((C,), jnp.float32)
-  m, total, *o = lax.fori_loop(
-    first,
-    i + 1,
-    tile,
-    (
-      plgpu.layout_cast(start + NEVER, PER_ROW),
-      plgpu.layout_cast(start, PER_ROW),
-      *(blocks.zeros() for _ in range(tiles)),
-    ),
+  nothing = (
+    plgpu.layout_cast(start + NEVER, PER_ROW),
+    plgpu.layout_cast(start, PER_ROW),
+    *(blocks.zeros() for _ in range(tiles)),
   )
+  m, total, *o = over_keys(keys_gm, s, (b, h, i), scale, tiles, tile, nothing)
   some = jnp.where(total > 0, total, 1.0)
   o = [acc / per_row(some, TILE) for acc in o]
   if len(outputs) > 1:

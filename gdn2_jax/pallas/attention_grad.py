@@ -26,7 +26,9 @@ from gdn2_jax.pallas.attention import (
   SHAPES,
   STAGES,
   fetch,
+  first_tiles,
   load_rows,
+  over_keys,
   per_row,
   scores,
   shapes,
@@ -68,43 +70,19 @@ def _queries(q, k, v, low, do, lse, delta, scale):
     "loaded": plgpu.Barrier(num_arrivals=2 * tiles, num_barriers=STAGES),
   }
 
-  def body(
-    q_gm, do_gm, k_gm, v_gm, low_gm, lse_gm, delta_gm, first_gm, dq_gm, *r
-  ):
-    s = dict(zip(scratch, r, strict=True))
+  def body(q_gm, do_gm, lse_gm, delta_gm, *refs):
+    keys_gm, dq_gm, refs = refs[:4], refs[4], refs[5:]
+    s = dict(zip(scratch, refs, strict=True))
     b, h, i, g = (lax.axis_index(name) for name in ("b", "h", "i", "g"))
     tokens = pl.ds(i * C, C)
     queries = (b, tokens, h, g)
-    first = jnp.minimum(first_gm[b, i], i)
-
-    def fetch_keys(j):
-      slot = lax.rem(j, STAGES)
-      for source, name in ((k_gm, "k"), (v_gm, "v")):
-        here = (b, pl.ds(j * C, C), h)
-        fetch(source, here, s[name], slot, s["loaded"].at[slot], tiles)
-
     for source, name in ((q_gm, "q"), (do_gm, "do")):
       fetch(source, queries, s[name], 0, s["own_loaded"], tiles)
-    fetch_keys(first)
-    low = per_row(load_rows(low_gm.at[b, tokens]))
     lse, delta = (
       per_row(load_rows(ref.at[b, h, g, tokens])) for ref in (lse_gm, delta_gm)
     )
-    plgpu.barrier_wait(s["own_loaded"])
-    r, c = blocks.iotas()
 
-    def tile(j, dq):
-      slot = lax.rem(j, STAGES)
-      plgpu.commit_smem()  # what the last tile read may be written
-
-      @pl.when(j < i)
-      def _():
-        fetch_keys(j + 1)
-
-      plgpu.barrier_wait(s["loaded"].at[slot])
-      x = scores((s["q"], 0), (s["k"], slot), tiles) * scale
-      key = j * C + c
-      x = jnp.where((key >= low) & (key <= i * C + r), x, NEVER)
+    def tile(slot, x, dq):
       dp = scores((s["do"], 0), (s["v"], slot), tiles)
       ds = (jnp.exp(x - lse) * (dp - delta) * scale).astype(dtype)
       return tuple(
@@ -113,11 +91,10 @@ def _queries(q, k, v, low, do, lse, delta, scale):
       )
 
     zeros = tuple(blocks.zeros() for _ in range(tiles))
-    dq = lax.fori_loop(first, i + 1, tile, zeros)
+    dq = over_keys(keys_gm, s, (b, h, i), scale, tiles, tile, zeros)
     _store(dq, s["q"], dq_gm, queries)
     plgpu.wait_smem_to_gmem(0)
 
-  first = low.reshape(B, T // C, C).min(axis=-1) // C
   (dq,) = blocks.call(
     "attention_grad_q",
     body,
@@ -125,7 +102,7 @@ def _queries(q, k, v, low, do, lse, delta, scale):
     scratch_types=list(scratch.values()),
     grid=(B, H, T // C, G),
     grid_names=("b", "h", "i", "g"),
-  )(q, do, k, v, low, lse, delta, first)
+  )(q, do, lse, delta, k, v, low, first_tiles(low))
   return dq
 
 
@@ -241,9 +218,8 @@ def _keys(q, k, v, low, do, lse, delta, scale):
 
 def _last(low):
   """The last block of queries that sees a key of each block, [B, T / C]."""
-  B, T = low.shape
-  first = low.reshape(B, T // C, C).min(axis=-1) // C  # [B, blocks]
-  i = jnp.arange(T // C, dtype=jnp.int32)
+  first = first_tiles(low)
+  i = jnp.arange(first.shape[1], dtype=jnp.int32)
   sees = (first[:, :, None] <= i[None, None]) & (
     i[None, :, None] >= i[None, None]
   )

@@ -67,9 +67,8 @@ def attention_mosaic_gpu(
     widths = ((0, 0), (0, more), *(x.ndim - 2) * ((0, 0),))
     return jnp.pad(x, widths, constant_values=fill) if more else x
 
-  run = _interpreted if target.is_interpreted() else _on_device
   q_heads = whole(q).reshape(B, T + more, H, -1, D)
-  o = run(q_heads, whole(k), whole(v), whole(low, _NOWHERE), scale)
+  o = _differentiable(q_heads, whole(k), whole(v), whole(low, _NOWHERE), scale)
   o = o[:, :T].reshape(q.shape)
   return o if segment_ids is None else jnp.where(is_token, o, 0)
 
@@ -129,13 +128,6 @@ def _row_sums(o, rest, do):
   return jnp.moveaxis(jnp.sum((o + rest) * do, axis=-1), 1, 3)
 
 
-def _differentiable(*, optimize_remat):
-  function = jax.custom_vjp(_attend, nondiff_argnums=(4,))
-  function.defvjp(_attend_fwd, _attend_bwd, optimize_remat=optimize_remat)
-  return function
-
-
-# Under remat the first pass is then the one that saves nothing: XLA cannot drop
-# a kernel's outputs by itself. The interpreter's callbacks forbid it.
-_on_device = _differentiable(optimize_remat=True)
-_interpreted = _differentiable(optimize_remat=False)
+_differentiable = target.differentiable(
+  _attend, _attend_fwd, _attend_bwd, static=4
+)

@@ -7,7 +7,6 @@ zero, so that padding to them changes no result.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -97,8 +96,7 @@ def gdn2_mosaic_gpu(
     widths = ((0, 0), (0, tokens), (0, 0), (0, channels))
     return jnp.pad(x, widths) if tokens or channels else x
 
-  run = _interpreted if target.is_interpreted() else _on_device
-  o, final = run(
+  o, final = _differentiable(
     *(pad(x, keys) for x in (q, k)),
     pad(v, values),
     pad(g if rates is not None else g.astype(jnp.float32), keys),
@@ -145,16 +143,9 @@ def _sequence_bwd(scales, residuals, cotangents):
   return (*gradients, None)
 
 
-def _differentiable(*, optimize_remat):
-  function = jax.custom_vjp(_sequence, nondiff_argnums=(9,))
-  function.defvjp(_sequence_fwd, _sequence_bwd, optimize_remat=optimize_remat)
-  return function
-
-
-# Under remat the first pass is then the one that saves nothing: XLA cannot drop
-# a kernel's outputs by itself. The interpreter's callbacks forbid it.
-_on_device = _differentiable(optimize_remat=True)
-_interpreted = _differentiable(optimize_remat=False)
+_differentiable = target.differentiable(
+  _sequence, _sequence_fwd, _sequence_bwd, static=9
+)
 
 
 def _forward(scales, *, save):

@@ -11,9 +11,10 @@ jax.jit's cache: wrap a new function under each target.
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 Target = Literal["device", "compile", "interpret"]
@@ -48,3 +49,35 @@ def interpret_params() -> Any:
   if is_interpreted():
     return plgpu.InterpretGPUParams(detect_races=True)
   return False
+
+
+def differentiable(
+  function: Callable[..., Any],
+  forward: Callable[..., Any],
+  backward: Callable[..., Any],
+  *,
+  static: int,
+) -> Callable[..., Any]:
+  """A jax.custom_vjp for kernels that save something beside their inputs.
+
+  Under remat the first pass is then the one that saves nothing: XLA cannot drop
+  a kernel's outputs by itself. The interpreter's callbacks forbid it.
+
+  Args:
+    function: of arrays, and one argument that is no array.
+    forward: the same, with residuals.
+    backward: gradients, of that argument, residuals and cotangents.
+    static: position of that argument.
+  """
+
+  def make(*, optimize_remat):
+    made = jax.custom_vjp(function, nondiff_argnums=(static,))
+    made.defvjp(forward, backward, optimize_remat=optimize_remat)
+    return made
+
+  on_device, interpreted = make(optimize_remat=True), make(optimize_remat=False)
+
+  def call(*args):
+    return (interpreted if is_interpreted() else on_device)(*args)
+
+  return call

@@ -16,7 +16,6 @@ from gdn2_jax.ops import (
   gdn2_reference,
   kernel_choice,
   self_check,
-  self_check_cases,
 )
 from gdn2_jax.ops.gdn2 import (
   gdn2,
@@ -55,19 +54,6 @@ def use_kernels(monkeypatch, forward=None, backward=None):
   forward = forward or kernel_stand_in.forward
   backward = backward or kernel_stand_in.backward
   monkeypatch.setattr(mosaic_gpu, "_kernels", lambda: (forward, backward))
-
-
-@pytest.fixture
-def checks(monkeypatch, tmp_path):
-  """The self-check on the CPU, as if nothing had been checked yet."""
-  monkeypatch.setattr(self_check, "_passed", {})
-  monkeypatch.setattr(self_check, "_enabled", True)
-  monkeypatch.setattr(self_check, "_path", lambda: tmp_path / "a" / "c.json")
-  monkeypatch.setattr(self_check, "_RUNS", 1)
-  for name, value in {"_T": 80, "_CHANNELS": 64}.items():
-    monkeypatch.setattr(self_check_cases, name, value)
-  monkeypatch.setattr(kernel_choice, "HOPPER", "None")  # what a CPU has
-  return tmp_path / "a" / "c.json"
 
 
 def test_without_a_gpu_xla_is_chosen_and_kernels_say_why(rng):

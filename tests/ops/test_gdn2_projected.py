@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gdn2_jax.ops import kernel_choice, self_check, self_check_cases
+from gdn2_jax.ops import kernel_choice, self_check
 from gdn2_jax.ops.gdn2_projected import Projections, activate, gdn2_projected
 from gdn2_jax.pallas import gdn2_mosaic_gpu as mosaic_gpu
 from gdn2_jax.pallas import target
@@ -106,15 +106,7 @@ def test_what_differs_in_dtype_is_left_to_arrays(hopper, monkeypatch, rng):
   assert not rates_reach(monkeypatch, p)
 
 
-def test_none_of_it_is_chosen_unless_it_proves_right(monkeypatch, tmp_path):
-  monkeypatch.setattr(self_check, "_passed", {})
-  monkeypatch.setattr(self_check, "_enabled", True)
-  monkeypatch.setattr(self_check, "_path", lambda: tmp_path / "c.json")
-  monkeypatch.setattr(self_check, "_RUNS", 1)
-  for name, value in {"_T": 80, "_CHANNELS": 64}.items():
-    monkeypatch.setattr(self_check_cases, name, value)
-  monkeypatch.setattr(kernel_choice, "HOPPER", "None")  # what a CPU has
-
+def test_none_of_it_is_chosen_unless_it_proves_right(checks, monkeypatch):
   def without_rates(q, k, v, g, b, w, rates, *rest, **options):
     gradients = kernel_stand_in.backward(
       q, k, v, g, b, w, rates, *rest, **options

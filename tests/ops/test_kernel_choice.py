@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gdn2_jax.ops import kernel_choice, norm, self_check, self_check_cases
+from gdn2_jax.ops import kernel_choice, norm, self_check
 from gdn2_jax.ops import short_conv as conv
 from gdn2_jax.ops.attention import sliding_window_attention
 from gdn2_jax.ops.attention_xla import blockwise_attention
@@ -103,18 +103,6 @@ def test_what_the_kernels_do_not_take(op, arguments, reason, monkeypatch):
   with pytest.raises(NotImplementedError, match=f"{op}: mosaic_gpu: {reason}"):
     CALLS[op]("mosaic_gpu", **arguments)
   CALLS[op](**arguments)  # "xla" does
-
-
-@pytest.fixture
-def checks(monkeypatch, tmp_path):
-  """The self-check on the CPU, as if nothing had been checked yet."""
-  monkeypatch.setattr(self_check, "_passed", {})
-  monkeypatch.setattr(self_check, "_enabled", True)
-  monkeypatch.setattr(self_check, "_path", lambda: tmp_path / "c.json")
-  monkeypatch.setattr(self_check, "_RUNS", 1)
-  for name, value in {"_T": 80, "_CHANNELS": 64}.items():
-    monkeypatch.setattr(self_check_cases, name, value)
-  monkeypatch.setattr(kernel_choice, "HOPPER", "None")  # what a CPU has
 
 
 def stand_in(op, factor=1.0):
