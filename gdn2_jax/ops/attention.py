@@ -13,21 +13,19 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from gdn2_jax.ops import kernel_choice, self_check_cases
-from gdn2_jax.ops.attention_xla import blockwise_attention, product
+from gdn2_jax.ops.attention_xla import blockwise_attention
 
 IMPLEMENTATIONS = ("xla", "cudnn", "mosaic_gpu")
 
 
-def _check_qkv(q, k, v, scale, rank):
+def _check_qkv(q, k, v, scale):
   """Refuses shapes and dtypes that do not fit, before any compute."""
-  layout = "[B, T, HQ, D]" if rank == 4 else "[B, HQ, D]"
-  if q.ndim != rank or not jnp.issubdtype(q.dtype, jnp.floating):
+  if q.ndim != 4 or not jnp.issubdtype(q.dtype, jnp.floating):
     raise ValueError(
-      f"q: expected floating {layout}, got {q.dtype} of shape {q.shape}"
+      f"q: expected floating [B, T, HQ, D], got {q.dtype} of shape {q.shape}"
     )
   batch, heads, channels = q.shape[0], q.shape[-2], q.shape[-1]
   if k.ndim != 4 or (k.shape[0], k.shape[3]) != (batch, channels):
@@ -192,7 +190,7 @@ def sliding_window_attention(
     ValueError: a shape, dtype or number does not fit.
     NotImplementedError: the named implementation cannot run this call.
   """
-  _check_qkv(q, k, v, scale, rank=4)
+  _check_qkv(q, k, v, scale)
   _check_options(q, k, window, implementation)
   _check_segments(q, k, q_segment_ids, kv_segment_ids)
   scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -246,47 +244,3 @@ def _kernels_are_right(q):
     self_check_cases.attention,
     q,
   )
-
-
-def attention_step(
-  q: Float[Array, "B HQ D"],
-  k: Float[Array, "B S HKV D"],
-  v: Float[Array, "B S HKV D"],
-  valid: Bool[Array, "B S"],
-  *,
-  scale: float | None = None,
-) -> Float[Array, "B HQ D"]:
-  """One query per row over a ring of keys, in any order.
-
-  Args:
-    q: [B, HQ, D], HQ a multiple of HKV.
-    k: [B, S, HKV, D].
-    v: [B, S, HKV, D], finite in every slot.
-    valid: [B, S], the keys the query may see; with none, the row gives 0.
-    scale: multiplies the scores; None for D^-0.5.
-
-  Returns:
-    [B, HQ, D] in q.dtype.
-
-  Raises:
-    ValueError: a shape or dtype does not fit.
-  """
-  _check_qkv(q, k, v, scale, rank=3)
-  if valid.shape != k.shape[:2] or valid.dtype != jnp.bool_:
-    raise ValueError(
-      f"valid: expected booleans of shape {k.shape[:2]}, got {valid.dtype} of "
-      f"shape {valid.shape}"
-    )
-  scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-  batch, heads, channels = q.shape
-  q = q.reshape((batch, k.shape[2], heads // k.shape[2], channels))
-  scores = product("bhgd,bshd->bhgs", q, k) * scale
-  valid = valid[:, None, None, :]
-  scores = jnp.where(valid, scores, -jnp.inf)
-  top = jnp.max(scores, axis=-1, keepdims=True)
-  top = jnp.where(top == -jnp.inf, 0, top)
-  weights = jnp.exp(scores - lax.stop_gradient(top))
-  total = jnp.sum(weights, axis=-1, keepdims=True)
-  weights = (weights / jnp.where(total == 0, 1, total)).astype(v.dtype)
-  out = product("bhgs,bshd->bhgd", weights, v)
-  return out.reshape((batch, heads, channels)).astype(q.dtype)

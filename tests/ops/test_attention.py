@@ -11,7 +11,6 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from gdn2_jax.ops.attention import (
-  attention_step,
   cudnn_unsupported_reason,
   sliding_window_attention,
 )
@@ -281,27 +280,6 @@ def test_shard_map_over_sequences():
     assert rel_rms(x, np.asarray(want, np.float64)) < 5e-7
 
 
-def test_step_is_the_last_query():
-  """In any order of the ring, slots that are not valid unseen."""
-  q, k, v, _ = inputs(1, 9)
-  valid = np.asarray([[1] * 9, [0, 0, 0, 1, 1, 1, 1, 1, 1]], bool)
-  ring = np.random.default_rng(0).permutation(9)
-  out = attention_step(
-    q[:, 0], k[:, ring], v[:, ring], jnp.asarray(valid[:, ring])
-  )
-  exact = oracle(q, k, v, q, None, np.ones((B, 1)), valid.astype(int))[0]
-  assert out.dtype == q.dtype
-  assert rel_rms(out, exact[:, 0]) < 1e-6
-
-
-def test_step_without_a_valid_key_is_zero():
-  q, k, v, _ = inputs(1, 9)
-  fn = functools.partial(attention_step, valid=jnp.zeros((B, 9), bool))
-  out, vjp = jax.vjp(fn, q[:, 0], k, v)
-  for x in (out, *vjp(jnp.ones_like(out))):
-    np.testing.assert_array_equal(x, 0)
-
-
 def test_named_cudnn_says_why_it_cannot_run():
   q, k, v, _ = inputs()
   with pytest.raises(NotImplementedError, match=r"cudnn\): needs a GPU"):
@@ -382,10 +360,3 @@ def test_no_mask_is_kept_for_the_layers():
   elements = [np.prod([int(n) for n in mask.split(",")]) for mask in masks]
   blocks, block = 32 // 8, B * HQ * 8 * (8 + 8 - 1)
   assert block in elements and max(elements) < blocks * block
-
-
-def test_bad_valid_is_named():
-  q, k, v, _ = inputs(1, 9)
-  for valid in (jnp.ones((B, 8), bool), jnp.ones((B, 9))):
-    with pytest.raises(ValueError, match=r"^valid: expected"):
-      inspect.unwrap(attention_step)(q[:, 0], k, v, valid)
