@@ -176,6 +176,18 @@ def _convolve(x, kernel, segment_ids, tail, **options):
   return on_shards(run, into, [tokens, tails])(x, kernel, segment_ids, tail)
 
 
+def _gated_norm(o, gate, weight, bias, **options):
+  """gated_rms_norm, wherever the tokens are: a kernel has no other way."""
+
+  def run(o, gate, weight, bias):
+    return gated_rms_norm(o, gate, weight, bias=bias, **options)
+
+  if length_axis((o, _TOKENS)) is not None:
+    into = (_TOKENS, _TOKENS, (None,), ("heads", None))
+    run = on_shards(run, into, _TOKENS)
+  return run(o, gate, weight, bias)
+
+
 class GDN2Mixer(nn.Module):
   """x [B, T, D] -> y [B, T, D] through the GDN-2 recurrence."""
 
@@ -356,11 +368,11 @@ class GDN2Mixer(nn.Module):
       (c.value_dim,),
       jnp.dtype(self.param_dtype),
     )
-    o = gated_rms_norm(
+    o = _gated_norm(
       o,
       gate,
       weight,
-      bias=bias,
+      bias,
       activation=c.output_gate,
       eps=c.norm_eps,
       implementation=self._around_the_op,
