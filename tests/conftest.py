@@ -1,5 +1,6 @@
 """Suite-wide settings: eight fake CPU devices, strict shapes, no network."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -43,3 +44,16 @@ def fast_compiles():
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", old)
+
+
+@pytest.fixture(scope="module")
+def frozen_heap():
+  """What is there already is out of the collector's sight for a module.
+
+  Tidying up after a damaged checkpoint goes through all objects; a worker that
+  has run other tests holds millions.
+  """
+  gc.collect()
+  gc.freeze()
+  yield
+  gc.unfreeze()

@@ -6,9 +6,10 @@ from gdn2_jax.faults import damage, kills, signals, stops, storage
 from gdn2_jax.faults.lab import GRID, Lab
 from gdn2_jax.faults.outcome import Outcome, format_table, tries
 
-pytestmark = pytest.mark.filterwarnings(
-  "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = [
+  pytest.mark.usefixtures("frozen_heap"),
+  pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ from gdn2_jax.train.checkpoint import CheckpointError, load_run
 from gdn2_jax.train.checkpoint_meta import seal
 from tests import tiny_run
 
-pytestmark = pytest.mark.filterwarnings(
-  "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = [
+  pytest.mark.usefixtures("frozen_heap"),
+  pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture(scope="module")

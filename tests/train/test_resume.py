@@ -24,9 +24,10 @@ from tests.train.states import SmallRun, abstract_of, make_state, same_bits
 
 # Orbax abandons reads in flight when one of them fails; what they then complain
 # about is tidied up by `load`, but not always in time.
-pytestmark = pytest.mark.filterwarnings(
-  "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = [
+  pytest.mark.usefixtures("frozen_heap"),
+  pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture(scope="module")

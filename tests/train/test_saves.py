@@ -16,9 +16,10 @@ from gdn2_jax.train.writer import probe
 from tests.train.states import SmallRun, make_state, no_file_larger_than
 
 # What orbax leaves behind is tidied up, but not always in time.
-pytestmark = pytest.mark.filterwarnings(
-  "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = [
+  pytest.mark.usefixtures("frozen_heap"),
+  pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture
