@@ -3,12 +3,14 @@
 import pathlib
 import re
 
-import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = ["README.md", "docs/inference.md", "docs/weights.md"]
+
+# Programs run once or twice: optimising them would take far longer.
+pytestmark = pytest.mark.usefixtures("fast_compiles")
 
 
 def blocks_of(page: str) -> list[str]:
@@ -20,17 +22,7 @@ def blocks_of(page: str) -> list[str]:
   ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compiles():
-  """Programs run once or twice: optimising them would take far longer."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.parametrize(
-  "page", [page for page in PAGES if (ROOT / page).exists()]
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_the_blocks_of_a_page_run_top_to_bottom(page, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   blocks = blocks_of(page)

@@ -67,11 +67,3 @@ def hybrid() -> Tiny:
 def attention() -> Tiny:
   """For what does not depend on the mixer: it compiles fastest."""
   return make_tiny("S")
-
-
-@pytest.fixture(scope="module")
-def fast_compiles():
-  """Programs run a few times: optimising them would take far longer."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)

@@ -3,7 +3,6 @@
 import json
 import tarfile
 
-import jax
 import numpy as np
 import pytest
 
@@ -15,12 +14,8 @@ VERSIONS = sorted(
 )
 
 
-@pytest.fixture(autouse=True)
-def fast_compiles():
-  """Rounding differs by less than what is compared."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+# Rounding differs by less than what is compared.
+pytestmark = pytest.mark.usefixtures("fast_compiles")
 
 
 def test_there_is_one():
