@@ -29,8 +29,8 @@ with the same flags; the seed is in the file. A document that has ended goes on
 where its end would be, and only with a --prompt. A call that is killed leaves
 the file as it was.
 
-Exit status: 0 done, 1 refused (the reason is on standard error), 130 Ctrl-C
-twice.
+Exit status: 0 done, 1 refused, or ended for want of finite logits (the reason
+is on standard error, and a session file is left as it was), 130 Ctrl-C twice.
 """
 
 import dataclasses
@@ -46,7 +46,13 @@ import jax
 from absl import flags
 
 from gdn2_jax import cli
-from gdn2_jax.inference import Generated, Sampler, TextStream, generate
+from gdn2_jax.inference import (
+  Generated,
+  NonFiniteError,
+  Sampler,
+  TextStream,
+  generate,
+)
 from gdn2_jax.inference.identity import Identity, identify
 from gdn2_jax.inference.session import Session, load_session, save_session
 from gdn2_jax.ops import self_check
@@ -114,7 +120,11 @@ def main(argv: list[str]) -> None:
     sampler.check(model.config.vocab_size)
     printer = _Printer(model.tokenizer.decode, session.tail)
     printer.prompt(_PROMPT.value, ids)
-    generated = _generate(model, session, ids, sampler, printer)
+    try:
+      generated = _generate(model, session, ids, sampler, printer)
+    except NonFiniteError:
+      printer.end(complete=True)  # the reason begins a line of its own
+      raise
     ended = generated.pending[0] == model.tokenizer.eos_id
     printer.end(complete=ended or identity is None)
     report = f"{name}, {len(ids)} prompt tokens{printer.speed()}"

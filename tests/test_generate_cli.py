@@ -4,13 +4,15 @@ import pathlib
 import re
 
 import jax
+import numpy as np
 import pytest
 
 from gdn2_jax.inference.identity import identify
 from gdn2_jax.inference.session import Session, load_session, save_session
-from gdn2_jax.inference.state import init_state
+from gdn2_jax.inference.state import init_state, prefill
 from gdn2_jax.train.checkpoint import load_run
 from gdn2_jax.weights.folder import save_model
+from tests.inference.conftest import damage_params, damage_state
 from tests.tiny_run import make_run, run_many, run_module
 
 MODULE = "gdn2_jax.generate"
@@ -209,3 +211,53 @@ def test_refusals_are_one_line_and_exit_with_one(
   assert words["code"] == 1
   assert "unexpected argument 'Return'" in words["err"] + words["out"]
   assert "Traceback" not in unknown["err"] + words["err"]
+
+
+def test_logits_that_are_not_finite_are_an_error(
+  published, run, belongs, tmp_path
+):
+  """After the text so far, and with no word in a session."""
+  config, tokenizer, ids = run.config.model, run.tokenizer, list(b"de f")
+  logits, _ = prefill(
+    run.params, np.array([ids]), np.array([4]), init_state(config, 1)
+  )
+  first = int(logits[0, : tokenizer.vocab_size].argmax())
+  assert first not in [*ids, tokenizer.eos_id]
+  for name, params in {
+    "norm": damage_params(run.params, "final_norm/weight"),
+    "word": damage_params(run.params, "embedding/table", first),
+  }.items():
+    save_model(tmp_path / name, params, config, tokenizer)
+  state = damage_state(init_state(config, 1), 0)
+  talk = Session(state=state, pending=None, draws=5, seed=0)
+  save_session(tmp_path / "talk", talk, belongs)
+  before = (tmp_path / "talk").read_bytes()
+
+  def call(model, *more):
+    return [f"--model={model}", "--prompt=de f", "--max_new_tokens=9", *more]
+
+  new = f"--session={tmp_path / 'new'}"
+  cases = [
+    (call(tmp_path / "norm"), "", 0, "params: NaN or infinity in final_norm"),
+    (call(tmp_path / "norm", new, "--greedy"), "", 0, "final_norm/weight"),
+    (
+      call(tmp_path / "word", "--greedy"),
+      tokenizer.decode([first]),
+      1,
+      "params: NaN or infinity in embedding/table",
+    ),
+    (
+      call(published, f"--session={tmp_path / 'talk'}"),
+      "",
+      5,
+      "state: NaN or infinity in this row, none in params",
+    ),
+  ]
+  done = run_many(MODULE, [argv for argv, *_ in cases])
+  for (_, text, index, cause), got in zip(cases, done, strict=True):
+    assert (got["code"], got["out"]) == (1, f"de f{text}\n"), got
+    assert got["err"].startswith("error: prompts[0]: non-finite logits"), got
+    assert f"at index {index} of the chosen tokens: " in got["err"]
+    assert cause in got["err"] and got["err"].count("\n") == 1, got
+  assert (tmp_path / "talk").read_bytes() == before
+  assert not (tmp_path / "new").exists()

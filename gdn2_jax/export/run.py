@@ -97,7 +97,11 @@ class Model:
     return self._decode(self.params, np.asarray(token, np.int32), state)
 
   def generate(self, prompts, max_new_tokens, stop_id=None):
-    """Continues prompts greedily; lists end before `stop_id`, if it comes."""
+    """Continues prompts greedily; lists end before `stop_id`, if it comes.
+
+    Raises:
+      ValueError: a bad prompt, or logits that are not finite.
+    """
     longest = max(map(len, prompts)) + max_new_tokens
     if self.spec["max_length"] and longest > self.spec["max_length"]:
       raise ValueError(
@@ -105,12 +109,16 @@ class Model:
         f"max_length={self.spec['max_length']}"
       )
     logits, state = self.prefill(prompts, self.init_state(len(prompts)))
-    found = []
+    found, done = [], np.zeros(len(prompts), bool)
     for step in range(max_new_tokens):
-      token = np.asarray(jnp.argmax(logits, axis=-1), np.int32)
+      token, best = jax.device_get(
+        (jnp.argmax(logits, axis=-1), jnp.max(logits, axis=-1))
+      )
+      self._check_finite(best, done, step)
       found.append(token)
-      done = stop_id is not None and (np.array(found) == stop_id).any(0).all()
-      if done or step == max_new_tokens - 1:
+      if stop_id is not None:
+        done |= token == stop_id
+      if done.all() or step == max_new_tokens - 1:
         break
       logits, state = self.decode(token, state)
     rows = np.array(found).T.tolist()
@@ -124,6 +132,17 @@ class Model:
         raise ValueError(
           f"prompts[{i}]: expected ids in [0, {self.spec['vocab_size']})"
         )
+
+  def _check_finite(self, best, done, step):
+    """Refuses rows that go on without a largest logit to choose."""
+    failed = np.flatnonzero(~done & ~np.isfinite(best))
+    if failed.size:
+      bad = [n for n, x in self.params.items() if not jnp.isfinite(x).all()]
+      raise ValueError(
+        f"prompts[{failed[0]}]: non-finite logits at index {step} of the "
+        "chosen tokens: params with NaN or infinity: "
+        + (", ".join(bad[:3]) or "none")
+      )
 
   def _program(self, name):
     data = (self._folder / self.spec[name]["file"]).read_bytes()

@@ -4,6 +4,7 @@
 """
 
 from gdn2_jax.inference.batching import Batcher, Completion
+from gdn2_jax.inference.checks import NonFiniteError
 from gdn2_jax.inference.generate import Generated, generate, stream
 from gdn2_jax.inference.identity import Identity, identify
 from gdn2_jax.inference.rows import batch, fork, put, take, unbatch
@@ -33,6 +34,7 @@ __all__ = [
   "Completion",
   "Generated",
   "Identity",
+  "NonFiniteError",
   "RowSamplers",
   "Sampler",
   "Session",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from gdn2_jax.inference.checks import require_count
+from gdn2_jax.inference.checks import NonFiniteError, require_count
 from gdn2_jax.inference.decode import (
   TOKENS_PER_DISPATCH,
   Rows,
@@ -33,6 +33,9 @@ class Completion:
   Attributes:
     tokens: ids chosen so far, without the stop id that ended them.
     done: no more will come.
+    error: None, or why the request ended before its time: a `NonFiniteError`
+      where the model gave it no finite logits, or what its start raised. It has
+      no state then.
     state: if it was to be kept, once done: of one sequence, which has read the
       prompt and all tokens chosen but the last.
     pending: with `state`: the last token chosen, which whatever follows begins
@@ -45,6 +48,7 @@ class Completion:
   keep_state: bool = False
   tokens: list[int] = dataclasses.field(default_factory=list)
   done: bool = False
+  error: BaseException | None = None
   state: State | None = dataclasses.field(default=None, repr=False)
   pending: int | None = None
   index: int = 0
@@ -61,7 +65,8 @@ class Batcher:
   A request waits for a free slot, is read into it, and leaves it when it ends.
   All slots are decoded by one compiled program, whatever the requests in them
   ask for. A request's tokens depend on the request alone: neither on what
-  decodes beside it nor on when it came.
+  decodes beside it nor on when it came. One that gets no finite logits ends
+  with an `error` of its own, and the others go on.
 
     batcher = Batcher(params, config, 8)
     completion = batcher.submit(prompt, 100, rng=jax.random.key(0))
@@ -187,6 +192,7 @@ class Batcher:
     """Fills free slots, chooses some tokens for all, hands them out.
 
     Ends early when a request does, so that its slot is soon taken again.
+    Raises nothing for a request without finite logits: see its `error`.
 
     Returns:
       Whether anything is left to do.
@@ -199,7 +205,7 @@ class Batcher:
         stops=pad_stops(self._stops),
         sampler=row_samplers(self._samplers, vocab_size),
       )
-      new, self._state, self._rows = decode(
+      new, failures, self._state, self._rows = decode(
         self._params,
         self._state,
         self._rows,
@@ -212,6 +218,8 @@ class Batcher:
         if completion and ids:
           completion.tokens += ids
           self._deliveries.append((completion, ids))
+      for slot, failure in failures.items():
+        self._slots[slot].error = NonFiniteError("prompts", {0: failure})
       self._release()
     # Last: a callback that raises loses nothing.
     while self._deliveries:
@@ -231,7 +239,8 @@ class Batcher:
         continue
       try:
         self._fill(free[0], completion)
-      except BaseException:
+      except BaseException as error:
+        completion.error = error
         completion.done = True  # nobody waits for it in vain
         raise
       free.pop(0)
@@ -256,7 +265,7 @@ class Batcher:
         continue
       if not (self._rows.done[slot] or completion.cancelled):
         continue
-      if completion.keep_state:
+      if completion.keep_state and completion.error is None:
         completion.state = take(self._state, [slot])
         completion.pending = int(self._rows.token[slot])
         completion.index = int(self._rows.index[slot])

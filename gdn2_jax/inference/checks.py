@@ -1,21 +1,51 @@
-"""Refusals of bad input, each before any computation.
+"""Refusals of bad input before any computation, and of non-finite logits after.
 
 Shapes and parameters are compared while a program is traced, numbers while
-they are on the host: neither costs a decoding step anything.
+they are on the host: neither costs a decoding step anything. Logits are tested
+on the device, and a flag travels with the tokens.
 """
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Array, Bool, Float
 
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.lm import LM
 
 MAX_POSITION = 2**31 - 1  # tokens of one sequence, counted in int32
+
+
+class NonFiniteError(ValueError):
+  """Logits of the model that no token can be chosen from.
+
+  Args:
+    name: argument whose rows these are.
+    failures: what happened, by row; at least one.
+    tokens: see below.
+
+  Attributes:
+    rows: the rows at fault, in ascending order.
+    tokens: of `generate`: B lists of the ids chosen, complete in all rows but
+      those at fault; else None.
+  """
+
+  def __init__(
+    self,
+    name: str,
+    failures: Mapping[int, str],
+    tokens: list[list[int]] | None = None,
+  ):
+    self.rows = sorted(failures)
+    self.tokens = tokens
+    first, *others = self.rows
+    more = f" (rows at fault: {len(self.rows)})" if others else ""
+    super().__init__(f"{name}[{first}]: {failures[first]}{more}")
 
 
 def is_concrete(value: Any) -> bool:
@@ -199,3 +229,38 @@ def _shapes(params) -> dict[str, tuple[int, ...]]:
 
 def _tell(shape) -> str:
   return "is missing" if shape is None else f"has shape {shape}"
+
+
+def is_usable(logits: Float[Array, "*b VOCAB"]) -> Bool[Array, "*b"]:
+  """Whether a token can be chosen: no NaN, no +inf, and not -inf alone."""
+  return jnp.isfinite(jnp.max(logits, axis=-1))
+
+
+def find_causes(params: Any, state: Any, rows: Sequence[int]) -> dict[int, str]:
+  """Whether weights or state made the logits of these rows non-finite, by row.
+
+  Reads all of both: only after a failure.
+  """
+  params_ok, rows_ok = jax.device_get(_finite_parts(params, state.cache))
+  leaves = jax.tree_util.tree_leaves_with_path(params_ok)
+  bad = [path for path, ok in leaves if not ok]
+  if bad:
+    name = jax.tree_util.keystr(bad[0], simple=True, separator="/")
+    more = f" and {len(bad) - 1} more" if bad[1:] else ""
+    cause = f"params: NaN or infinity in {name}{more}; load sound weights"
+    return dict.fromkeys(rows, cause)
+  damaged = "state: NaN or infinity in this row, none in params; begin it anew"
+  overflow = f"params, state: all finite; dtype={state.config.dtype} overflows"
+  return {row: overflow if rows_ok[row] else damaged for row in rows}
+
+
+@jax.jit
+def _finite_parts(params, cache):
+  """Whether all is finite: per parameter, and per row of a cache [B]."""
+
+  def rows(leaf):
+    return jnp.isfinite(leaf).all(axis=(0, *range(2, leaf.ndim)))
+
+  parts = [rows(leaf) for leaf in jax.tree.leaves(cache)]
+  params = jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params)
+  return params, jnp.stack(parts).all(axis=0)

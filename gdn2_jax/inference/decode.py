@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from gdn2_jax.inference.checks import require_alive
+from gdn2_jax.inference.checks import find_causes, is_usable, require_alive
 from gdn2_jax.inference.sampling import sample
 from gdn2_jax.inference.state import State, advance
 
 TOKENS_PER_DISPATCH = 16
+_FAILED = -1  # among the tokens: no finite logits to choose one from
 
 
 @struct.dataclass
@@ -27,7 +28,8 @@ class Rows:
     index: [B] int32, tokens chosen so far; the next is drawn with
       fold_in(key, index).
     limit: [B] int32, the index at which a row ends.
-    done: [B] bool, a row ended: at its limit, or by choosing a stop id.
+    done: [B] bool, a row ended: at its limit, by choosing a stop id, or for
+      want of finite logits.
     key: [B] typed keys.
     stops: [B, S] int32 stop ids; -1 is none.
     sampler: Sampler for all rows, or RowSamplers.
@@ -65,7 +67,8 @@ def decode_block(
 
   Returns:
     tokens [B, size] int32, of which row i has the first (new index - old index)
-    columns; the new state; the new rows.
+    columns, followed by -1 where its logits were not finite; the new state; the
+    new rows.
   """
   before = rows.done
 
@@ -77,9 +80,9 @@ def decode_block(
   def body(loop):
     column, tokens, state, rows = loop
     logits, state = advance(params, rows.token, state)
-    rows = _choose(logits, rows)
+    rows, token = _choose(logits, rows)
     tokens = jax.lax.dynamic_update_slice_in_dim(
-      tokens, rows.token[:, None], column, axis=1
+      tokens, token[:, None], column, axis=1
     )
     return column + 1, tokens, state, rows
 
@@ -90,13 +93,17 @@ def decode_block(
 
 
 def _choose(logits, rows):
+  """The rows with one more token where they are not done, and these tokens."""
+  failed = ~rows.done & ~is_usable(logits)
   keys = jax.vmap(jax.random.fold_in)(rows.key, rows.index)
   drawn = sample(logits, keys, rows.sampler)
-  token = jnp.where(rows.done, rows.token, drawn)
-  index = rows.index + ~rows.done
+  over = rows.done | failed
+  token = jnp.where(over, rows.token, drawn)
+  index = rows.index + ~over
   stopped = (token[:, None] == rows.stops).any(axis=1)
-  done = rows.done | stopped | (index >= rows.limit)
-  return rows.replace(token=token, index=index, done=done)
+  done = over | stopped | (index >= rows.limit)
+  rows = rows.replace(token=token, index=index, done=done)
+  return rows, jnp.where(failed, _FAILED, token)
 
 
 def decode(
@@ -107,7 +114,7 @@ def decode(
   count: int,
   size: int = TOKENS_PER_DISPATCH,
   pause: bool = False,
-) -> tuple[list[list[int]], State, Rows]:
+) -> tuple[list[list[int]], dict[int, str], State, Rows]:
   """`decode_block` and its results on the host.
 
   Args:
@@ -119,7 +126,8 @@ def decode(
     pause: whether to end as soon as another row is done.
 
   Returns:
-    The new tokens of each row, without the stop id that ended it; the new
+    The new tokens of each row, without the stop id that ended it; for each row
+    that ended without finite logits, by number, at which token and why; the new
     state; and the new rows, whose token, index and done are on the host.
   """
   require_alive(state)
@@ -139,7 +147,15 @@ def decode(
   rows = rows.replace(
     token=np.array(token), index=np.array(index), done=np.array(done)
   )
-  return chosen, state, rows
+  failed = np.flatnonzero((tokens == _FAILED).any(axis=1)).tolist()
+  failures = {}
+  if failed:
+    where = "non-finite logits at index {} of the chosen tokens: "
+    failures = {
+      row: where.format(index[row]) + cause
+      for row, cause in find_causes(params, state, failed).items()
+    }
+  return chosen, failures, state, rows
 
 
 def _without_stop(tokens, stops) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
-from gdn2_jax.inference.checks import require_count
+from gdn2_jax.inference.checks import NonFiniteError, require_count
 from gdn2_jax.inference.decode import TOKENS_PER_DISPATCH, decode
 from gdn2_jax.inference.request import Request
 from gdn2_jax.inference.rows import put, take
@@ -88,6 +88,9 @@ def generate(
     ValueError: an empty prompt, an id outside the vocabulary, a count < 1, an
       untyped key, a top_k above the vocabulary size, a state of another model
       or batch size, or more tokens than it has room for.
+    NonFiniteError: logits of the model that are NaN, +inf or nothing but -inf,
+      once all other rows are done. It names the row, the index of the token
+      and the cause, and has the `tokens` of all rows.
   """
   request = Request(
     config, prompts, max_new_tokens, rng, sampler, stop_ids, state, index
@@ -96,13 +99,14 @@ def generate(
   state, rows = request.begin(params)
   size = tokens_per_dispatch
   tokens = [[] for _ in prompts]
-  ended = {}
+  ended, failures = {}, {}
   count = 1 if on_tokens else size
   while not rows.done.all():
     before = rows.done
-    new, state, rows = decode(
+    new, failed, state, rows = decode(
       params, state, rows, count=count, size=size, pause=return_state
     )
+    failures |= failed
     for row, ids in enumerate(new):
       tokens[row] += ids
       if on_tokens and ids and on_tokens(row, ids):
@@ -112,6 +116,8 @@ def generate(
       for row in np.flatnonzero(rows.done & ~before).tolist():
         ended[row] = take(state, [row])
     count = size
+  if failures:
+    raise NonFiniteError("prompts", failures, tokens)
   if not return_state:
     return tokens
   for row, final in ended.items():
@@ -153,6 +159,8 @@ def stream(
 
   Raises:
     ValueError: as `generate`, at the call and not at the first token.
+    NonFiniteError: as `generate`, from the iterator, in place of the token
+      that has no finite logits.
   """
   request = Request(
     config, [prompt], max_new_tokens, rng, sampler, stop_ids, state, index
@@ -163,10 +171,12 @@ def stream(
     state, rows = request.begin(params)
     count = 1
     while not rows.done.all():
-      (new,), state, rows = decode(
+      (new,), failures, state, rows = decode(
         params, state, rows, count=count, size=tokens_per_dispatch
       )
       yield from new
+      if failures:
+        raise NonFiniteError("prompts", failures)
       count = tokens_per_dispatch
 
   return tokens()

@@ -16,7 +16,10 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Shaped
 
 from gdn2_jax.inference.checks import (
+  NonFiniteError,
+  find_causes,
   is_concrete,
+  is_usable,
   require_block,
   require_count,
   require_params,
@@ -106,7 +109,8 @@ def prefill(
       rounding.
 
   Returns:
-    float32 logits [B, VOCAB] after each row's last token, and the new state.
+    float32 logits [B, VOCAB] after each row's last token, as the model gives
+    them, NaN and infinities included; and the new state.
 
   Raises:
     ValueError: shapes that disagree, numbers that are not integers, parameters
@@ -180,7 +184,8 @@ def extend(
   What `prefill` is to a prompt this is to a draft: whether a model agrees with
   T tokens costs one call instead of T. The state cannot be taken back by some
   tokens: to drop a part of the block, copy the state before, and read what is
-  kept again with smaller `lengths`. Compiles once per T.
+  kept again with smaller `lengths`. Compiles once per T. Waits for the result,
+  to look whether it is finite; inside jit it returns what the model gives.
 
   Args:
     params: unboxed parameters of LM(state.config).
@@ -194,15 +199,38 @@ def extend(
 
   Raises:
     ValueError: as `prefill`.
+    NonFiniteError: outside of jit, logits that mean something and are NaN,
+      +inf or nothing but -inf. The state is lost, that of all rows.
   """
   require_block(tokens, lengths, state)
-  return _extend(params, tokens, lengths, state)
+  logits, state, usable = _extend(params, tokens, lengths, state)
+  if is_concrete(usable):
+    _require_usable(params, state, np.asarray(usable), np.asarray(lengths))
+  return logits, state
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
 def _extend(params, tokens, lengths, state):
-  x, _, state = _hidden(params, tokens, lengths, state)
-  return _head(params, x, state), state
+  x, count, state = _hidden(params, tokens, lengths, state)
+  logits = _head(params, x, state)
+  padding = jnp.arange(x.shape[1])[None] >= count[:, None]
+  return logits, state, padding | is_usable(logits)
+
+
+def _require_usable(params, state, usable, lengths):
+  """Raises NonFiniteError unless all of `usable` [B, T] are."""
+  failed = np.flatnonzero(~usable.all(axis=1)).tolist()
+  if not failed:
+    return
+  start = np.asarray(state.position) - lengths
+  failures = {}
+  for row, cause in find_causes(params, state, failed).items():
+    token = int(usable[row].argmin())
+    failures[row] = (
+      f"non-finite logits after token {token} of the block, at position "
+      f"{start[row] + token}: {cause}"
+    )
+  raise NonFiniteError("tokens", failures)
 
 
 def _hidden(params, tokens, lengths, state):
@@ -240,7 +268,8 @@ def decode_step(
     state: of B sequences. Donated: its buffers are reused for the result.
 
   Returns:
-    float32 logits [B, VOCAB] of the next token, and the new state.
+    float32 logits [B, VOCAB] of the next token, as the model gives them, NaN
+    and infinities included; and the new state.
 
   Raises:
     ValueError: another batch size or other parameters than the state's,

@@ -54,6 +54,8 @@ def main(folder, prompts, results):
   run.load = lambda folder: model  # another one would compile again
   ids = ",".join(map(str, prompts[0]))
   text["tokens"] = called(run, f"--tokens={ids}", "--max_new_tokens=5")
+  model.params["final_norm.weight"] *= np.nan
+  text["nan"] = called(run, "--tokens=1,2", "--max_new_tokens=5")
   (pathlib.Path(results) / "found.json").write_text(json.dumps(text))
 
 

@@ -149,6 +149,11 @@ def test_run_needs_nothing_of_ours_and_says_what_is_wrong(alone):
   empty, outside = found["empty"], found["outside"]
   assert "prompts[0]: expected at least one token" in empty[0]
   assert "expected ids in [0, 260)" in outside[0]
+  assert found["nan"] == [
+    "error: prompts[0]: non-finite logits at index 0 of the chosen tokens: "
+    "params with NaN or infinity: final_norm.weight",
+    "",
+  ]
 
 
 def test_the_description_is_that_of_the_state(folder):

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -51,6 +52,26 @@ class Tiny:
 @functools.cache
 def make_tiny(pattern: str) -> Tiny:
   return Tiny(pattern)
+
+
+def damage_params(params, name: str, where=...):
+  """The parameters with NaN at `where` of the one called `name`."""
+
+  def spoil(path, x):
+    here = jax.tree_util.keystr(path, simple=True, separator="/") == name
+    return x.at[where].set(jnp.nan) if here else x
+
+  return jax.tree_util.tree_map_with_path(spoil, params)
+
+
+def damage_state(state, row: int):
+  """The state with NaN in place of all that is no integer in one row."""
+
+  def spoil(x):
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    return x.at[:, row].set(jnp.nan) if is_float else x
+
+  return state.replace(cache=jax.tree.map(spoil, state.cache))
 
 
 @pytest.fixture(params=["G", "S", "GS"])

@@ -4,10 +4,11 @@ import jax
 import pytest
 
 from gdn2_jax.inference.batching import Batcher
+from gdn2_jax.inference.checks import NonFiniteError
 from gdn2_jax.inference.generate import generate
 from gdn2_jax.inference.sampling import GREEDY, Sampler
 from gdn2_jax.inference.state import init_state
-from tests.inference.conftest import make_tiny
+from tests.inference.conftest import damage_params, damage_state, make_tiny
 
 pytestmark = pytest.mark.usefixtures("fast_compiles")
 
@@ -128,6 +129,37 @@ def test_a_callback_that_raises_loses_nothing(hybrid, alone):
   assert (first.tokens, second.tokens) == (alone[1], alone[2])
 
 
+def test_a_damaged_session_ends_alone(hybrid, alone):
+  """With an error of its own; its slot is free for the next."""
+  batch = batcher(hybrid)
+  state = damage_state(init_state(hybrid.config, 1), 0)
+  calls = []
+  bad = submit(batch, 0, state=state, keep_state=True, on_tokens=calls.append)
+  others = [submit(batch, i) for i in range(1, 6)]
+  batch.run()
+  assert isinstance(bad.error, NonFiniteError) and bad.done
+  assert "at index 0 of the chosen tokens: state: NaN" in str(bad.error)
+  assert bad.tokens == calls == [] and bad.state is None
+  assert [completion.tokens for completion in others] == alone[1:]
+  assert all(completion.error is None for completion in others)
+  assert (batch.active, batch.waiting) == (0, 0)
+
+
+def test_a_request_keeps_what_it_got_before_nan(hybrid, alone):
+  """At a token whose embedding is NaN; a request that ends there is whole."""
+  token = alone[2][6]
+  assert token not in ASKED[2][0] + alone[2][:6]
+  params = damage_params(hybrid.params, "embedding/table", token)
+  batch = Batcher(params, hybrid.config, 2, tokens_per_dispatch=5)
+  cut, whole = submit(batch, 2), submit(batch, 2, stop_ids=[token])
+  batch.run()
+  assert cut.tokens == alone[2][:7] and cut.done
+  assert str(cut.error).startswith(
+    "prompts[0]: non-finite logits at index 7 of"
+  )
+  assert whole.tokens == alone[2][:6] and whole.error is None
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [
@@ -180,4 +212,5 @@ def test_a_request_that_cannot_begin_ends(attention):
   with pytest.raises(ValueError, match="state: was donated"):
     batch.step()
   assert lost.done and lost.tokens == []
+  assert "state: was donated" in str(lost.error)
   assert (batch.active, batch.waiting) == (0, 0)

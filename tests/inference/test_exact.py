@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gdn2_jax.inference.checks import NonFiniteError
 from gdn2_jax.inference.generate import generate
 from gdn2_jax.inference.rows import fork
 from gdn2_jax.inference.sampling import GREEDY
@@ -14,7 +15,13 @@ from gdn2_jax.inference.state import (
   init_state,
   prefill,
 )
-from tests.inference.conftest import LENGTH, make_tiny
+from tests.inference.conftest import (
+  LENGTH,
+  damage_params,
+  damage_state,
+  make_tiny,
+)
+from tests.inference.states import make_model
 from tests.inference.test_state import assert_close
 
 pytestmark = pytest.mark.usefixtures("fast_compiles")
@@ -70,6 +77,38 @@ def test_extend_gives_the_logits_after_every_token(hybrid):
   lengths = lengths + keep
   logits, _ = decode_step(params, tokens[np.arange(3), lengths], state)
   assert_close(logits, hybrid.logits[np.arange(3), lengths])
+
+
+def test_extend_names_the_row_and_the_token_of_nan():
+  """Outside of jit; what it reads beyond `lengths` may be anything."""
+  tiny = make_model("G")  # token by token: NaN stays out of earlier ones
+  params, blocks = tiny.params, np.array([[5, 6, 7, 0], [8, 9, 4, 3]])
+  start, lengths = np.array([3, 2], np.int32), np.array([3, 4], np.int32)
+  _, state = prefill(params, blocks[:, :3], start, init_state(tiny.config, 2))
+  norm = damage_params(params, "final_norm/weight")
+  word = damage_params(params, "embedding/table", 4)
+  padding = damage_params(params, "embedding/table", 0)
+
+  for given, damaged, rows, token, cause in (
+    (norm, False, [0, 1], 0, r"final_norm/weight; .* \(rows at fault: 2\)"),
+    (word, False, [1], 2, "embedding/table"),
+    (params, True, [1], 0, "state: NaN or infinity in this row"),
+  ):
+    row = rows[0]
+    message = (
+      rf"^tokens\[{row}\]: non-finite logits after token {token} of the block, "
+      f"at position {start[row] + token}: .*{cause}"
+    )
+    begin = fork(state, 1)
+    begin = damage_state(begin, 1) if damaged else begin
+    with pytest.raises(NonFiniteError, match=message) as raised:
+      extend(given, blocks, lengths, begin)
+    assert raised.value.rows == rows
+
+  logits, _ = extend(padding, blocks, lengths, fork(state, 1))
+  assert np.isfinite(logits[0, :3]).all() and np.isnan(logits[0, 3]).all()
+  logits, _ = jax.jit(extend)(word, blocks, lengths, state)
+  assert np.isnan(logits[1, 2:]).all() and np.isfinite(logits[1, :2]).all()
 
 
 def test_the_number_of_programs_is_bounded(attention):

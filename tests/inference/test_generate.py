@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gdn2_jax.inference.checks import NonFiniteError, is_usable
 from gdn2_jax.inference.decode import Rows, decode_block, pad_stops
 from gdn2_jax.inference.generate import generate, stream
 from gdn2_jax.inference.rows import take
 from gdn2_jax.inference.sampling import GREEDY, Sampler
 from gdn2_jax.inference.state import init_state, read
+from tests.inference.conftest import damage_params, damage_state
 
 pytestmark = pytest.mark.usefixtures("fast_compiles")
 
@@ -192,6 +194,114 @@ def test_callbacks_get_the_tokens_and_may_end_a_row(hybrid):
   for row in range(3):
     assert [t for i, ids in calls if i == row for t in ids] == got[row]
   assert got == [want[0], want[1][:6], want[2]]
+
+
+@pytest.mark.parametrize("sampler", [GREEDY, WARM])
+def test_weights_with_nan_end_no_row_in_silence(hybrid, sampler):
+  params = damage_params(hybrid.params, "final_norm/weight", 3)
+  args = (params, hybrid.config)
+  message = (
+    r"^prompts\[0\]: non-finite logits at index 0 of the chosen tokens: "
+    r"params: NaN or infinity in final_norm/weight; .*\(rows at fault: 3\)$"
+  )
+  with pytest.raises(NonFiniteError, match=message) as raised:
+    generate(*args, PROMPTS, NEW, rng=KEY, sampler=sampler)
+  assert raised.value.rows == [0, 1, 2]
+  assert raised.value.tokens == [[], [], []]
+  with pytest.raises(NonFiniteError, match=message.split(r" .*\(")[0]):
+    next(stream(*args, PROMPTS[0], NEW, rng=KEY, sampler=sampler))
+
+
+@pytest.mark.parametrize("return_state", [False, True])
+def test_a_damaged_state_is_named_and_the_other_rows_end(hybrid, return_state):
+  """The first time, and where a returned state goes on."""
+  run = functools.partial(
+    generate,
+    hybrid.params,
+    hybrid.config,
+    rng=KEY,
+    sampler=WARM,
+    return_state=return_state,
+  )
+  want = generate(*run.args, PROMPTS, NEW, rng=KEY, sampler=WARM)
+  state = damage_state(init_state(hybrid.config, 3), 1)
+  message = (
+    r"prompts\[1\]: .* at index {} of .*: state: NaN or infinity in this"
+  )
+  with pytest.raises(NonFiniteError, match=message.format(0)) as raised:
+    run(PROMPTS, NEW, state=state)
+  assert raised.value.rows == [1]
+  assert raised.value.tokens == [want[0], [], want[2]]
+
+  first = run(PROMPTS, 5, return_state=True)
+  pending = [[token] for token in first.pending]
+  state = damage_state(first.state, 1)
+  with pytest.raises(NonFiniteError, match=message.format(5)) as raised:
+    run(pending, NEW - 5, state=state, index=first.index)
+  assert raised.value.tokens == [want[0][5:], [], want[2][5:]]
+
+
+def meet(token, prompt, row):
+  """What comes of a row whose model gives no logits after `token`."""
+  if token in prompt:
+    return []
+  return row[: row.index(token) + 1] if token in row[:-1] else row
+
+
+@pytest.mark.parametrize("size", [1, 5, 16])
+def test_nan_on_the_way_ends_a_row_there(hybrid, size):
+  """At a token whose embedding is NaN; what was chosen before is not lost."""
+  whole = argmax_chain(hybrid)
+  n = next(i for i in range(3, NEW) if whole[0][i] not in whole[0][:i])
+  token = whole[0][n]
+  params = damage_params(hybrid.params, "embedding/table", token)
+  want = [meet(token, *pair) for pair in zip(PROMPTS, whole, strict=True)]
+  assert len(want[0]) == n + 1 < NEW
+  options = {"rng": KEY, "sampler": GREEDY, "tokens_per_dispatch": size}
+  received = [[], [], []]
+  with pytest.raises(
+    NonFiniteError, match=rf"^prompts\[0\].* index {n + 1} .*embedding/table"
+  ) as raised:
+    generate(
+      params,
+      hybrid.config,
+      PROMPTS,
+      NEW,
+      on_tokens=lambda row, ids: received[row].extend(ids),
+      **options,
+    )
+  assert raised.value.tokens == received == want
+  assert raised.value.rows == [
+    i for i, row in enumerate(want) if len(row) < NEW
+  ]
+
+  received = []
+  with pytest.raises(NonFiniteError, match=rf"at index {n + 1} of"):
+    for token in stream(params, hybrid.config, PROMPTS[0], NEW, **options):
+      received.append(token)
+  assert received == want[0]
+
+
+def test_finite_weights_that_overflow_are_told_from_damaged_ones(attention):
+  params = {**attention.params, "head": attention.params["head"] * 3e38}
+  assert jnp.isfinite(params["head"]).all()
+  with pytest.raises(
+    NonFiniteError, match="params, state: all finite; dtype=float32 overflows"
+  ):
+    generate(params, attention.config, PROMPTS, NEW, rng=KEY)
+
+
+def test_what_a_sampler_leaves_out_is_no_failure(attention):
+  """Neither is a logit of -inf, beside others; the rest is one."""
+  inf, nan = np.inf, np.nan
+  logits = jnp.array([[-inf, 2.0], [nan, 2.0], [inf, 2.0], [-inf, -inf]])
+  assert is_usable(logits).tolist() == [True, False, False, False]
+  assert is_usable(logits[None, :, ::-1]).tolist() == [[True] + [False] * 3]
+  sampler = Sampler(top_k=2, top_p=1e-3, vocab_size=5)
+  rows = generate(
+    attention.params, attention.config, PROMPTS, NEW, rng=KEY, sampler=sampler
+  )
+  assert [len(row) for row in rows] == [NEW] * 3 and max(map(max, rows)) < 5
 
 
 @pytest.mark.parametrize(
