@@ -4,6 +4,7 @@ The axis names are resolved to mesh axes by `gdn2_jax.sharding.RULES`; nothing
 here knows of a mesh.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -105,6 +106,28 @@ class RMSNorm(nn.Module):
     return norm.rms_norm(x, weight, eps=self.eps)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _lookup(table, tokens, dtype):
+  """Rows of the table in `dtype`; their gradients are summed in float32."""
+  # Filling with NaN turns a token that is out of range into a loud failure
+  # where clamping would train on the wrong row.
+  return jnp.take(table.astype(dtype), tokens, axis=0, mode="fill")
+
+
+@_lookup.defjvp
+def _lookup_jvp(dtype, primals, tangents):
+  """Casts after the gather, so that the scatter it transposes to is float32.
+
+  A sum of bfloat16 stops growing once a term is below half its last bit: 256
+  equal terms are as far as it gets, and what is lost depends on the order. The
+  value itself is gathered in `dtype`, which is all that devices then exchange.
+  """
+  (table, tokens), (dtable, _) = primals, tangents
+  dtable = dtable.astype(jnp.promote_types(dtable.dtype, jnp.float32))
+  rows = jnp.take(dtable, tokens, axis=0, mode="fill", fill_value=0)
+  return _lookup(table, tokens, dtype), rows.astype(dtype)
+
+
 class Embedding(nn.Module):
   """Token table [VOCAB, D], N(0, 0.02); ids out of range give NaN."""
 
@@ -129,9 +152,7 @@ class Embedding(nn.Module):
     # all their channels. Unless the stops on the way are named, XLA may find
     # no way from one end to the other but to replicate the activations.
     tokens = nn.with_logical_constraint(tokens, ("lookup", None))
-    # Filling with NaN turns a token that is out of range into a loud failure
-    # where clamping would train on the wrong row.
-    x = jnp.take(table.astype(self.dtype), tokens, axis=0, mode="fill")
+    x = _lookup(table, tokens, self.dtype)
     x = nn.with_logical_constraint(x, ("lookup", None, "embed"))
     return nn.with_logical_constraint(x, ("batch", None, "lookup_embed"))
 
