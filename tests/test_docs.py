@@ -1,4 +1,4 @@
-"""The code on the pages about inference and weights runs as it stands."""
+"""The code on the pages for users runs as it stands."""
 
 import pathlib
 import re
@@ -7,7 +7,12 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PAGES = ["README.md", "docs/inference.md", "docs/weights.md"]
+PAGES = [
+  "README.md",
+  "docs/inference.md",
+  "docs/layer.md",
+  "docs/weights.md",
+]
 
 # Programs run once or twice: optimising them would take far longer.
 pytestmark = pytest.mark.usefixtures("fast_compiles")

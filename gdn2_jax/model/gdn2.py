@@ -3,7 +3,7 @@
 q, k, v = silu(conv(x W))            q, k then l2-normalised per head
 b = sigmoid(x W_b), w = sigmoid(x W_w)
 g = -exp(A_log) softplus(x W_f1 W_f2 + dt_bias)        float32
-o = gdn2(q, k, v, g, b, w)
+o = gdn2(q, k, v, *gates(g, b, w))      gates: the identity, or a subclass's own
 y = (rms_norm(o) * act(x W_g1 W_g2 + bias)) W_o
 """
 
@@ -15,18 +15,19 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jaxtyping import Array, Float
 
+from gdn2_jax.model.gdn2_shards import TOKENS, convolve, gated_norm, recur
 from gdn2_jax.model.layers import Linear, fan_in_uniform, xavier_uniform
-from gdn2_jax.model.shards import length_axis, on_shards
-from gdn2_jax.ops.context import gdn2_context, short_conv_context
-from gdn2_jax.ops.gdn2 import IMPLEMENTATIONS, gdn2, gdn2_step
+from gdn2_jax.model.shards import length_axis
+from gdn2_jax.ops.gdn2 import IMPLEMENTATIONS, gdn2_step
+from gdn2_jax.ops.gdn2_inputs import check_inputs
 from gdn2_jax.ops.gdn2_projected import (
   Projections,
   activate,
   gdn2_projected,
 )
-from gdn2_jax.ops.norm import gated_rms_norm
-from gdn2_jax.ops.short_conv import short_conv, short_conv_step
+from gdn2_jax.ops.short_conv import short_conv_step
 from gdn2_jax.typing import Activations, SegmentIds
 
 _GAIN = 2.0**-2.5  # Xavier gain of the layer's linear maps
@@ -73,6 +74,11 @@ class GDN2Config:
   def value_heads(self) -> int:
     """HV."""
     return self.num_value_heads or self.num_heads
+
+  @property
+  def erase_scale(self) -> float:
+    """Upper end of the erase gate's range."""
+    return 2.0 if self.negative_eigenvalues else 1.0
 
   def validate(self, path: str) -> None:
     """Raises ValueError naming the first field under `path` that is wrong."""
@@ -148,48 +154,12 @@ def _init_dt_bias(key, shape, dtype):
   return dt + jnp.log(-jnp.expm1(-dt))
 
 
-# Logical names, for shards of tokens.
-_IDS = ("batch", "length")
-_TOKENS = ("batch", "length", "heads", None)
-_STATE = ("batch", "heads", None, None)
-
-
-def _convolve(x, kernel, segment_ids, tail, **options):
-  """short_conv of [B, T, C], wherever the tokens are."""
-  tokens, tails = ("batch", "length", "heads"), ("batch", None, "heads")
-  taps = kernel.shape[0] - 1
-  axis = length_axis((x, tokens), tokens=taps)
-  if axis is None:
-    return short_conv(x, kernel, segment_ids=segment_ids, state=tail, **options)
-
-  def run(x, kernel, segment_ids, tail):
-    return short_conv_context(
-      x,
-      kernel,
-      axis_name=axis,
-      segment_ids=segment_ids,
-      state=tail,
-      **options,
-    )
-
-  into = (tokens, (None, "heads"), _IDS, tails)
-  return on_shards(run, into, [tokens, tails])(x, kernel, segment_ids, tail)
-
-
-def _gated_norm(o, gate, weight, bias, **options):
-  """gated_rms_norm, wherever the tokens are: a kernel has no other way."""
-
-  def run(o, gate, weight, bias):
-    return gated_rms_norm(o, gate, weight, bias=bias, **options)
-
-  if length_axis((o, _TOKENS)) is not None:
-    into = (_TOKENS, _TOKENS, (None,), ("heads", None))
-    run = on_shards(run, into, _TOKENS)
-  return run(o, gate, weight, bias)
-
-
 class GDN2Mixer(nn.Module):
-  """x [B, T, D] -> y [B, T, D] through the GDN-2 recurrence."""
+  """x [B, T, D] -> y [B, T, D] through the GDN-2 recurrence.
+
+  A subclass that overrides `gates` trains, decodes and is analysed with gates
+  of its own.
+  """
 
   config: GDN2Config
   dtype: str = "float32"
@@ -211,14 +181,40 @@ class GDN2Mixer(nn.Module):
     q, conv_q = self._short_conv("q", x, key_head, segment_ids, tails[0])
     k, conv_k = self._short_conv("k", x, key_head, segment_ids, tails[1])
     v, conv_v = self._short_conv("v", x, value_head, segment_ids, tails[2])
-    b, w = self._gates(x)
+    b, w = self._gate_logits(x)
     f, a_log, dt_bias = self._decay(x)
     p = Projections(q, k, v, f, b, w, a_log, dt_bias)
-    if self.is_mutable_collection("intermediates"):
-      for name, value in zip("qkvgbw", self._activate(p), strict=True):
+    is_split = length_axis((q, TOKENS), (v, TOKENS)) is not None
+    is_token = cache is not None and segment_ids is None and x.shape[1] == 1
+    # The kernels that start from the projections know the standard gates only.
+    from_projections = not (is_token or is_split) and _are_standard(self)
+    is_sown = self.is_mutable_collection("intermediates")
+    # Once, wherever it goes: a hook may create parameters.
+    inputs = None
+    if is_sown or not from_projections:
+      inputs = _op_inputs(self, p)
+    if is_sown:
+      for name, value in zip("qkvgbw", inputs, strict=True):
         self.sow("intermediates", name, value)
 
-    o, state = self._recur(p, segment_ids, cache)
+    state = None if cache is None else cache.state
+    implementation = c.implementation or None
+    if from_projections:
+      o, state = gdn2_projected(
+        p,
+        erase_scale=c.erase_scale,
+        state=state,
+        segment_ids=segment_ids,
+        implementation=implementation,
+      )
+    elif is_token:
+      token = (a[:, 0] for a in inputs)
+      o, state = gdn2_step(*token, state, implementation=implementation)
+      o = o[:, None]
+    else:
+      o, state = recur(
+        *inputs, state, segment_ids, implementation=implementation
+      )
     self.sow("intermediates", "o", o)
     y = self._output(x, o)
     if cache is None:
@@ -226,6 +222,35 @@ class GDN2Mixer(nn.Module):
     return y, GDN2Cache(
       state=state, conv_q=conv_q, conv_k=conv_k, conv_v=conv_v
     )
+
+  def gates(
+    self,
+    g: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    w: Float[Array, "B T HV V"],
+  ) -> tuple[Array, Array, Array]:
+    """Returns the gates of the recurrence, given the layer's own; override it.
+
+      class SquaredErase(GDN2Mixer):
+        def gates(self, g, b, w):
+          return g, b * b, w
+
+    Called once per call of the layer, for sequences and for single tokens
+    alike; it must not mix tokens. `self.param` and submodules may be used.
+    Kernels that compute the gates themselves run only where it is not
+    overridden.
+
+    Args:
+      g: Log-decay [B, T, H, K], <= 0, float32.
+      b: Erase gate [B, T, H, K], averaged where config.erase_gate is "scalar".
+      w: Write gate [B, T, HV, V], averaged where config.write_gate is "scalar".
+
+    Returns:
+      (g, b, w) of the same shapes, with g <= 0. Other shapes raise ValueError,
+      as does a positive g where values can be seen; under jit it is outside
+      the op's contract.
+    """
+    return g, b, w
 
   def _linear(self, name, features, axes, in_dims=1, has_bias=False):
     return Linear(
@@ -262,7 +287,7 @@ class GDN2Mixer(nn.Module):
       flat, tail = short_conv_step(flat[:, 0], kernel, tail, activation="silu")
       flat = flat[:, None]
     else:
-      flat, tail = _convolve(
+      flat, tail = convolve(
         flat,
         kernel,
         segment_ids,
@@ -272,8 +297,8 @@ class GDN2Mixer(nn.Module):
       )
     return flat.reshape(y.shape), tail
 
-  def _gates(self, x):
-    """What the gates b [B, T, H, K] and w [B, T, HV, V] are sigmoids of."""
+  def _gate_logits(self, x):
+    """b [B, T, H, K] and w [B, T, HV, V] before the sigmoid."""
     c = self.config
     key, value = (c.num_heads, c.key_dim), (c.value_heads, c.value_dim)
     b = self._linear("b_proj", key, ("embed", "heads", "key_dim"))(x)
@@ -305,53 +330,6 @@ class GDN2Mixer(nn.Module):
     )
     return f, a_log, dt_bias
 
-  @property
-  def _erase_scale(self):
-    return 2.0 if self.config.negative_eigenvalues else 1.0
-
-  def _activate(self, p):
-    """q, k, v, g, b and w of the op."""
-    c = self.config
-    q, k, v, g, b, w = activate(p, erase_scale=self._erase_scale)
-    if c.erase_gate == "scalar":
-      b = jnp.broadcast_to(b.mean(-1, keepdims=True), b.shape)
-    if c.write_gate == "scalar":
-      w = jnp.broadcast_to(w.mean(-1, keepdims=True), w.shape)
-    return q, k, v, g, b, w
-
-  def _recur(self, p, segment_ids, cache):
-    """o [B, T, HV, V] and the state after the last token."""
-    c = self.config
-    implementation = c.implementation or None
-    state = None if cache is None else cache.state
-    if cache is not None and segment_ids is None and p.q.shape[1] == 1:
-      token = (a[:, 0] for a in self._activate(p))
-      o, state = gdn2_step(*token, state, implementation=implementation)
-      return o[:, None], state
-
-    axis = length_axis((p.q, _TOKENS), (p.v, _TOKENS))
-    if axis is None and (c.erase_gate, c.write_gate) == ("channel", "channel"):
-      return gdn2_projected(
-        p,
-        erase_scale=self._erase_scale,
-        state=state,
-        segment_ids=segment_ids,
-        implementation=implementation,
-      )
-
-    options = {"implementation": implementation}
-    op = gdn2
-    if axis is not None:
-      op, options = gdn2_context, options | {"axis_name": axis}
-
-    def run(q, k, v, g, b, w, state, ids):
-      return op(q, k, v, g, b, w, state=state, segment_ids=ids, **options)
-
-    if axis is not None:
-      into = (*6 * (_TOKENS,), _STATE, _IDS)
-      run = on_shards(run, into, [_TOKENS, _STATE])
-    return run(*self._activate(p), state, segment_ids)
-
   def _output(self, x, o):
     """Gated norm per head, then the projection back to D."""
     c = self.config
@@ -368,7 +346,7 @@ class GDN2Mixer(nn.Module):
       (c.value_dim,),
       jnp.dtype(self.param_dtype),
     )
-    o = _gated_norm(
+    o = gated_norm(
       o,
       gate,
       weight,
@@ -380,3 +358,38 @@ class GDN2Mixer(nn.Module):
     return self._linear(
       "o_proj", (x.shape[-1],), ("heads", "value_dim", "embed"), in_dims=2
     )(o)
+
+
+_STANDARD_GATES = GDN2Mixer.gates
+
+
+def _are_standard(mixer):
+  """Whether the gates are the sigmoids and the decay of the projections."""
+  c = mixer.config
+  if "scalar" in (c.erase_gate, c.write_gate):
+    return False
+  # A method of the class, a mixin or the instance: whatever a call would find.
+  return getattr(mixer.gates, "__func__", None) is _STANDARD_GATES
+
+
+# A function: an override would be skipped where kernels compute the gates.
+def _op_inputs(mixer, p):
+  """q, k, v, g, b and w of the op."""
+  c = mixer.config
+  q, k, v, g, b, w = activate(p, erase_scale=c.erase_scale)
+  if c.erase_gate == "scalar":
+    b = jnp.broadcast_to(b.mean(-1, keepdims=True), b.shape)
+  if c.write_gate == "scalar":
+    w = jnp.broadcast_to(w.mean(-1, keepdims=True), w.shape)
+  gates = mixer.gates(g, b, w)
+  if not isinstance(gates, tuple) or len(gates) != 3:
+    got = type(gates).__name__
+    if isinstance(gates, tuple):
+      got += f" of {len(gates)}"
+    raise ValueError(
+      f"{type(mixer).__name__}.gates: returned {got}, expected the arrays"
+      " (g, b, w)"
+    )
+  # Here as well as in the op, which sees parts of the arrays: one token, or
+  # one shard.
+  return check_inputs(q, k, v, *gates, time_axis=True)
