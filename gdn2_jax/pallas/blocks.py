@@ -7,7 +7,7 @@ is summed.
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -69,6 +69,23 @@ def meet(barrier: Any, warpgroups: int) -> None:
   if warpgroups > 1:
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
+
+
+def in_turns(
+  wg: Any, warpgroups: int, barrier: Any, body: Callable[[], None]
+) -> None:
+  """Runs `body` in one warpgroup after the other; all meet after each.
+
+  For sums over rows. They go from warp to warp through scratch memory, and all
+  warpgroups of a block have the same: at the same time, each would overwrite
+  the parts of the other.
+  """
+  for n in range(warpgroups):
+    if warpgroups == 1:
+      body()
+    else:
+      pl.when(wg == n)(body)
+    meet(barrier, warpgroups)
 
 
 def in_rows(x: Any) -> Any:

@@ -117,7 +117,7 @@ def _body(inputs, outputs, s, *, scale, erase, tiles):
 
   _fetch(keys_gm, rates_gm, s, row, h, c, wg)
   if rates_gm is None:
-    _take_inputs(s, wg)
+    _take_inputs(s, wg, tiles)
   else:
     _take_projections(s, wg, tiles, erase)
   g_parts = s["g_hi"].at[wg], s["g_lo"].at[wg]
@@ -208,10 +208,10 @@ def _fetch(keys_gm, rates_gm, s, row, h, c, wg):
   plgpu.barrier_wait(loaded)
 
 
-def _take_inputs(s, wg):
+def _take_inputs(s, wg, tiles):
   """Masks padding, splits g."""
   kinds = blocks.load_kinds(s["kinds"].at[wg])
-  _take_log_decay(blocks.load(s["g"].at[wg]), kinds, s, wg)
+  _take_log_decay(blocks.load(s["g"].at[wg]), kinds, s, wg, tiles)
   for name in "qkb":
     x = blocks.load(s[name].at[wg])
     x = jnp.where(kinds == blocks.PADDING, jnp.zeros_like(x), x)
@@ -223,7 +223,7 @@ def _take_projections(s, wg, tiles, erase):
   kinds = blocks.load_kinds(s["kinds"].at[wg])
   f = blocks.load(s["kx_hi"].at[wg]).astype(jnp.float32)
   g, _, _ = projected.log_decay(f, s["rates"].at[wg])
-  _take_log_decay(g, kinds, s, wg)
+  _take_log_decay(g, kinds, s, wg, tiles)
 
   def load(name):
     x = blocks.load(s[name].at[wg])
@@ -244,12 +244,15 @@ def _take_projections(s, wg, tiles, erase):
     store(name, load(name) * norm)
 
 
-def _take_log_decay(g, kinds, s, wg):
+def _take_log_decay(g, kinds, s, wg, tiles):
   g = blocks.log_decay(g, kinds)
   blocks.store_split(g, s["g_hi"].at[wg], s["g_lo"].at[wg])
   channels = pl.ds(wg * TILE, TILE)
-  s["gamma_C"].at[channels][...] = jnp.exp(g.sum(axis=0))
-  plgpu.commit_smem()
+
+  def decay_of_chunk():
+    s["gamma_C"].at[channels][...] = jnp.exp(g.sum(axis=0))
+
+  blocks.in_turns(wg, tiles, s["met"], decay_of_chunk)
 
 
 def _scores(load, s, g_parts, wg, scale, *, with_T):

@@ -339,9 +339,12 @@ class _Chunk:
     f = self.at_tokens(self.load_global(3))
     _, plus, slope = projected.log_decay(f, rates)
     df = dg * projected.load_rate(rates, 0) * slope
-    rates.at[0][...] = (dg * plus).sum(axis=0)
-    rates.at[1][...] = df.sum(axis=0)
-    plgpu.commit_smem()
+
+    def sum_over_tokens():
+      rates.at[0][...] = (dg * plus).sum(axis=0)
+      rates.at[1][...] = df.sum(axis=0)
+
+    blocks.in_turns(self.wg, self.tiles, self.s["met"], sum_over_tokens)
     plgpu.copy_smem_to_gmem(
       rates,
       self.outputs[6].at[self.row, self.h, self.c, pl.ds(0, 2), self.channels],
