@@ -20,12 +20,13 @@ from typing import Any
 
 import jax
 
-from gdn2_jax.aot import ptxas
+from gdn2_jax.aot import ptxas, turns
 from gdn2_jax.aot.cases import Case
 from gdn2_jax.pallas import target
 
 _DUMP = "MOSAIC_GPU_DUMP_TO"
 _MODULE = ".before_layout_inference.txt"
+_LAID_OUT = ".after_layout_inference.txt"
 # Mosaic GPU tries to disassemble what it dumps; toolkits often lack nvdisasm.
 _NOISE = re.compile(r"nvdisasm|Source Location Trace|mosaic/gpu/dump\.cc|^\s*$")
 
@@ -165,12 +166,14 @@ class Reader:
 
   def _parse(self, folder, base, module) -> ptxas.Usage:
     resources = folder / f"{base}.resources.txt"
-    return ptxas.parse(
+    usage = ptxas.parse(
       (folder / f"{base}.ptxas").read_text(),
       (folder / f"{base}.ptx").read_text(),
       module,
       resources.read_text() if resources.exists() else "",
     )
+    found = turns.sums_out_of_turn((folder / (base + _LAID_OUT)).read_text())
+    return dataclasses.replace(usage, out_of_turn=found)
 
 
 class Compiler:

@@ -55,6 +55,7 @@ class Usage:
     serialized: ptxas's lines about serialised wgmma.
     warnings: its other warnings.
     notes: its other remarks that have a code.
+    out_of_turn: what turns.py found, which ptxas cannot know.
   """
 
   registers: int
@@ -66,6 +67,7 @@ class Usage:
   serialized: tuple[str, ...] = ()
   warnings: tuple[str, ...] = ()
   notes: tuple[str, ...] = ()
+  out_of_turn: tuple[str, ...] = ()
 
   @property
   def ctas_per_sm(self) -> int:
@@ -146,6 +148,7 @@ def judge(usage: Usage, limits: Mapping[str, int]) -> list[str]:
     )
   found += [f"wgmma is serialised: {line}" for line in usage.serialized]
   found += [f"ptxas warns: {line}" for line in usage.warnings]
+  found += usage.out_of_turn
   if usage.shared_bytes > MAX_SHARED_BYTES:
     found.append(
       f"{usage.shared_bytes} bytes of shared memory, a CTA has at most "

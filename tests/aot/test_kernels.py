@@ -74,7 +74,8 @@ class FakeLowered:
   def compile(self):
     for base, constant, ptxas in self.launches:
       module = recorded.module(base, constant=constant)
-      self.dump(f"{base}.before_layout_inference.txt", module)
+      for when in ("before", "after"):
+        self.dump(f"{base}.{when}_layout_inference.txt", module)
       if ptxas:
         self.dump(f"{base}.ptxas", ptxas)
         self.dump(f"{base}.ptx", recorded.PTX)

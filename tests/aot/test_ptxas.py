@@ -60,6 +60,11 @@ def test_a_warning_fails_and_a_note_does_not():
   assert judge(usage, {}) == []
 
 
+def test_sums_out_of_turn_fail():
+  usage = dataclasses.replace(USAGE, out_of_turn=("let them take turns",))
+  assert judge(usage, {}) == ["let them take turns"]
+
+
 def test_too_much_shared_memory_fails():
   most = dataclasses.replace(USAGE, shared_bytes=MAX_SHARED_BYTES)
   assert judge(most, {}) == []
