@@ -137,7 +137,7 @@ def portable(config: ModelConfig) -> ModelConfig:
   config = copy.deepcopy(config)
   config.gdn2.implementation = "xla"
   config.attention.implementation = "xla"
-  config.remat = "none"
+  config.remat, config.scan_unroll = "none", 1
   return config
 
 

@@ -17,7 +17,13 @@ from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.weights.tree import flatten_params
 
 # Fields of ModelConfig and its parts that leave the function as it is.
-_HOW_NOT_WHAT = ("implementation", "loss_chunk", "remat", "scan_layers")
+_HOW_NOT_WHAT = (
+  "implementation",
+  "loss_chunk",
+  "remat",
+  "scan_layers",
+  "scan_unroll",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +58,9 @@ def identify(
 
   Args:
     params: unboxed parameters of LM(config), on any devices of this process.
-    config: of the model. How it is computed (remat, scan_layers, loss_chunk,
-      implementation) is left out of the hash: it leaves the function as it is.
+    config: of the model. How it is computed (remat, scan_layers, scan_unroll,
+      loss_chunk, implementation) is left out of the hash: it leaves the
+      function as it is.
     tokenizer: with an attribute `sha256`, as those of `gdn2_jax.data` have;
       None where there is no text.
 

@@ -33,6 +33,9 @@ class ModelConfig:
     remat: what the backward recomputes: "none" keeps all activations, "dots"
       keeps the results of matrix products, "full" keeps the layers' inputs.
     scan_layers: compile one group of layers once and scan over the groups.
+    scan_unroll: groups in a turn of that scan, a divisor of their number; 0 is
+      all of them. Parameters are the same. More groups take longer to compile;
+      with all there is no loop, whose activations would be copied into stacks.
     loss_chunk: tokens whose logits exist at a time in the loss.
   """
 
@@ -50,12 +53,18 @@ class ModelConfig:
   param_dtype: str = "float32"
   remat: str = "none"
   scan_layers: bool = True
+  scan_unroll: int = 1
   loss_chunk: int = 512
 
   @property
   def num_groups(self) -> int:
     """Repetitions of the pattern."""
     return self.num_layers // len(self.pattern)
+
+  @property
+  def groups_per_turn(self) -> int:
+    """Groups in a turn of the scan; `num_groups` of them leave no loop."""
+    return self.scan_unroll or self.num_groups
 
   def validate(self, path: str = "model") -> None:
     """Raises ValueError naming the first field under `path` that is wrong."""
@@ -71,6 +80,11 @@ class ModelConfig:
       raise ValueError(
         f"{path}.num_layers={self.num_layers}: expected a positive multiple "
         f"of the {len(self.pattern)} layers of pattern={self.pattern!r}"
+      )
+    if self.scan_unroll < 0 or self.num_groups % self.groups_per_turn:
+      raise ValueError(
+        f"{path}.scan_unroll={self.scan_unroll}: expected 0 (all) or a divisor "
+        f"of the {self.num_groups} groups of layers"
       )
     choices = {"dtype": _DTYPES, "param_dtype": _DTYPES, "remat": _REMAT}
     for name, allowed in choices.items():

@@ -40,9 +40,10 @@ class LM(nn.Module):
     self.embedding = Embedding(c.vocab_size, c.model_dim, **types)
     group = Group
     if c.remat != "none":
-      group = nn.remat(
-        Group, policy=_POLICIES[c.remat], prevent_cse=not c.scan_layers
-      )
+      # A loop keeps the backward's second pass apart from the forward; without
+      # one XLA would find them equal, and keep what remat is to drop.
+      looped = c.scan_layers and c.groups_per_turn < c.num_groups
+      group = nn.remat(Group, policy=_POLICIES[c.remat], prevent_cse=not looped)
     if c.scan_layers:
       self.groups = nn.scan(
         group,
@@ -50,6 +51,7 @@ class LM(nn.Module):
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0),
         length=c.num_groups,
+        unroll=c.groups_per_turn,
         metadata_params={nn.PARTITION_NAME: "layers"},
       )(c)
     else:

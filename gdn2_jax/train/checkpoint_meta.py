@@ -23,7 +23,13 @@ READABLE = (1, 2)
 COMMITTED = "commit_success.txt"
 
 # Fields of ModelConfig that change how, not what, is computed.
-_NOT_ARCHITECTURE = ("dtype", "remat", "loss_chunk", "implementation")
+_NOT_ARCHITECTURE = (
+  "dtype",
+  "remat",
+  "scan_unroll",
+  "loss_chunk",
+  "implementation",
+)
 
 _ENTRIES = {
   "params",

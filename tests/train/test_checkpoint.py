@@ -155,6 +155,9 @@ def test_what_may_change_on_a_resume(config, meta):
   config.num_steps = 9
   config.grad_accum = 2
   check(meta, edited(config, remat="full", dtype="bfloat16", loss_chunk=8))
+  check(meta, edited(config, scan_unroll=0))
+  del meta["config"]["model"]["scan_unroll"]  # as older versions wrote it
+  check(meta, edited(config, scan_unroll=0))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax.train.checkpoint import CheckpointError, committed_steps, load_run
+from gdn2_jax.train.checkpoint_meta import read_meta
 from gdn2_jax.train.config import config_from_json, config_to_json
 from gdn2_jax.train.lock import LockedError, WorkdirLock
 from gdn2_jax.train.loop import train
@@ -144,6 +145,27 @@ def test_sigterm_saves_and_resume_is_bit_exact(
   workdir, expected, _ = straight
   assert bits(result.state) == bits(expected.state)
   assert losses(tmp_path) == losses(workdir)
+
+
+def test_a_run_resumes_with_its_layers_unrolled(config, dataset, tmp_path):
+  config.model.scan_layers, config.model.pattern = True, "G"
+  assert config.model.num_groups == 2
+  straight, changed = tmp_path / "straight", tmp_path / "changed"
+  train(config, straight, dataset=dataset, say=lambda _: None)
+  faulty = Faulty(dataset, {3: interrupted})
+  train(config, changed, dataset=faulty, say=lambda _: None)
+  config.model.scan_unroll = 0
+  lines = []
+  train(config, changed, dataset=dataset, say=lines.append)
+  assert "resumed from step 4" in lines
+  # Neither names nor shapes of what is saved depend on it.
+  checkpoints = changed / "checkpoints"
+  before, after = (read_meta(checkpoints, step)["tree"] for step in (4, 6))
+  assert before == after
+  want, got = losses(straight), losses(changed)
+  assert got[:4] == want[:4]
+  # Steps of another program, which sums in another order.
+  np.testing.assert_allclose(got[4:], want[4:], rtol=1e-5)
 
 
 def test_finished_run_does_not_train_on(straight, config, dataset, tmp_path):
