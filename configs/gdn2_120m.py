@@ -21,7 +21,6 @@ def get_config() -> TrainConfig:
   config.model.gdn2.num_heads = 6
   config.model.attention.num_heads = 6
   config.model.attention.window = 1024
-  config.model.remat = "none"
   config.data.seq_len = 2048
   config.data.batch_size = 64
   config.grad_accum = 4

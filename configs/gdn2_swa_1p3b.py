@@ -7,9 +7,10 @@ Cost: 100B tokens, 8.7e20 FLOPs; the paper reports 38,000 tokens/s on one
 H100 at 2,048 x 8 tokens (its Figure 2).
 
   python -m gdn2_jax.train --config=configs/gdn2_swa_1p3b.py \
-      --workdir=runs/gdn2_swa_1p3b --config.mesh.fsdp=-1
+      --workdir=runs/gdn2_swa_1p3b --config.mesh.fsdp=8 --config.grad_accum=4
 
-Recipes as in configs/gdn2_1p3b.py; append `:script` for the larger batch.
+Memory: 58 GB on one device, with four rows at a time; the rest, and the two
+recipes, as in configs/gdn2_1p3b.py. Append `:script` for the larger batch.
 """
 
 from configs import gdn2_1p3b
@@ -22,4 +23,5 @@ def get_config(recipe: str = "paper") -> TrainConfig:
   config.model.mlp_dim = 6784
   config.model.attention.num_heads = 18
   config.model.attention.window = 2048
+  config.grad_accum = config.data.batch_size // 4
   return config

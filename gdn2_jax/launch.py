@@ -2,7 +2,7 @@ r"""Starts several processes of one run on this host, and keeps them running.
 
   python -m gdn2_jax.launch --num_processes=4 --gpus_per_process=2 -- \
     python -m gdn2_jax.train --config=configs/gdn2_1p3b.py \
-    --workdir=runs/gdn2_1p3b --config.mesh.fsdp=-1
+    --workdir=runs/gdn2_1p3b --config.mesh.fsdp=-1 --config.grad_accum=4
 
 The command after -- is started --num_processes times, each time with another
 --process_id and with the same --coordinator_address and --num_processes. If one

@@ -2,7 +2,7 @@ r"""Says what a config costs before anything is allocated.
 
   python -m gdn2_jax.plan --config=configs/gdn2_1p3b.py
   python -m gdn2_jax.plan --config=configs/gdn2_1p3b.py --devices=8 \
-    --config.mesh.fsdp=-1 --json
+    --config.mesh.fsdp=-1 --config.grad_accum=4 --json
 
 Parameters, state bytes of a sequence and FLOPs are counted; the memory of a
 training step per device is read off the compiled program, which runs on no

@@ -9,7 +9,9 @@ import sys
 import pytest
 import yaml
 
+from configs import gdn2_1p3b
 from gdn2_jax.train.cluster import find_place
+from gdn2_jax.train.config import preflight
 from tests.tiny_run import ROOT
 
 FOLDER = ROOT / "launch"
@@ -37,6 +39,20 @@ def train_flags():
 def check_flags(words, train_flags):
   used = {match[1] for word in words if (match := _FLAG.match(word))}
   assert used and used <= train_flags, used - train_flags
+
+
+def check_fits(given, devices):
+  """The preset's batch splits over the devices, 16K tokens on each at once."""
+  config = gdn2_1p3b.get_config()
+  config.mesh.fsdp = int(given["config.mesh.fsdp"])
+  config.grad_accum = int(given["config.grad_accum"])
+  preflight(config, devices)
+  rows = config.data.batch_size // config.grad_accum // devices
+  assert rows * config.data.seq_len == 16384
+
+
+def flags_of(words):
+  return dict(word[2:].split("=", 1) for word in words if "=" in word)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +93,11 @@ def test_slurm_script_names_what_exists(batch_script, train_flags):
   usage = re.search(
     r"sbatch .*?launch/slurm\.sbatch(.*?)\n#\n", batch_script, re.S
   )
-  check_flags(usage[1].replace("\\\n#", " ").split(), train_flags)
+  words = usage[1].replace("\\\n#", " ").split()
+  check_flags(words, train_flags)
+  nodes = int(re.search(r"--nodes=(\d+) launch/", batch_script)[1])
+  gpus = int(re.search(r"--gpus-per-node=(\d+)", batch_script)[1])
+  check_fits(flags_of(words), nodes * gpus)
   command = re.search(r"-m (gdn2_jax\.\w+) (.*?)\"\$@\"", batch_script)
   assert command[1] == "gdn2_jax.train"
   check_flags(command[2].split(), train_flags)
@@ -119,7 +139,7 @@ def test_jobset_adds_up(train_flags):
   (container,) = pod["containers"]
   assert container["command"] == ["python", "-m", "gdn2_jax.train"]
   check_flags(container["args"], train_flags)
-  given = dict(arg[2:].split("=", 1) for arg in container["args"])
+  given = flags_of(container["args"])
   # The stable name of pod 0 of job 0, and the port that is open there.
   name = jobset["metadata"]["name"]
   host = f"{name}-{replicated['name']}-0-0.{name}"
@@ -127,6 +147,7 @@ def test_jobset_adds_up(train_flags):
   assert given["coordinator_address"] == f"{host}:{port}"
   count = int(given["num_processes"])
   assert job["parallelism"] == job["completions"] == count
+  check_fits(given, count * container["resources"]["limits"]["nvidia.com/gpu"])
   for index in range(count):
     place = find_place(
       given["coordinator_address"],
@@ -171,7 +192,10 @@ def test_skypilot_gives_every_node_its_place(tmp_path, train_flags):
   ).stdout.splitlines()
   assert out[:2] == ["-m", "gdn2_jax.train"]
   check_flags(out[2:], train_flags)
-  given = dict(word[2:].split("=", 1) for word in out[2:])
+  given = flags_of(out[2:])
+  kind, gpus = task["resources"]["accelerators"].split(":")
+  assert kind == "H100"
+  check_fits(given, nodes * int(gpus))
   assert given["coordinator_address"] == "10.0.0.4:8476"
   assert (given["num_processes"], given["process_id"]) == (str(nodes), "1")
   assert given["config"] == task["envs"]["CONFIG"]
