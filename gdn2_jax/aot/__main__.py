@@ -2,12 +2,15 @@ r"""Compiles kernels and the training step for an H100, without a GPU.
 
   make aot
   make aot ARGS='--only=scan --notrain_step'
+  make aot ARGS=--nokernels
   make aot ARGS='--implementation=xla --json=aot.json'
 
 Prints what every kernel takes and what the 1.3B hybrid's training step needs
 on one and on eight H100s. Exits with code 1 if a kernel spills registers, if
 ptxas serialises its wgmma, if it wants more shared memory than there is, if it
-exceeds its own budget, or if the step exceeds 80 GB.
+exceeds its own budget, or if the step exceeds 80 GB. On one H100 the step has
+limits of its own for products, bytes moved, launches and memory
+(`step_budget.ONE_DEVICE`), and a table of what its parts take.
 
 Bytes per token-head count every operand and result of a kernel once; operands
 that several CTAs read from HBM cost more.
@@ -40,9 +43,10 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "only", "", "Compile the kernels whose case has this in its name."
   )
+  flags.DEFINE_bool("kernels", True, "Compile the kernels one by one.")
   flags.DEFINE_string("json", None, "Also write all figures to FILE.")
   flags.DEFINE_bool(
-    "train_step", True, "Compile the training step, about five minutes."
+    "train_step", True, "Compile the training step, some twenty minutes."
   )
   flags.DEFINE_enum(
     "implementation",
@@ -140,10 +144,11 @@ def main(argv: Sequence[str]) -> None:
   jax.config.update("jax_platforms", "cpu")
   start, reader = time.perf_counter(), Reader()
   with cli.one_line_errors(NotImplementedError):
-    kernels, failures = compile_kernels(flags.FLAGS.only, reader)
-    triton, more = compile_triton(flags.FLAGS.only)
-    failures += more
-    steps = []
+    kernels, triton, steps, failures = [], [], [], []
+    if flags.FLAGS.kernels:
+      kernels, failures = compile_kernels(flags.FLAGS.only, reader)
+      triton, more = compile_triton(flags.FLAGS.only)
+      failures += more
     if flags.FLAGS.train_step and not flags.FLAGS.only:
       steps, more = compile_steps(flags.FLAGS.implementation, reader)
       failures += more

@@ -1,7 +1,8 @@
 """The training step of the 1.3B hybrid, compiled for H100s.
 
 Nothing is allocated and nothing runs. XLA's buffer assignment for the GPU says
-how much memory a device needs, the compiled program how it communicates.
+how much memory a device needs, the compiled program how it communicates, and on
+one device what it computes and moves.
 """
 
 import collections
@@ -12,7 +13,7 @@ from typing import Any
 
 import jax
 
-from gdn2_jax.aot import ptxas
+from gdn2_jax.aot import ptxas, step_budget
 from gdn2_jax.aot.kernels import Reader, dumps
 from gdn2_jax.aot.topology import h100_devices
 from gdn2_jax.model.lm import LM
@@ -61,6 +62,8 @@ class StepReport:
     collectives: instructions by kind; one in a loop over layers counts once.
     custom_calls: instructions by target, counted likewise.
     kernels: name and usage of our kernels, without repetition.
+    costs: see `step_budget.step_costs`; empty on several devices.
+    limits: of the costs and of the memory, beside MEMORY_BUDGET.
     lower_seconds: tracing and lowering.
     compile_seconds: XLA, LLVM and ptxas.
   """
@@ -75,6 +78,8 @@ class StepReport:
   collectives: dict[str, int]
   custom_calls: dict[str, int]
   kernels: tuple[tuple[str, ptxas.Usage], ...]
+  costs: dict[str, step_budget.Costs]
+  limits: step_budget.Limits | None
   lower_seconds: float
   compile_seconds: float
 
@@ -97,6 +102,10 @@ class StepReport:
         f"{label}: {self.total / 1e9:.1f} GB a device, budget "
         f"{MEMORY_BUDGET / 1e9:.0f} GB"
       )
+    if self.limits:
+      total = self.costs["total"]
+      over = step_budget.judge(total, self.total, self.limits)
+      found += [f"{label}: {failure}" for failure in over]
     return found
 
 
@@ -137,8 +146,13 @@ def compile_train_step(
     compiled = lowered.compile()
     end = time.perf_counter()
     kernels = [kernel for kernel in reader.read(folder) if kernel[1]]
-  stats = compiled.memory_analysis()
-  collectives, custom_calls = count_instructions(compiled.as_text())
+  stats, hlo = compiled.memory_analysis(), compiled.as_text()
+  collectives, custom_calls = count_instructions(hlo)
+  costs, limits = {}, None
+  if len(devices) == 1:
+    costs = step_budget.step_costs(hlo, SEQ_LEN)
+    if config.model.gdn2.implementation == "mosaic_gpu":
+      limits = step_budget.ONE_DEVICE
   return StepReport(
     mesh=name,
     devices=len(devices),
@@ -151,6 +165,8 @@ def compile_train_step(
     collectives=collectives,
     custom_calls=custom_calls,
     kernels=tuple(dict.fromkeys(kernels)),
+    costs=costs,
+    limits=limits,
     lower_seconds=lowering_ends - start,
     compile_seconds=end - lowering_ends,
   )
@@ -177,6 +193,7 @@ def step_lines(report: StepReport, implementation: str) -> str:
       f"  per device: {sizes}",
       f"  collectives: {_counts(report.collectives)}",
       f"  custom calls: {_counts(report.custom_calls)}",
+      *(f"  {line}" for line in step_budget.cost_lines(report.costs)),
       *(
         f"  kernel {kernel}: {usage.registers} registers, "
         f"{usage.shared_bytes / 1024:.1f} KB shared, {usage.ctas_per_sm} "

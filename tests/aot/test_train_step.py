@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from gdn2_jax.aot import ptxas, topology, train_step
+from gdn2_jax.aot.step_budget import ONE_DEVICE, Costs
 from tests.aot import recorded
 
 HLO = """\
@@ -29,6 +30,8 @@ REPORT = train_step.StepReport(
   collectives={"all-gather": 2},
   custom_calls={},
   kernels=(),
+  costs={},
+  limits=None,
   lower_seconds=1.0,
   compile_seconds=30.0,
 )
@@ -44,6 +47,18 @@ def test_the_memory_budget_can_be_overrun():
   assert REPORT.failures == []
   over = dataclasses.replace(REPORT, temporaries=30_000_000_000)
   assert "80.0 GB a device, budget 80 GB" in over.failures[0]
+
+
+def test_the_limits_of_one_device_can_be_overrun():
+  total = Costs(tflops=175.4, gigabytes=326.2, launches=1494)
+  report = dataclasses.replace(
+    REPORT, mesh="one device", costs={"total": total}, limits=ONE_DEVICE
+  )
+  assert report.failures == [
+    "train step on one device: 175.4 TFLOP of products, budget 137.5",
+    "train step on one device: 79.0 GB a device, budget 53",
+  ]
+  assert "  total" in train_step.step_lines(report, "mosaic_gpu")
 
 
 def test_a_bad_kernel_fails_the_step():
