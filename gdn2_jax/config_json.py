@@ -10,6 +10,8 @@ import types
 import typing
 from typing import Any
 
+from gdn2_jax.config_class import unknown_field
+
 
 def to_json(config: Any) -> str:
   """A dataclass as indented JSON, every field spelled out."""
@@ -43,13 +45,10 @@ def from_dict(cls: type, tree: Any, path: str) -> Any:
   if not isinstance(tree, dict):
     raise ValueError(f"{path}={tree!r}: expected an object of {cls.__name__}")
   hints = typing.get_type_hints(cls)
-  names = [field.name for field in dataclasses.fields(cls)]
-  unknown = sorted(set(tree) - set(names))
+  names = {field.name for field in dataclasses.fields(cls)}
+  unknown = sorted(set(tree) - names)
   if unknown:
-    raise ValueError(
-      f"{path}.{unknown[0]}: unknown field; {cls.__name__} has "
-      + ", ".join(names)
-    )
+    raise ValueError(unknown_field(cls, unknown[0], path))
   values = {}
   for name, value in tree.items():
     hint, where = hints[name], f"{path}.{name}"

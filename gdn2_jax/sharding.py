@@ -14,13 +14,14 @@ logical constraint, and explicit axis types would turn them into assertions.
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gdn2_jax.config_class import config_class
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
@@ -49,7 +50,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 )
 
 
-@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+@config_class
 class MeshConfig:
   """Devices along each mesh axis.
 

@@ -24,14 +24,15 @@ WHOLE_PROGRAMS = {
 # layer: layers it may import. Data flows one way; what is absent is forbidden.
 ALLOWED = {
   "typing": set(),
-  "config_json": set(),
-  "sharding": set(),
+  "config_class": set(),
+  "config_json": {"config_class"},
+  "sharding": {"config_class"},
   "cli": {"train"},
   "ops": {"typing", "pallas", "triton"},
   "pallas": {"typing"},
   "triton": {"typing"},
-  "model": {"typing", "ops"},
-  "data": set(),
+  "model": {"typing", "config_class", "ops"},
+  "data": {"config_class"},
   "weights": {"typing", "config_json", "sharding", "model", "data"},
   "inference": {
     "typing",
@@ -43,9 +44,10 @@ ALLOWED = {
   },
   "export": {"ops", "model", "inference", "weights"},
   "analysis": {"typing", "ops", "model"},
-  "eval": {"typing", "sharding", "model", "data"},
+  "eval": {"typing", "config_class", "sharding", "model", "data"},
   "train": {
     "typing",
+    "config_class",
     "config_json",
     "sharding",
     "model",

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gdn2_jax.config_class import config_class
 from gdn2_jax.data import files, packed, shards, sources, streams, text_stream
 from gdn2_jax.data import tokenizer as tokenization
 from gdn2_jax.data.rows import PackedRows, check_batch
@@ -29,7 +30,7 @@ __all__ = [
 _SAMPLE_TOKENS = 1 << 24
 
 
-@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+@config_class
 class DataConfig:
   """What to read, and how it is cut into batches.
 

@@ -1,6 +1,5 @@
 """Held-out loss of a language model, at the training length and beyond."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdn2_jax.config_class import config_class
 from gdn2_jax.eval.report import LossReport, PositionLoss, make_report
 from gdn2_jax.eval.targets import validation_batches
 from gdn2_jax.model.config import ModelConfig
@@ -18,7 +18,7 @@ from gdn2_jax.sharding import batch_sharding, shards_of
 _FIRST_BUCKET = 32  # positions of the first bucket of the loss by position
 
 
-@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+@config_class
 class EvalConfig:
   """How much to evaluate, and when.
 

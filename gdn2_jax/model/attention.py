@@ -1,11 +1,11 @@
 """Causal softmax attention with rotary positions: sliding-window, or full."""
 
-import dataclasses
 import math
 
 import jax.numpy as jnp
 from flax import linen as nn
 
+from gdn2_jax.config_class import config_class
 from gdn2_jax.model.kv_cache import (
   CacheLayer,
   attend_and_store,
@@ -24,7 +24,7 @@ _TOKENS = ("batch", "length", "heads", None)
 _KV_TOKENS = ("batch", "length", "kv_heads", None)
 
 
-@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+@config_class
 class AttentionConfig:
   """Causal softmax attention, of the layers "S" and "A".
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from gdn2_jax.config_class import config_class
 from gdn2_jax.model.attention import AttentionConfig
 from gdn2_jax.model.gdn2 import GDN2Config
 
@@ -14,7 +15,7 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _REMAT = ("none", "dots", "full")
 
 
-@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+@config_class
 class ModelConfig:
   """A language model: embedding, layers by pattern, final norm, head.
 

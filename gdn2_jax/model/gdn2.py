@@ -7,7 +7,6 @@ o = gdn2(q, k, v, *gates(g, b, w))      gates: the identity, or a subclass's own
 y = (rms_norm(o) * act(x W_g1 W_g2 + bias)) W_o
 """
 
-import dataclasses
 import math
 from typing import Any
 
@@ -17,6 +16,7 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float
 
+from gdn2_jax.config_class import config_class
 from gdn2_jax.model.gdn2_shards import TOKENS, convolve, gated_norm, recur
 from gdn2_jax.model.layers import Linear, fan_in_uniform, xavier_uniform
 from gdn2_jax.model.shards import length_axis
@@ -35,7 +35,7 @@ _ACTIVATIONS = ("silu", "sigmoid")
 _GATES = ("channel", "scalar")
 
 
-@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+@config_class
 class GDN2Config:
   """Gated DeltaNet-2 mixer.
 

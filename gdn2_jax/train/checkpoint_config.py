@@ -1,9 +1,9 @@
 """CheckpointConfig, apart from the code so that configs stay light."""
 
-import dataclasses
+from gdn2_jax.config_class import config_class
 
 
-@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+@config_class
 class CheckpointConfig:
   """When to save, how many to keep, what a resume may change.
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gdn2_jax import config_json
+from gdn2_jax.config_class import config_class
 from gdn2_jax.data.pipeline import DataConfig
 from gdn2_jax.eval.perplexity import EvalConfig
 from gdn2_jax.model.config import ModelConfig
@@ -20,7 +21,7 @@ from gdn2_jax.train.checkpoint_config import CheckpointConfig
 from gdn2_jax.train.optimizer import OptimizerConfig
 
 
-@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+@config_class
 class TrainConfig:
   """One training run.
 

@@ -6,7 +6,6 @@
 The gradient is first scaled to a global norm of at most `clip_norm`.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gdn2_jax.config_class import config_class
+
 DECAY_MASKS = ("all", "matrices")
 
 # A parameter with only these axes is one vector per head, not a matrix.
 _HEAD_AXES = {"heads", "kv_heads", "key_dim", "value_dim", "head_dim"}
 
 
-@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+@config_class
 class OptimizerConfig:
   """AdamW and its schedule; the defaults are those of the paper.
 

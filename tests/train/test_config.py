@@ -108,8 +108,14 @@ def test_json_round_trip(config):
 @pytest.mark.parametrize(
   ("edit", "message"),
   [
-    ({"steps": 3}, "config.steps: unknown field; TrainConfig has model"),
-    ({"optimizer": {"beta": 1}}, "config.optimizer.beta: unknown field"),
+    (
+      {"steps": 3},
+      "config.steps: unknown field; did you mean config.num_steps",
+    ),
+    (
+      {"optimizer": {"beta": 1}},
+      "optimizer.beta: unknown field; OptimizerConfig has lr",
+    ),
     ({"num_steps": "3"}, "config.num_steps='3': expected int, got str"),
     ({"num_steps": True}, "config.num_steps=True: expected int, got bool"),
     ({"optimizer": {"lr": None}}, "config.optimizer.lr=None: expected float"),
