@@ -4,6 +4,7 @@ import contextlib
 import pathlib
 import sys
 import traceback
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -47,9 +48,13 @@ def python_command() -> str:
 
 def is_ours(error: BaseException) -> bool:
   """Whether our code refused something, rather than some library."""
-  innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
+  return is_our_frame(list(traceback.walk_tb(error.__traceback__))[-1][0])
+
+
+def is_our_frame(frame: types.FrameType) -> bool:
+  """Whether a stack frame runs code of this package."""
   # Not by __name__: the module that runs is called __main__.
-  package = innermost.f_globals.get("__package__") or ""
+  package = frame.f_globals.get("__package__") or ""
   return package.split(".")[0] == "gdn2_jax"
 
 
@@ -71,26 +76,6 @@ def one_line_errors(*more: type[Exception]) -> Iterator[None]:
     if not is_ours(e):
       raise
     fail(str(e))
-
-
-def read_config(flag: Any, example: str = "configs/tiny_cpu.py") -> Any:
-  """The TrainConfig behind a config-file flag, or a one-line failure."""
-  # Not at the top: `--help` of programs without a config needs no JAX.
-  from gdn2_jax.train.config import TrainConfig
-
-  config = flag.value
-  if config is None:
-    fail(f"--config is missing, e.g. --config={example}; see --help")
-  try:
-    if isinstance(config, TrainConfig):
-      return config
-    config.num_steps  # noqa: B018, tells why the file could not be read
-  except OSError as e:
-    fail(f"--config: {e}")
-  fail(
-    f"--config: get_config() returned {type(config).__name__}, expected "
-    "TrainConfig"
-  )
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -18,9 +18,8 @@ from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
-from gdn2_jax import cli
+from gdn2_jax import cli, config_flag
 from gdn2_jax.data.pipeline import DataConfig
 from gdn2_jax.model.accounting import (
   count_parameters,
@@ -42,9 +41,7 @@ from gdn2_jax.train.optimizer import learning_rate
 from gdn2_jax.train.state import TrainState, plan_state
 from gdn2_jax.train.step import make_train_step
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config file: Python with get_config() -> TrainConfig."
-)
+_CONFIG = config_flag.define()
 _DEVICES = flags.DEFINE_integer(
   "devices",
   None,
@@ -237,7 +234,7 @@ def _bytes(n: int) -> str:
 def main(argv: list[str]) -> None:
   """Entry point: prints the plan of --config."""
   cli.refuse_positional(argv, "--config.model.num_layers=12")
-  config = cli.read_config(_CONFIG)
+  config = config_flag.read(_CONFIG)
   with cli.one_line_errors():
     sizes = (getattr(config.mesh, axis) for axis in MESH_AXES)
     named = math.prod(n for n in sizes if n > 0)

@@ -24,9 +24,8 @@ from typing import Any, NoReturn
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
-from gdn2_jax import cli
+from gdn2_jax import cli, config_flag
 from gdn2_jax.data.tokenizer import load_tokenizer
 from gdn2_jax.inference import Sampler, generate
 from gdn2_jax.ops import self_check
@@ -43,9 +42,7 @@ from gdn2_jax.train.loop import train
 from gdn2_jax.train.metrics import DivergedError
 from gdn2_jax.train.writer import probe
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config file: Python with get_config() -> TrainConfig."
-)
+_CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of the run; made if missing, resumed if not."
 )
@@ -183,7 +180,7 @@ def _explain_out_of_memory(config: TrainConfig, error: Exception) -> NoReturn:
 def main(argv: list[str]) -> None:
   """Entry point: checks the command line, trains, explains failures."""
   cli.refuse_positional(argv, "--config.num_steps=100")
-  config = cli.read_config(_CONFIG)
+  config = config_flag.read(_CONFIG)
   self_check.enable(_SELF_CHECK.value)
   if not _WORKDIR.value:
     cli.fail("--workdir is missing, e.g. --workdir=runs/tiny")

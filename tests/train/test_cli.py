@@ -77,7 +77,10 @@ def test_killed_runs_resume_bit_for_bit(config_file, tmp_path):
 def test_refused_command_lines(config_file, tmp_path):
   base = [f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]
   cases = {
-    "error: Field lrr not found": [*base, "--config.optimizer.lrr=1"],
+    "error: --config.optimizer.lrr: unknown field; did you mean": [
+      *base,
+      "--config.optimizer.lrr=1",
+    ],
     "invalid literal for int() with base 10: 'x'": [
       *base,
       "--config.num_steps=x",
@@ -115,7 +118,7 @@ def test_refused_command_lines(config_file, tmp_path):
     ],
     "error: --config is missing": [base[1]],
     "error: --workdir is missing": [base[0]],
-    "No such file or directory: 'nowhere.py'": [
+    "error: --config=nowhere.py: no such file": [
       "--config=nowhere.py",
       base[1],
     ],

@@ -1,0 +1,168 @@
+"""The --config flag: config files, overrides, and one-line errors.
+
+A mistake in how the config is used ends in one line and exit code 1: a field
+that does not exist, a value that our code or get_config() itself refuses, a
+missing file. Any other exception out of the file is a bug in it and keeps its
+traceback.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import pathlib
+import re
+import sys
+import traceback
+import types
+import typing
+from typing import Any, NoReturn
+
+from absl import flags
+from ml_collections import config_flags
+
+from gdn2_jax import cli
+from gdn2_jax.config_class import UnknownFieldError, unknown_field
+from gdn2_jax.train.config import TrainConfig
+
+# --help shows the flag among those of the program that calls define().
+flags.disclaim_key_flags()
+
+_MODULE = "config_file"  # name under which the file runs
+_MAX_FILES = 12  # named in a message
+
+
+def define() -> flags.FlagHolder:
+  """Defines --config=FILE[:RECIPE], and --config.FIELD for every field."""
+  holder = config_flags.DEFINE_config_file(
+    "config", None, "Config file: Python with get_config() -> TrainConfig."
+  )
+  # ml_collections returns whatever get_config() returns, and the text of a
+  # traceback for every error.
+  flags.FLAGS[holder.name].parser = _ConfigFile()
+  return holder
+
+
+def read(holder: flags.FlagHolder) -> TrainConfig:
+  """The TrainConfig of a parsed flag; exits if there is none."""
+  if holder.value is None:
+    cli.fail(
+      "--config is missing, e.g. --config=configs/tiny_cpu.py; see --help"
+    )
+  return holder.value
+
+
+class _ConfigFile(flags.ArgumentParser):
+  """Parser of FILE[:RECIPE]; wrong input exits with one line."""
+
+  @typing.override
+  def parse(self, argument: str) -> TrainConfig:
+    path, *recipe = argument.split(":", 1)
+    if not pathlib.Path(path).is_file():
+      cli.fail(f"--config={argument}: no such file; {_other_files(path)}")
+    try:
+      config = _get_config(argument, path, recipe)
+    except Exception as e:
+      _explain(e, path)
+    if not isinstance(config, TrainConfig):
+      cli.fail(
+        f"--config={argument}: get_config() returned "
+        f"{type(config).__name__}, expected TrainConfig"
+      )
+    _check_overrides()
+    return config
+
+
+def _get_config(argument: str, path: str, recipe: list[str]) -> Any:
+  """Runs the file and calls its get_config()."""
+  module = types.ModuleType(_MODULE)
+  module.__file__ = path
+  # Dataclasses and pickles of the file look their module up.
+  sys.modules[_MODULE] = module
+  source = pathlib.Path(path).read_bytes()
+  exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)
+  get_config = getattr(module, "get_config", None)
+  if get_config is None:
+    cli.fail(f"--config={argument}: the file defines no get_config()")
+  try:
+    inspect.signature(get_config).bind(*recipe)
+  except TypeError as e:
+    cli.fail(f"--config={argument}: get_config(): {e}")
+  return get_config(*recipe)
+
+
+def _explain(error: Exception, path: str) -> NoReturn:
+  """Exits with a refusal as one line, with a bug of the file as traceback."""
+  message = _refusal(error)
+  if message:
+    cli.fail(f"{_place(error)}: {message}")
+  # Printed here, since absl would keep only the message of a ValueError; and
+  # from the file on, since our own frames say nothing to its author.
+  trace = error.__traceback__
+  while trace and trace.tb_frame.f_code.co_filename != path:
+    trace = trace.tb_next
+  traceback.print_exception(error.with_traceback(trace))
+  sys.exit(1)
+
+
+def _refusal(error: Exception) -> str | None:
+  """The message of an error that is no bug of the config file."""
+  if isinstance(error, UnknownFieldError):
+    return str(error)
+  if isinstance(error, AttributeError):
+    # A group was misspelt, and so read: config.modle.pattern = "G".
+    owner = type(error.obj)
+    ours = owner.__module__.startswith("gdn2_jax.")
+    if ours and dataclasses.is_dataclass(owner):
+      return unknown_field(owner, error.name)
+  if isinstance(error, (ValueError, OSError)) and cli.is_ours(error):
+    return str(error)
+  last = traceback.extract_tb(error.__traceback__)[-1]
+  raised = (last.line or "").startswith("raise ")
+  if isinstance(error, ValueError) and last.name == "get_config" and raised:
+    return str(error)
+  return None
+
+
+def _place(error: Exception) -> str:
+  """FILE:LINE of the innermost code in `error` that is not ours."""
+  frames = [
+    (frame.f_code.co_filename, line)
+    for frame, line in traceback.walk_tb(error.__traceback__)
+    if not cli.is_our_frame(frame)
+  ]
+  path, line = frames[-1]
+  return f"{path}:{line}"
+
+
+def _other_files(path: str) -> str:
+  """Config files that exist, for the message about one that does not."""
+  folders = dict.fromkeys((pathlib.Path(path).parent, pathlib.Path("configs")))
+  files = {
+    file.stem: str(file)
+    for folder in folders
+    for file in sorted(folder.glob("*.py"))
+    if file.stem != "__init__"
+  }
+  near = difflib.get_close_matches(pathlib.Path(path).stem, files, n=1)
+  if near:
+    return f"did you mean {files[near[0]]}?"
+  if not files:
+    where = " or ".join(str(folder.absolute()) for folder in folders)
+    return f"there is no *.py in {where}"
+  return "there are " + ", ".join([*files.values()][:_MAX_FILES])
+
+
+def _check_overrides() -> None:
+  """Exits for a flag --config.PATH whose field does not exist."""
+  for argument in flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False):
+    override = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+    if not override:
+      continue
+    owner, path = TrainConfig, "--config"
+    for name in override[1].split("."):
+      if not dataclasses.is_dataclass(owner):
+        cli.fail(f"{path}.{name}: {path} is one value without fields")
+      hints = typing.get_type_hints(owner)
+      if name not in hints:
+        cli.fail(unknown_field(owner, name, path))
+      owner, path = hints[name], f"{path}.{name}"
