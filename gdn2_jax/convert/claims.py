@@ -5,6 +5,7 @@ key that nobody here knows is refused: it may change what the model computes.
 """
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -104,6 +105,10 @@ class Claims:
     self._path = path
     self._asked: set[str] = set()
 
+  def pass_over(self, *names: str) -> None:
+    """Accepts keys with any value: nothing in this model reads them."""
+    self._asked.update(names)
+
   def has(self, name: str) -> bool:
     """Whether there is such a key with a value."""
     return self._values.get(name) is not None
@@ -177,9 +182,12 @@ class Claims:
     self._asked.add(name)
     if name in self._values:
       value = self._values[name]
-      # 0 == False, but a flag is not a number.
-      if not any(value == a and type(value) is type(a) for a in allowed):
-        self.refuse(name, " or ".join(map(repr, allowed)) + " (no other here)")
+      # 1 == True, but a flag is not a number; 1 and 1.0 are the same number.
+      if not any(
+        value == a and isinstance(value, bool) is isinstance(a, bool)
+        for a in allowed
+      ):
+        self.refuse(name, " or ".join(map(repr, allowed)) + ", nothing else")
 
   def refuse(self, name: str, expected: str) -> None:
     """Raises ValueError for the value of a key."""
@@ -197,11 +205,16 @@ class Claims:
     Raises:
       ValueError: naming them.
     """
-    left = set(self._values) - self._asked - set(harmless) - set(ignored)
+    known = {*self._asked, *harmless}
+    left = set(self._values) - known - set(ignored)
     left = sorted(name for name in left if not name.startswith("_"))
     if left:
+      told = []
+      for name in left:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        told.append(name + "".join(f" (did you mean {k}?)" for k in close))
       raise ValueError(
-        f"{self._path}: unknown keys {', '.join(left)}: they may change what "
+        f"{self._path}: unknown keys {', '.join(told)}: they may change what "
         "the model computes; if they do not, pass --ignore_config="
         + ",".join(left)
       )

@@ -52,8 +52,29 @@ HARMLESS = (
   "transformers_version",
 )
 OUTPUT_NORM_EPS = 1e-5  # no key of the config sets it
-# Private fields of the official program's config that matter.
-_NORMS = ("RMSNorm", "FusedRMSNorm")
+
+# Keys that choose between layers, and the choices that exist here. A key that
+# is left out has the value that the published models have.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+  "parallel_residual": (False,),
+  "bias": (False,),
+  "shared_attention_norm": (False,),
+  "mlp": (True,),
+  "token_mixer": ("gdn2",),
+  "use_short_conv": (True,),
+  "conv_bias": (False,),
+  "use_qk_l2norm_in_kernel": (True,),
+  "gdn2_use_qk_l2norm_in_kernel": (True,),
+  "_norm_class": ("RMSNorm", "FusedRMSNorm"),
+  "_mlp_class": ("LLaMAMLP",),
+}
+# The same for keys that only layers of attention read.
+_SUPPORTED_IN_ATTENTION: dict[str, tuple[Any, ...]] = {
+  "rotary_percentage": (1.0,),
+  "condense_ratio": (1,),
+  "nope": (False,),
+}
+_ATTENTION_SIZES = ("n_head", "n_query_groups", "local_window", "rope_base")
 
 
 def read_config(claims: Claims, shown: Shown, output_gate: str) -> ModelConfig:
@@ -68,15 +89,16 @@ def read_config(claims: Claims, shown: Shown, output_gate: str) -> ModelConfig:
     ValueError: naming the first key that is missing, wrong or unsupported.
   """
   c = claims
-  _refuse_variants(c)
+  for name, values in _SUPPORTED.items():
+    c.only(name, *values)
   num_layers = c.size("n_layer", shown=len(shown.kinds))
   model_dim = c.size("n_embd", shown=shown.model_dim)
   kinds = _kinds(c, shown.kinds)
   attention = AttentionConfig()
   if "S" in kinds or "A" in kinds:
     attention = _attention(c, shown, model_dim, "S" in kinds)
-  for name in ("n_head", "n_query_groups", "local_window", "nope"):
-    c.raw(name)  # of no effect without attention
+  else:  # the program writes these keys all the same
+    c.pass_over(*_SUPPORTED_IN_ATTENTION, *_ATTENTION_SIZES)
   return ModelConfig(
     vocab_size=_vocab_size(c, shown),
     model_dim=model_dim,
@@ -143,20 +165,6 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
   }
 
 
-def _refuse_variants(c: Claims) -> None:
-  c.only("parallel_residual", False)
-  c.only("bias", False)
-  c.only("shared_attention_norm", False)
-  c.only("mlp", True)
-  c.only("token_mixer", "gdn2")
-  c.only("use_short_conv", True)
-  c.only("conv_bias", False)
-  c.only("use_qk_l2norm_in_kernel", True)
-  c.only("gdn2_use_qk_l2norm_in_kernel", True)
-  c.only("_norm_class", *_NORMS)
-  c.only("_mlp_class", "LLaMAMLP")
-
-
 def _vocab_size(c: Claims, shown: Shown) -> int:
   """Rows of the table: the vocabulary, padded to a multiple or not."""
   rows, multiple = shown.vocab_size, c.size("padding_multiple", default=64)
@@ -213,9 +221,8 @@ def _gdn2(c: Claims, shown: Shown, output_gate: str) -> GDN2Config:
 def _attention(
   c: Claims, shown: Shown, model_dim: int, windowed: bool
 ) -> AttentionConfig:
-  c.only("rotary_percentage", 1.0, 1)
-  c.only("condense_ratio", 1, 1.0)
-  c.only("nope", False)
+  for name, values in _SUPPORTED_IN_ATTENTION.items():
+    c.only(name, *values)
   heads = c.size("n_head")
   if model_dim % heads:
     c.refuse("n_head", f"a divisor of n_embd={model_dim}")

@@ -47,6 +47,47 @@ def official():
   return load_file(OFFICIAL / "model.safetensors"), config
 
 
+# The fields of the public program's Config, all of which it writes, as it has
+# them for its recurrent model. The sizes of the recurrence are none of them.
+OFFICIAL_CONFIG = {
+  "org": "NVIDIA",
+  "name": "gdn2_tiny",
+  "block_size": 4096,
+  "vocab_size": 120,
+  "padding_multiple": 64,
+  "padded_vocab_size": 128,
+  "n_layer": 2,
+  "n_head": 4,
+  "n_embd": 64,
+  "rotary_percentage": 1.0,
+  "parallel_residual": False,
+  "bias": False,
+  "local_window": 2048,
+  "mlp": True,
+  "gdn2_per_layer": 1,
+  "nope": False,
+  "mamba_init": True,
+  "n_query_groups": 4,
+  "shared_attention_norm": False,
+  "_norm_class": "FusedRMSNorm",
+  "norm_eps": 1e-5,
+  "_mlp_class": "LLaMAMLP",
+  "intermediate_size": 160,
+  "condense_ratio": 1,
+}
+
+
+def official_recurrent():
+  """(tensors, config) of the recurrent layers 0 and 2 of the hybrid alone."""
+  tensors, _ = official()
+  kept = {
+    name.replace(".h.2.", ".h.1."): value
+    for name, value in tensors.items()
+    if ".h.1." not in name and ".h.3." not in name
+  }
+  return kept, dict(OFFICIAL_CONFIG)
+
+
 def fla(dtype=ml_dtypes.bfloat16, seed=0):
   """(tensors, config) of a hybrid with grouped heads under fla's names."""
   draw = _Draw(seed, dtype)
