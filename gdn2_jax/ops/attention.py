@@ -176,11 +176,11 @@ def sliding_window_attention(
     q_segment_ids: [B, T] or None.
     kv_segment_ids: [B, S], given if and only if q_segment_ids is.
     scale: multiplies the scores; None for D^-0.5.
-    implementation: "xla" runs anywhere; "cudnn" on a GPU, bfloat16 or float16,
-      S == T, no segment ids; "mosaic_gpu", kernels for Hopper, bfloat16 or
-      float16, S == T, D 64 or 128, the same ids for queries and keys. None
-      takes "cudnn" where it can run, else "mosaic_gpu" where it can run and
-      has proved right, else "xla".
+    implementation: "xla" takes every call; "cudnn" on a GPU, bfloat16 or
+      float16, S == T, no segment ids; "mosaic_gpu", kernels for Hopper,
+      bfloat16 or float16, S == T, D 64 or 128, the same ids for queries and
+      keys. None takes "cudnn" where it can run, else "mosaic_gpu" where it can
+      run and has proved right, else "xla".
 
   Returns:
     [B, T, HQ, D] in q.dtype; scores and softmax are float32 (float64 for

@@ -76,11 +76,12 @@ def gdn2(
     segment_ids: [B, T] integers. The state restarts from zero where the id
       changes; 0 is padding, which neither reads nor changes the state and
       whose output is 0. The first segment continues `state`.
-    implementation: "reference" (token by token), "xla" (chunkwise, on any
-      device), "mosaic_gpu" (kernels for an NVIDIA GPU of compute capability
-      9.0) or "triton" (forward of a short sequence on other NVIDIA GPUs); a
-      named one runs or raises, unsupported_reason says why. None lets
-      select_implementation choose.
+    implementation: "reference" (token by token) or "xla" (chunkwise), both
+      compiled by XLA (its TPU compiler fails on the gradient of "xla" for
+      v5e, docs/scale.md), "mosaic_gpu" (kernels for an NVIDIA GPU of compute
+      capability 9.0) or "triton" (forward of a short sequence on other NVIDIA
+      GPUs); a named one runs or raises, unsupported_reason says why. None
+      lets select_implementation choose.
 
   Returns:
     o [B, T, HV, V] in the dtype of v, and the final state [B, HV, K, V].
