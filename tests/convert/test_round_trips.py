@@ -23,19 +23,6 @@ from tests.random_params import random_params
 
 WORKDIR = pathlib.Path(__file__).parents[1] / "train/golden/0.1.0.tar.xz"
 CHECKPOINTS = {"official": checkpoints.official, "fla": checkpoints.fla}
-# Of the public program's config, without layers of attention.
-WITHOUT_EFFECT = {
-  "org": "",
-  "name": "mine",
-  "block_size": 1,
-  "n_head": 3,
-  "rotary_percentage": 0.5,
-  "local_window": -1,
-  "nope": True,
-  "mamba_init": False,
-  "n_query_groups": 7,
-  "condense_ratio": 4,
-}
 GATES = {"official": "silu", "fla": "sigmoid"}
 
 
@@ -113,33 +100,6 @@ def test_sizes_of_fla_are_read(tmp_path):
   a = config.attention
   assert (a.num_heads, a.kv_heads, a.head_dim, a.window) == (4, 2, 8, 7)
   assert a.rope_base == 5000.0
-
-
-def test_a_recurrent_model_with_every_key_of_the_public_config(tmp_path):
-  tensors, config = checkpoints.official_recurrent()
-  src = checkpoints.write(tmp_path / "src", (tensors, config))
-  run(src, tmp_path / "ours", "official", "gdn2_jax")
-  found = load_model(tmp_path / "ours").config
-  assert (found.pattern, found.num_layers) == ("G", 2)
-  assert (found.vocab_size, found.model_dim, found.mlp_dim) == (128, 64, 160)
-  run(tmp_path / "ours", tmp_path / "back", "gdn2_jax", "official")
-  checkpoints.assert_same(checkpoints.read(tmp_path / "back"), tensors)
-  written = json.loads((tmp_path / "back" / "config.json").read_text())
-  matter = set(written) & set(config) - set(WITHOUT_EFFECT) - {"vocab_size"}
-  assert {key: written[key] for key in matter} == {
-    key: config[key] for key in matter
-  }
-
-
-@pytest.mark.parametrize("key", WITHOUT_EFFECT)
-def test_keys_without_effect_on_a_recurrent_model(tmp_path, key):
-  tensors, config = checkpoints.official_recurrent()
-  found = []
-  for value in (config[key], WITHOUT_EFFECT[key]):
-    src = tmp_path / str(len(found))
-    checkpoints.write(src, (tensors, config | {key: value}))
-    found.append(open_model(src, "official", Options()).config)
-  assert found[0] == found[1]
 
 
 def test_full_attention_is_read_and_written(tmp_path):
