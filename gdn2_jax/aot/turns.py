@@ -221,7 +221,8 @@ def _evaluate(value, thread, warpgroups):
       return 0 if op.name == "gpu.thread_id" else 1
     return thread if op.name == "gpu.thread_id" else warpgroups * _WARPGROUP
   if op.name in _COPIES:
-    return _evaluate(op.operands[_COPIES[op.name]], thread, warpgroups)
+    x = _evaluate(op.operands[_COPIES[op.name]], thread, warpgroups)
+    return x & 1 if x is not None and str(value.type) == "i1" else x
   if op.name != "arith.cmpi" and op.name not in _ARITHMETIC:
     return None
   x, y = (_evaluate(v, thread, warpgroups) for v in op.operands)
