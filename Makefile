@@ -15,8 +15,8 @@ AOT_EXTRAS ?=
 AOT_VENV := .venv-aot-$(AOT_JAX)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train generate plan test lint format notebooks faults bench \
-  bench-serve gpu aot aot-all clean
+.PHONY: help setup train generate plan test test-slow lint format notebooks \
+  faults bench bench-serve gpu aot aot-all clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' \
@@ -48,8 +48,12 @@ generate: $(READY) ## sample from the trained model: PROMPT="..."
 plan: $(READY) ## parameters, memory and FLOPs of CONFIG, nothing allocated
 	$(BIN)/python -m gdn2_jax.plan --config=$(CONFIG) $(ARGS)
 
-test: $(READY) ## run the test suite
-	$(BIN)/python -m pytest -q -n $(WORKERS) --durations=10 $(ARGS)
+test: $(READY) ## run the test suite, but for the slow tests
+	$(BIN)/python -m pytest -q -n $(WORKERS) --durations=10 -m 'not slow' \
+	  $(ARGS)
+
+test-slow: $(READY) ## run rehearsals, kill loops and long interpreter cases
+	$(BIN)/python -m pytest -q -n $(WORKERS) --durations=10 -m slow $(ARGS)
 
 lint: $(READY) ## check style and formatting
 	$(BIN)/ruff check .
@@ -63,7 +67,7 @@ notebooks: $(READY) ## run the notebooks top to bottom
 	$(BIN)/python -m pytest -q tests/test_notebooks.py $(ARGS)
 
 faults: $(READY) ## kill, damage and starve real training runs (~15 minutes)
-	$(BIN)/python -m gdn2_jax.faults --json=benchmarks/results/faults.json \
+	$(BIN)/python -m tests.faults --json=benchmarks/results/faults.json \
 	  $(ARGS)
 
 bench: $(READY) ## time the op against the token scan

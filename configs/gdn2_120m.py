@@ -8,7 +8,7 @@ Data: a folder of packed rows, tokenised with a 32,000-entry tokenizer.
       --workdir=runs/gdn2_120m
 """
 
-from configs import gdn2_1p3b
+from gdn2_jax.configs import gdn2_1p3b
 from gdn2_jax.train.config import TrainConfig
 
 

@@ -13,8 +13,7 @@ from gdn2_jax.eval.perplexity import EvalConfig
 from gdn2_jax.model.attention import AttentionConfig
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.gdn2 import GDN2Config
-from gdn2_jax.train.checkpoint_config import CheckpointConfig
-from gdn2_jax.train.config import TrainConfig
+from gdn2_jax.train.config import CheckpointConfig, TrainConfig
 from gdn2_jax.train.optimizer import OptimizerConfig
 
 

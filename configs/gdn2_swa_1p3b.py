@@ -13,7 +13,7 @@ Memory: 58 GB on one device, with four rows at a time; the rest, and the two
 recipes, as in configs/gdn2_1p3b.py. Append `:script` for the larger batch.
 """
 
-from configs import gdn2_1p3b
+from gdn2_jax.configs import gdn2_1p3b
 from gdn2_jax.train.config import TrainConfig
 
 

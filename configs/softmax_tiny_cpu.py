@@ -8,7 +8,7 @@ Cost: about five minutes on two cores; nothing is downloaded.
       --workdir=runs/softmax_tiny_cpu
 """
 
-from configs import tiny_cpu
+from gdn2_jax.configs import tiny_cpu
 from gdn2_jax.train.config import TrainConfig
 
 

@@ -14,9 +14,9 @@ _HOME = {
   "decode_step": "gdn2_jax.inference.state",
   "generate": "gdn2_jax.inference.generate",
   "init_state": "gdn2_jax.inference.state",
-  "load_model": "gdn2_jax.weights.folder",
+  "load_model": "gdn2_jax.interop.folder",
   "prefill": "gdn2_jax.inference.state",
-  "save_model": "gdn2_jax.weights.folder",
+  "save_model": "gdn2_jax.interop.folder",
   "stream": "gdn2_jax.inference.generate",
 }
 

@@ -1,4 +1,4 @@
-"""What the absl entry points share: one-line errors and strict arguments."""
+"""Common behaviour of entry points: one-line errors, strict arguments."""
 
 import contextlib
 import pathlib

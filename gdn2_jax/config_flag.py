@@ -27,6 +27,7 @@ from gdn2_jax.train.config import TrainConfig
 # --help shows the flag among those of the program that calls define().
 flags.disclaim_key_flags()
 
+PRESETS = pathlib.Path(__file__).with_name("configs")
 _MODULE = "config_file"  # name under which the file runs
 _MAX_FILES = 12  # named in a message
 
@@ -34,7 +35,10 @@ _MAX_FILES = 12  # named in a message
 def define() -> flags.FlagHolder:
   """Defines --config=FILE[:RECIPE], and --config.FIELD for every field."""
   holder = config_flags.DEFINE_config_file(
-    "config", None, "Config file: Python with get_config() -> TrainConfig."
+    "config",
+    None,
+    "Config file, Python with get_config() -> TrainConfig; or the name of one "
+    f"that comes with the package: {', '.join(preset_names())}.",
   )
   # ml_collections returns whatever get_config() returns, and the text of a
   # traceback for every error.
@@ -42,21 +46,27 @@ def define() -> flags.FlagHolder:
   return holder
 
 
+def preset_names() -> list[str]:
+  """Names of the config files in the package."""
+  files = PRESETS.glob("*.py")
+  return sorted(file.stem for file in files if file.stem != "__init__")
+
+
 def read(holder: flags.FlagHolder) -> TrainConfig:
   """The TrainConfig of a parsed flag; exits if there is none."""
   if holder.value is None:
-    cli.fail(
-      "--config is missing, e.g. --config=configs/tiny_cpu.py; see --help"
-    )
+    cli.fail("--config is missing, e.g. --config=tiny_cpu; see --help")
   return holder.value
 
 
 class _ConfigFile(flags.ArgumentParser):
-  """Parser of FILE[:RECIPE]; wrong input exits with one line."""
+  """Parser of FILE[:RECIPE] or NAME[:RECIPE]; wrong input exits in a line."""
 
   @typing.override
   def parse(self, argument: str) -> TrainConfig:
     path, *recipe = argument.split(":", 1)
+    if path in preset_names() and not pathlib.Path(path).exists():
+      path = str(PRESETS / f"{path}.py")
     if not pathlib.Path(path).is_file():
       cli.fail(f"--config={argument}: no such file; {_other_files(path)}")
     try:
@@ -136,19 +146,15 @@ def _place(error: Exception) -> str:
 
 def _other_files(path: str) -> str:
   """Config files that exist, for the message about one that does not."""
-  folders = dict.fromkeys((pathlib.Path(path).parent, pathlib.Path("configs")))
-  files = {
+  files = {name: name for name in preset_names()}
+  files |= {
     file.stem: str(file)
-    for folder in folders
-    for file in sorted(folder.glob("*.py"))
+    for file in sorted(pathlib.Path(path).parent.glob("*.py"))
     if file.stem != "__init__"
   }
   near = difflib.get_close_matches(pathlib.Path(path).stem, files, n=1)
   if near:
     return f"did you mean {files[near[0]]}?"
-  if not files:
-    where = " or ".join(str(folder.absolute()) for folder in folders)
-    return f"there is no *.py in {where}"
   return "there are " + ", ".join([*files.values()][:_MAX_FILES])
 
 

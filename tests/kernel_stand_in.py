@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from gdn2_jax.ops.gdn2_reference import gdn2_reference
+from gdn2_jax.ops.gdn2.reference import gdn2_reference
 
 
 def _segments(kinds):

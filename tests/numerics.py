@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdn2_jax.ops import gdn2_xla
-from gdn2_jax.ops.gdn2 import gdn2
+from gdn2_jax.ops.gdn2 import xla
+from gdn2_jax.ops.gdn2.api import gdn2
 
 INPUTS = ("q", "k", "v", "g", "b", "w")
 OUTPUTS = ("o", "final_state")
@@ -177,7 +177,7 @@ def op(implementation: str, chunk_size: int | None = None):
         implementation=implementation,
       )
     assert implementation == "xla"
-    return gdn2_xla.gdn2_xla(*inputs, state, segment_ids, scale, chunk_size)
+    return xla.gdn2_xla(*inputs, state, segment_ids, scale, chunk_size)
 
   return run
 

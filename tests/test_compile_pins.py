@@ -14,6 +14,8 @@ import pytest
 
 from gdn2_jax.plan import compiled_step
 
+pytestmark = pytest.mark.slow
+
 GIB = 2**30
 
 # Mesh (fsdp, tensor) to operations of the program, loop bodies counted once.
@@ -34,7 +36,7 @@ def compile_1p3b(fsdp: int, tensor: int):
   What a loop repeats is counted once, and recomputing its layers leaves little
   memory beside what a dropped constraint would take.
   """
-  config = importlib.import_module("configs.gdn2_1p3b").get_config()
+  config = importlib.import_module("gdn2_jax.configs.gdn2_1p3b").get_config()
   config.model.remat, config.model.scan_unroll = "full", 1
   config.mesh.fsdp, config.mesh.tensor = fsdp, tensor
   config.grad_accum = config.data.batch_size // fsdp

@@ -18,7 +18,7 @@ NAMES = sorted(
 
 
 def load(name, *args):
-  return importlib.import_module(f"configs.{name}").get_config(*args)
+  return importlib.import_module(f"gdn2_jax.configs.{name}").get_config(*args)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -36,7 +36,7 @@ def test_resolved_config_is_the_recorded_one(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_docstring_states_claim_cost_and_command(name):
-  text = importlib.import_module(f"configs.{name}").__doc__
+  text = importlib.import_module(f"gdn2_jax.configs.{name}").__doc__
   for word in ("Claim:", "Cost:", f"--config=configs/{name}.py"):
     assert word in text
 

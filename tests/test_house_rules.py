@@ -1,83 +1,73 @@
-"""Who may import whom, how long a file may be, and what no file contains."""
+"""Layers, sizes and words: rules that hold for every file of the package.
+
+Each test walks all files and names every violation at once.
+"""
 
 import ast
 import pathlib
-
-import pytest
+import re
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "gdn2_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
+# A link to the folder beside the package, which a walk does not follow.
+FILES += sorted((PACKAGE / "configs").glob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MAX_LINES = 400
+MAX_FILES = 12  # of a folder's own
 
-# What layers may import that build, time and compile the others' programs.
-WHOLE_PROGRAMS = {
-  "typing",
-  "sharding",
-  "pallas",
-  "triton",
-  "ops",
-  "model",
-  "train",
-  "data",
-}
-# layer: layers it may import. Data flows one way; what is absent is forbidden.
+# layer: layers it may import beside itself. Data flows one way; what is absent
+# is forbidden. CONTRIBUTING.md prints this table.
 ALLOWED = {
-  "typing": set(),
-  "config_class": set(),
-  "config_json": {"config_class"},
-  "config_flag": {"cli", "config_class", "train"},
-  "sharding": {"config_class"},
-  "cli": set(),
-  "ops": {"typing", "pallas", "triton"},
-  "pallas": {"typing"},
-  "triton": {"typing"},
-  "model": {"typing", "config_class", "ops"},
-  "data": {"config_class"},
-  "weights": {"typing", "config_json", "sharding", "model", "data"},
-  "inference": {
-    "typing",
-    "config_json",
-    "sharding",
-    "ops",
-    "model",
-    "weights",
-  },
-  "export": {"ops", "model", "inference", "weights"},
-  "analysis": {"typing", "ops", "model"},
-  "eval": {"typing", "config_class", "sharding", "model", "data"},
-  "train": {
-    "typing",
-    "config_class",
-    "config_json",
-    "sharding",
-    "model",
-    "data",
-    "eval",
-    "inference",
-  },
-  "convert": {"model", "data", "weights", "train"},
-  "faults": {"sharding", "model", "train"},
-  "bench": WHOLE_PROGRAMS | {"analysis", "inference"},
-  "aot": WHOLE_PROGRAMS,
+  "typing": "",
+  "config_class": "",
+  "config_json": "config_class",
+  "sharding": "config_class",
+  "cli": "",
+  "config_flag": "cli config_class train",
+  "configs": "model data eval train",
+  "pallas": "typing",
+  "triton": "typing",
+  "ops": "typing pallas triton",
+  "model": "typing config_class ops",
+  "data": "config_class",
+  "interop": "typing config_json sharding model data",
+  "inference": "typing config_json sharding ops model interop",
+  "analysis": "typing ops model",
+  "eval": "typing config_class sharding model data",
+  "train": "typing config_class config_json sharding model data eval inference",
+  "interop.convert": "interop model data train",
+  "interop.export": "interop ops model inference",
+  "bench": "typing sharding pallas triton ops model data train inference "
+  "analysis",
+  "aot": "typing sharding pallas triton ops model data train",
 }
 # Entry points stand above all layers and are imported by nobody.
-ENTRY_POINTS = {"generate", "launch", "plan"}
+ENTRY_POINTS = {"convert", "export", "generate", "launch", "plan"}
 
 
-def layer_of(path: pathlib.Path) -> str:
+def layer_of(module: str) -> str:
+  """The layer of a dotted module below gdn2_jax; the longest that fits."""
+  parts = module.split(".")
+  two = ".".join(parts[:2])
+  return two if two in ALLOWED else parts[0]
+
+
+def module_of(path: pathlib.Path) -> str:
+  """Dotted name below gdn2_jax, "" for the package itself."""
   parts = path.relative_to(PACKAGE).with_suffix("").parts
-  return parts[0]
+  return ".".join(part for part in parts if part != "__init__")
 
 
-def is_entry_point(path: pathlib.Path) -> bool:
-  return path.name == "__main__.py" or layer_of(path) in ENTRY_POINTS
+def is_entry_point(module: str) -> bool:
+  return module.endswith("__main__") or module.split(".")[0] in ENTRY_POINTS
 
 
-def imports_of(path: pathlib.Path) -> set[str]:
-  """Every module that a file imports, at any depth of its code."""
+def imports_of(path: pathlib.Path, *, top_level: bool = False) -> set[str]:
+  """Modules that a file imports, at any depth of its code or at its top."""
+  tree = ast.parse(path.read_text())
   found = set()
-  for node in ast.walk(ast.parse(path.read_text())):
+  for node in tree.body if top_level else ast.walk(tree):
     if isinstance(node, ast.Import):
       found |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
@@ -90,46 +80,96 @@ def name_of(path: pathlib.Path) -> str:
 
 
 def test_the_walk_sees_the_package():
-  layers = {layer_of(path) for path in FILES}
+  layers = {layer_of(module_of(path)) for path in FILES}
   assert set(ALLOWED) <= layers
-  assert "jax" in imports_of(PACKAGE / "ops" / "gdn2_reference.py")
+  assert "jax" in imports_of(PACKAGE / "ops" / "gdn2" / "reference.py")
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_imports_point_one_way(path):
-  layer = layer_of(path)
-  if layer == "__init__":
-    return  # the public names, resolved lazily
-  for module in imports_of(path):
-    parts = module.split(".")
-    if parts[0] != "gdn2_jax" or len(parts) == 1:
-      continue
-    target = parts[1]
-    assert target not in ENTRY_POINTS, f"{module} is an entry point"
-    assert "__main__" not in parts, f"{module} is an entry point"
-    if not is_entry_point(path) and target != layer:
-      assert target in ALLOWED[layer], f"{layer} may not import {module}"
+def test_imports_point_one_way():
+  wrong = []
+  for path in FILES:
+    module = module_of(path)
+    layer = layer_of(module)
+    if not module:
+      continue  # the public names, resolved lazily
+    for name in imports_of(path):
+      package, _, imported = name.partition(".")
+      if package != "gdn2_jax" or not imported:
+        continue
+      target = layer_of(imported)
+      if is_entry_point(module):
+        continue
+      if is_entry_point(imported):
+        wrong.append(f"{name_of(path)}: {name} is an entry point")
+      elif target not in (layer, *ALLOWED[layer].split()):
+        wrong.append(f"{name_of(path)}: {layer} may not import {name}")
+  assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_layers_stay_free_of_foreign_libraries(path):
-  roots = {module.split(".")[0] for module in imports_of(path)}
-  layer = layer_of(path)
-  if layer == "ops":
-    assert not roots & {"flax", "ml_collections", "absl", "optax"}
-  if layer == "data":
-    assert not roots & {"jax", "flax", "optax"}
-  if layer != "data":
-    assert "pickle" not in roots
+def test_no_import_circle():
+  modules = {module_of(path): path for path in FILES}
+  below = {}
+  for module, path in modules.items():
+    below[module] = set()
+    for name in imports_of(path, top_level=True):
+      imported = name.removeprefix("gdn2_jax.")
+      if imported != name:
+        home = imported if imported in modules else imported.rpartition(".")[0]
+        below[module].add(home)
+  done, open_path = set(), []
+
+  def visit(module):
+    assert module not in open_path, " -> ".join([*open_path, module])
+    if module in done or module not in below:
+      return
+    open_path.append(module)
+    for other in sorted(below[module] - {module}):
+      visit(other)
+    done.add(open_path.pop())
+
+  for module in sorted(below):
+    visit(module)
 
 
-@pytest.mark.parametrize(
-  "path", [*FILES, *sorted((ROOT / "tests").rglob("*.py"))], ids=name_of
-)
-def test_files_are_short_and_plain(path):
-  text = path.read_text()
-  assert text.isascii()
-  assert len(text.splitlines()) <= MAX_LINES
-  assert path.name not in ("utils.py", "helpers.py", "misc.py")
-  if path != pathlib.Path(__file__):
-    assert "nan_to_num" not in text
+def test_contributing_prints_the_layers():
+  text = (ROOT / "CONTRIBUTING.md").read_text()
+  for layer, allowed in ALLOWED.items():
+    assert f"| {layer} | {allowed} |" in text, f"{layer}: {allowed}"
+
+
+def test_layers_stay_free_of_foreign_libraries():
+  forbidden = {
+    "ops": {"flax", "ml_collections", "absl", "optax", "pickle"},
+    "data": {"jax", "flax", "optax"},
+  }
+  for path in FILES:
+    roots = {module.split(".")[0] for module in imports_of(path)}
+    bad = forbidden.get(layer_of(module_of(path)), {"pickle"})
+    assert not roots & bad, f"{name_of(path)} imports {roots & bad}"
+
+
+def test_files_are_short_and_plain():
+  wrong = []
+  for path in [*FILES, *TESTS]:
+    text = path.read_text()
+    if not text.isascii():
+      wrong.append(f"{name_of(path)}: not ASCII")
+    if len(text.splitlines()) > MAX_LINES:
+      wrong.append(f"{name_of(path)}: longer than {MAX_LINES} lines")
+    if path.name in ("utils.py", "helpers.py", "misc.py"):
+      wrong.append(f"{name_of(path)}: name the file by what it holds")
+    if path != pathlib.Path(__file__) and "nan_to_num" in text:
+      wrong.append(f"{name_of(path)}: nan_to_num hides wrong numbers")
+  assert not wrong, "\n".join(wrong)
+
+
+def test_folders_are_small():
+  for folder in {path.parent for path in FILES}:
+    own = list(folder.glob("*.py"))
+    assert len(own) <= MAX_FILES, f"{name_of(folder)}: {len(own)} files"
+
+
+def test_module_docstrings_are_no_riddles():
+  riddle = re.compile(r'"""(What|Which|Where|Whether|Who|How|Those|That) ')
+  found = [name_of(p) for p in FILES if riddle.match(p.read_text())]
+  assert not found, found

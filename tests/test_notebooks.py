@@ -10,7 +10,7 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
-from gdn2_jax.faults.child import environment
+from tests.faults.child import environment
 from tests.tiny_run import make_run
 
 NOTEBOOKS = sorted(

@@ -13,7 +13,7 @@ from tests.model.models import small_config
 
 
 def tiny():
-  config = importlib.import_module("configs.tiny_cpu").get_config()
+  config = importlib.import_module("gdn2_jax.configs.tiny_cpu").get_config()
   config.model = small_config("GS", vocab_size=64)
   config.model.gdn2.implementation = "reference"  # compiles faster
   config.data.seq_len, config.data.batch_size = 32, 8
@@ -122,7 +122,7 @@ def test_command_line_refuses_positional_arguments():
 
 def test_the_planner_allocates_no_parameters():
   """Planning the 1.3B model leaves no large array behind."""
-  config = importlib.import_module("configs.gdn2_1p3b").get_config()
+  config = importlib.import_module("gdn2_jax.configs.gdn2_1p3b").get_config()
   before = sum(a.nbytes for a in jax.live_arrays())
   plan(config, 1, compile_step=False)
   assert sum(a.nbytes for a in jax.live_arrays()) - before < 1e6

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 
 from gdn2_jax.data.pipeline import DataConfig, open_dataset
 from gdn2_jax.eval.perplexity import EvalConfig
-from gdn2_jax.faults.child import environment
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.gdn2 import GDN2Config
 from gdn2_jax.model.lm import LM
 from gdn2_jax.sharding import MeshConfig, make_mesh, use_mesh
-from gdn2_jax.train.checkpoint import Checkpointer, make_meta
+from gdn2_jax.train.checkpoint.manager import Checkpointer, make_meta
 from gdn2_jax.train.config import TrainConfig
 from gdn2_jax.train.state import TrainState, plan_state
+from tests.faults.child import environment
 from tests.random_params import random_params
 
 ROOT = pathlib.Path(__file__).parents[1]

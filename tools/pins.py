@@ -141,7 +141,7 @@ import hashlib, json
 import jax, jax.numpy as jnp, numpy as np
 from gdn2_jax import gdn2, gdn2_step
 from gdn2_jax.pallas import target
-from gdn2_jax.ops.gdn2_projected import Projections, gdn2_projected
+from gdn2_jax.ops.gdn2.fused_gates import Projections, gdn2_fused_gates
 
 PINS, OPTIONS = {}, {"implementation": "mosaic_gpu"}
 rng = np.random.default_rng(0)
@@ -183,7 +183,7 @@ for K, V, dtype in ((128, 64, jnp.bfloat16), (64, 128, jnp.float16)):
   def layer(*inputs):
     *inputs, state = inputs
     p = Projections(*inputs)
-    return gdn2_projected(p, state=state, segment_ids=ids, **OPTIONS)
+    return gdn2_fused_gates(p, state=state, segment_ids=ids, **OPTIONS)
 
   def step(*inputs):
     return gdn2_step(*inputs, **OPTIONS)

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from gdn2_jax.ops.gdn2 import MIN_HEAD_DIM, gdn2
+from gdn2_jax.ops.gdn2.api import MIN_HEAD_DIM, gdn2
 
 
 def states(

@@ -34,7 +34,7 @@ from gdn2_jax.aot import cases as cases_lib
 from gdn2_jax.aot import table, topology
 from gdn2_jax.aot.kernels import Compiler, KernelReport, Reader
 
-_CONFIG = "configs.gdn2_swa_1p3b"
+_CONFIG = "gdn2_jax.configs.gdn2_swa_1p3b"
 _TRITON_TARGETS = (80, 89, 120)
 
 

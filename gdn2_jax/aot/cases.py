@@ -23,15 +23,15 @@ import jax
 from gdn2_jax.aot.ptxas import LIMITS
 
 MODULES = (
-  "gdn2_jax.pallas.step",
-  "gdn2_jax.pallas.intra",
-  "gdn2_jax.pallas.scan",
-  "gdn2_jax.pallas.intra_grad",
-  "gdn2_jax.pallas.scan_grad",
+  "gdn2_jax.pallas.gdn2.step",
+  "gdn2_jax.pallas.gdn2.intra",
+  "gdn2_jax.pallas.gdn2.scan",
+  "gdn2_jax.pallas.gdn2.intra_grad",
+  "gdn2_jax.pallas.gdn2.scan_grad",
   "gdn2_jax.pallas.gated_norm",
   "gdn2_jax.pallas.short_conv",
   "gdn2_jax.pallas.attention",
-  "gdn2_jax.pallas.attention_grad",
+  "gdn2_jax.pallas.attention.backward",
 )
 
 

@@ -1,4 +1,4 @@
-"""What the training step computes and moves, by part of the model.
+"""Costs and limits of the compiled training step, by part of the model.
 
 Counted from the compiled program (`hlo_costs`): nothing is assumed of a GPU's
 speed, and nothing is said of it.

@@ -20,7 +20,9 @@ import sys
 from absl import app, flags
 
 from gdn2_jax import cli
-from gdn2_jax.bench import gpu, op, serve
+from gdn2_jax.bench.gpu import run as gpu
+from gdn2_jax.bench.op import run as op
+from gdn2_jax.bench.serve import run as serve
 
 _COMMANDS = {"op": op.main, "gpu": gpu.main, "serve": serve.main}
 

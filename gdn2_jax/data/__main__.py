@@ -20,8 +20,9 @@ from typing import Any
 
 import tqdm
 
-from gdn2_jax.data import build, fineweb_edu, packed, packing, plan, report
-from gdn2_jax.data import corpus as corpora
+from gdn2_jax.data.build import build, in_memory, recipe, report
+from gdn2_jax.data.packed import folder as packed
+from gdn2_jax.data.text import corpus, fineweb_edu
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,7 +154,7 @@ def _add_build_flags(command: argparse.ArgumentParser) -> None:
   command.add_argument(
     "--shard_tokens",
     type=int,
-    default=plan.SHARD_TOKENS,
+    default=recipe.SHARD_TOKENS,
     help="tokens of a shard, about (default: %(default)s)",
   )
   command.add_argument(
@@ -201,7 +202,7 @@ def _fineweb_files(
 
 
 def _text(arguments: argparse.Namespace) -> None:
-  paths = plan.input_names(arguments.path)
+  paths = recipe.input_names(arguments.path)
   source = {"kind": "text", "name": pathlib.Path(arguments.path).name}
   _build(arguments, paths, source, arguments.validation_files, 0.1, {})
 
@@ -221,7 +222,7 @@ def _build(
   built = build.build_rows(
     paths,
     arguments.out,
-    plan.Options(
+    recipe.Options(
       tokenizer=arguments.tokenizer,
       seed=arguments.seed,
       validation_files=tuple(name for name in held_out.split(",") if name),
@@ -263,7 +264,7 @@ def _read_checksums(path: str, names: list[str]) -> dict[str, str]:
 
 
 def _tfds(arguments: argparse.Namespace) -> None:
-  from gdn2_jax.data import tfds_builder
+  from gdn2_jax.data.text import tfds_builder
 
   config = arguments.config or "local"
   tfds_builder.check_config(config)  # before anything is downloaded
@@ -273,8 +274,8 @@ def _tfds(arguments: argparse.Namespace) -> None:
 
 
 def _pack(arguments: argparse.Namespace) -> None:
-  found = packing.pack_corpus(
-    corpora.read_corpus(arguments.command),
+  found = in_memory.pack_corpus(
+    corpus.read_corpus(arguments.command),
     arguments.out,
     tokenizer_spec=arguments.tokenizer,
     seed=arguments.seed,
@@ -285,7 +286,7 @@ def _pack(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-  found = packing.open_packed(arguments.folder)
+  found = in_memory.open_packed(arguments.folder)
   report.print_manifest(found)
   print("all sizes and hashes match the manifest")
   report.print_row(found, arguments.split, arguments.row, arguments.len)

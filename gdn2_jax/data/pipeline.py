@@ -1,6 +1,6 @@
 """From a configuration to batches: the data of a run, opened and identified.
 
-`gdn2_jax.data.sources` says what a source may be, `gdn2_jax.data.streams` how
+`gdn2_jax.data.sources` says what a source may be, `gdn2_jax.data.batches` how
 batches follow from the step.
 """
 
@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 
 from gdn2_jax.config_class import config_class
-from gdn2_jax.data import files, packed, shards, sources, streams, text_stream
-from gdn2_jax.data import tokenizer as tokenization
-from gdn2_jax.data.rows import PackedRows, check_batch
-from gdn2_jax.data.streams import Batch, TrainBatches
+from gdn2_jax.data import batches as streams
+from gdn2_jax.data import files, sources, text_stream
+from gdn2_jax.data.batches import Batch, TrainBatches
+from gdn2_jax.data.packed import arrays
+from gdn2_jax.data.packed import folder as packed
+from gdn2_jax.data.packed.rows import PackedRows, check_batch
+from gdn2_jax.data.tokenizer import api as tokenization
 
 __all__ = [
   "DataConfig",
@@ -215,7 +218,7 @@ class Dataset:
     ]
     return tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
 
-  def validation_tokens(self) -> shards.Tokens:
+  def validation_tokens(self) -> arrays.Tokens:
     """All validation tokens [tokens], uint16 or uint32."""
     tokens = [part.tokens["validation"] for part in self.parts]
     if len(tokens) == 1:

@@ -1,4 +1,4 @@
-"""What `data.source` may say, and opening what it says.
+"""Values of `data.source`, and how each is opened.
 
 embedded, snapshot       built-in text, packed on first use
 FOLDER                   packed rows made by `python -m gdn2_jax.data`
@@ -14,9 +14,11 @@ import pathlib
 
 import tokenizers
 
-from gdn2_jax.data import corpus as corpora
-from gdn2_jax.data import files, packed, packing
-from gdn2_jax.data import tokenizer as tokenization
+from gdn2_jax.data import files
+from gdn2_jax.data.build import in_memory
+from gdn2_jax.data.packed import folder as packed
+from gdn2_jax.data.text import corpus as corpora
+from gdn2_jax.data.tokenizer import api as tokenization
 
 TEXT_PREFIXES = ("text:", "tfds:")
 
@@ -148,6 +150,6 @@ def _pack_built_in(
   if path.is_dir():
     return packed.open_packed(path, verify_hashes=verify_hashes)
   corpus = corpora.read_corpus(name)
-  return packing.pack_corpus(
+  return in_memory.pack_corpus(
     corpus, path, tokenizer_spec=spec, cache_dir=cache, seed=_DOCUMENT_SEED
   )

@@ -22,9 +22,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from gdn2_jax.data import corpus, files, inputs, packed, spill
-from gdn2_jax.data.rows import make_row
-from gdn2_jax.data.tokenizer import Tokenizer, open_tokenizer
+from gdn2_jax.data import files
+from gdn2_jax.data.build import passes
+from gdn2_jax.data.packed import folder as packed
+from gdn2_jax.data.packed.rows import make_row
+from gdn2_jax.data.text import corpus, readers
+from gdn2_jax.data.tokenizer.api import Tokenizer, open_tokenizer
 
 FORMAT = "gdn2-text-stream"
 
@@ -66,7 +69,7 @@ class Texts:
       raise ValueError(f"{self._name}: record {index}: {error}") from error
     if isinstance(record, dict):
       record = record["text"]
-    return inputs.decode(record)[0]
+    return readers.decode(record)[0]
 
 
 def open_texts(name: str) -> tuple[dict[str, Texts], str]:
@@ -104,7 +107,7 @@ def open_stream(name: str, tokenizer_spec: str) -> tuple[packed.Packed, Texts]:
     train_texts=(
       piece
       for text in _sample(texts["train"])
-      for piece in spill.pieces_of(text)
+      for piece in passes.pieces_of(text)
     ),
   )
   manifest: dict[str, Any] = {
@@ -208,7 +211,7 @@ class TextBatches(Iterator[Batch]):
     """Until every lane holds the tokens of a row and the target after it."""
     while short := [n for n in self._lanes if len(n.tokens) <= self._length]:
       texts = [self._texts[self._order[lane.next_document()]] for lane in short]
-      encoded = spill.encode_documents(texts, self._tokenizer)
+      encoded = passes.encode_documents(texts, self._tokenizer)
       for lane, text, ids in zip(short, texts, encoded, strict=True):
         if text:
           lane.append(ids)
@@ -243,9 +246,9 @@ class _Lane:
 def _open_files(path: str) -> tuple[dict[str, list[str]], str]:
   found: dict[str, list[str]] = {split: [] for split in packed.SPLITS}
   digest = hashlib.sha256()
-  for file in inputs.find_files(path):
-    for part in inputs.cut_into_parts(file):
-      for item in inputs.read_part(part):
+  for file in readers.find_files(path):
+    for part in readers.cut_into_parts(file):
+      for item in readers.read_part(part):
         if not item.text:
           continue
         sha256 = files.sha256_bytes(item.text.encode())
@@ -300,7 +303,7 @@ def _pack(
   counts = dict.fromkeys(packed.COUNTS, 0)
   arrays = [np.zeros(0, packed.token_dtype(tokenizer.vocab_size))]
   for text in texts:
-    (ids,) = spill.encode_documents([text], tokenizer)
+    (ids,) = passes.encode_documents([text], tokenizer)
     arrays.append(ids)
     size = len(text.encode())
     counts["documents"] += 1

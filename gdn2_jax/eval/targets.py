@@ -1,4 +1,4 @@
-"""Which validation targets are scored: one rule for models and baselines.
+"""Selection of scored validation targets, the same for models and baselines.
 
 The validation split is one stream of tokens, cut into rows. A limit is a
 number of tokens of that stream, so that rows of any length score the same

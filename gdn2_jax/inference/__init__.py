@@ -5,6 +5,9 @@
 
 from gdn2_jax.inference.batching import Batcher, Completion
 from gdn2_jax.inference.checks import NonFiniteError
+from gdn2_jax.inference.files.prefix_cache import StateStore, prefill_cached
+from gdn2_jax.inference.files.session import Session, load_session, save_session
+from gdn2_jax.inference.files.state import load_state, save_state
 from gdn2_jax.inference.generate import Generated, generate, stream
 from gdn2_jax.inference.identity import Identity, identify
 from gdn2_jax.inference.rows import batch, fork, put, take, unbatch
@@ -16,7 +19,6 @@ from gdn2_jax.inference.sampling import (
   row_samplers,
   sample,
 )
-from gdn2_jax.inference.session import Session, load_session, save_session
 from gdn2_jax.inference.state import (
   State,
   decode_step,
@@ -24,8 +26,6 @@ from gdn2_jax.inference.state import (
   init_state,
   prefill,
 )
-from gdn2_jax.inference.state_file import load_state, save_state
-from gdn2_jax.inference.store import StateStore, prefill_cached
 from gdn2_jax.inference.text import TextStream
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What a state belongs to: a model's function, its weights, its tokenizer.
+"""Identity of a state: its model's function, weights and tokenizer.
 
 A state means nothing to any other model, and nothing in its numbers would tell.
 """
@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from gdn2_jax.interop.tree import flatten_params
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.weights.tree import flatten_params
 
 # Fields of ModelConfig and its parts that leave the function as it is.
 _HOW_NOT_WHAT = (

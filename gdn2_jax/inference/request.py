@@ -1,4 +1,4 @@
-"""What is asked for: checked before anything is computed, then begun."""
+"""Validates a generation request and starts it."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, state, and floating-point operations.
+"""Cost of a model: parameters, state and floating-point operations.
 
 Counted from the config and from abstract shapes; nothing is allocated. A
 multiply and an add are two operations.

@@ -12,11 +12,11 @@ from gdn2_jax.model.kv_cache import (
   runs_and_positions,
 )
 from gdn2_jax.model.layers import Linear, fan_in_uniform
-from gdn2_jax.model.shards import length_axis, on_shards
-from gdn2_jax.ops import context_borders
-from gdn2_jax.ops.attention import IMPLEMENTATIONS, sliding_window_attention
-from gdn2_jax.ops.context import attention_context
-from gdn2_jax.ops.rope import apply_rope
+from gdn2_jax.model.on_shards import length_axis, on_shards
+from gdn2_jax.ops.attention.api import IMPLEMENTATIONS, sliding_window_attention
+from gdn2_jax.ops.attention.rope import apply_rope
+from gdn2_jax.ops.context import borders
+from gdn2_jax.ops.context.api import attention_context
 from gdn2_jax.typing import Activations, SegmentIds
 
 # Logical names, for shards of tokens.
@@ -149,9 +149,7 @@ class AttentionMixer(nn.Module):
       segment_ids = jnp.ones(q.shape[:2], jnp.int32)
 
     def run(q, k, v, segment_ids):
-      runs, positions = context_borders.runs_and_positions(
-        segment_ids, axis_name=axis
-      )
+      runs, positions = borders.runs_and_positions(segment_ids, axis_name=axis)
       return attention_context(
         apply_rope(q, positions, base=c.rope_base),
         apply_rope(k, positions, base=c.rope_base),

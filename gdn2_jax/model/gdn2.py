@@ -19,14 +19,14 @@ from jaxtyping import Array, Float
 from gdn2_jax.config_class import config_class
 from gdn2_jax.model.gdn2_shards import TOKENS, convolve, gated_norm, recur
 from gdn2_jax.model.layers import Linear, fan_in_uniform, xavier_uniform
-from gdn2_jax.model.shards import length_axis
-from gdn2_jax.ops.gdn2 import IMPLEMENTATIONS, gdn2_step
-from gdn2_jax.ops.gdn2_inputs import check_inputs
-from gdn2_jax.ops.gdn2_projected import (
+from gdn2_jax.model.on_shards import length_axis
+from gdn2_jax.ops.gdn2.api import IMPLEMENTATIONS, gdn2_step
+from gdn2_jax.ops.gdn2.fused_gates import (
   Projections,
   activate,
-  gdn2_projected,
+  gdn2_fused_gates,
 )
+from gdn2_jax.ops.gdn2.inputs import check_inputs
 from gdn2_jax.ops.short_conv import short_conv_step
 from gdn2_jax.typing import Activations, SegmentIds
 
@@ -200,7 +200,7 @@ class GDN2Mixer(nn.Module):
     state = None if cache is None else cache.state
     implementation = c.implementation or None
     if from_projections:
-      o, state = gdn2_projected(
+      o, state = gdn2_fused_gates(
         p,
         erase_scale=c.erase_scale,
         state=state,

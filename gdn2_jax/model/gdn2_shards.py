@@ -1,12 +1,12 @@
 """Convolution, recurrence and norm of GDN-2, on one shard of tokens or on all.
 
 Functions of whole arrays. Where the tokens are split over devices, each device
-runs on its own (model/shards.py); elsewhere the ops are called as they are.
+runs on its own (model/on_shards.py); elsewhere the ops are called as they are.
 """
 
-from gdn2_jax.model.shards import length_axis, on_shards
-from gdn2_jax.ops.context import gdn2_context, short_conv_context
-from gdn2_jax.ops.gdn2 import gdn2
+from gdn2_jax.model.on_shards import length_axis, on_shards
+from gdn2_jax.ops.context.api import gdn2_context, short_conv_context
+from gdn2_jax.ops.gdn2.api import gdn2
 from gdn2_jax.ops.norm import gated_rms_norm
 from gdn2_jax.ops.short_conv import short_conv
 

@@ -1,4 +1,4 @@
-"""What softmax attention remembers: the keys and values of earlier tokens.
+"""Caches of softmax attention: keys and values of earlier tokens.
 
 A sliding window needs those of the last `window` tokens, which lie in slots
 position mod window: a ring that never grows. Full attention needs all of them,
@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import struct
 
-from gdn2_jax.ops.attention_cached import cached_attention
+from gdn2_jax.ops.attention.cached import cached_attention
 from gdn2_jax.ops.segments import reset_counts, segment_positions
 
 

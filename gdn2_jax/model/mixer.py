@@ -1,4 +1,4 @@
-"""What a sequence mixer is: the one protocol behind every layer kind.
+"""Protocol of a sequence mixer, shared by every layer kind.
 
     y, cache = mixer(x, segment_ids, cache)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from gdn2_jax.ops import kernel_choice, self_check_cases
+from gdn2_jax.ops.kernels import cases, choice
 
 
 def _compute_dtype(x):
@@ -144,7 +144,7 @@ def gated_rms_norm(
     raise ValueError(
       f"activation: expected 'silu' or 'sigmoid', got {activation!r}"
     )
-  if kernel_choice.takes(
+  if choice.use_kernel(
     "gated_rms_norm",
     implementation,
     x,
@@ -181,10 +181,10 @@ def _gated_kernels_are_right(x):
     run = _gated_kernels().gated_rms_norm_mosaic_gpu
     return run(x, gate, weight, bias, "silu", 1e-5)
 
-  return kernel_choice.is_right_here(
+  return choice.is_right_here(
     "mosaic_gpu gated_rms_norm",
     run,
     _gated_rms_norm,
-    self_check_cases.gated_norm,
+    cases.gated_norm,
     x,
   )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from gdn2_jax.ops import kernel_choice, self_check_cases
+from gdn2_jax.ops.kernels import cases, choice
 
 ACTIVATIONS = (None, "silu")
 
@@ -173,7 +173,7 @@ def short_conv(
   ids = segment_ids
   if ids is not None:
     ids = _with_state_ids(ids, width)
-  if kernel_choice.takes(
+  if choice.use_kernel(
     "short_conv",
     implementation,
     x,
@@ -214,8 +214,8 @@ def _kernels_are_right(x):
     past_ids = _with_state_ids(segment_ids, len(kernel))
     return _taps(past_x, kernel, None, past_ids, "silu")
 
-  return kernel_choice.is_right_here(
-    "mosaic_gpu short_conv", kernels, reference, self_check_cases.short_conv, x
+  return choice.is_right_here(
+    "mosaic_gpu short_conv", kernels, reference, cases.short_conv, x
   )
 
 

@@ -37,7 +37,7 @@ def fingerprint(options: str = "") -> str:
   digest = hashlib.sha256(options.encode())
   package = pathlib.Path(__file__).parent.parent
   for path in sorted(
-    [*package.glob("pallas/*.py"), *package.glob("triton/*.py")]
+    [*package.glob("pallas/**/*.py"), *package.glob("triton/*.py")]
   ):
     digest.update(path.name.encode() + b"\0" + path.read_bytes())
   return digest.hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""What the kernels are built for: a device, a compile-only GPU, or the CPU.
+"""Target that kernels are traced for: device, compile-only GPU, interpreter.
 
 Kernels are traced the same way for all three. Tests run them in the
 interpreter of Mosaic GPU; the ahead-of-time check compiles them for a GPU that

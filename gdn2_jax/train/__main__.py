@@ -26,12 +26,10 @@ import jax
 from absl import flags
 
 from gdn2_jax import cli, config_flag
-from gdn2_jax.data.tokenizer import load_tokenizer
+from gdn2_jax.data.tokenizer.api import load_tokenizer
 from gdn2_jax.inference import Sampler, generate
-from gdn2_jax.ops import self_check
-from gdn2_jax.train import distributed
-from gdn2_jax.train.checkpoint import SaveError
-from gdn2_jax.train.cluster import find_place
+from gdn2_jax.ops.kernels import self_check
+from gdn2_jax.train.checkpoint.manager import SaveError
 from gdn2_jax.train.config import (
   TrainConfig,
   describe_fields,
@@ -39,8 +37,10 @@ from gdn2_jax.train.config import (
   validate,
 )
 from gdn2_jax.train.loop import train
-from gdn2_jax.train.metrics import DivergedError
-from gdn2_jax.train.writer import probe
+from gdn2_jax.train.processes import join as distributed
+from gdn2_jax.train.processes.place import find_place
+from gdn2_jax.train.report.metrics import DivergedError
+from gdn2_jax.train.report.writer import probe
 
 _CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(

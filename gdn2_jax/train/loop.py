@@ -14,28 +14,28 @@ from gdn2_jax.data.pipeline import check_batch, open_dataset
 from gdn2_jax.model.accounting import count_parameters, train_flops_per_token
 from gdn2_jax.model.lm import LM
 from gdn2_jax.sharding import batch_sharding, make_mesh, use_mesh
-from gdn2_jax.train import writer as writer_lib
-from gdn2_jax.train.checkpoint import Checkpointer, make_meta
+from gdn2_jax.train.checkpoint.manager import Checkpointer, make_meta
+from gdn2_jax.train.checkpoint.resume import resume
 from gdn2_jax.train.config import (
   TrainConfig,
   config_to_json,
   preflight,
   validate,
 )
-from gdn2_jax.train.distributed import leaving_if_a_peer_is_lost
+from gdn2_jax.train.device_put import part_to_read, put_batch
 from gdn2_jax.train.evaluation import brief, eval_row, evaluate
-from gdn2_jax.train.feed import part_to_read, put_batch
-from gdn2_jax.train.finish import finish
-from gdn2_jax.train.lock import WorkdirLock
-from gdn2_jax.train.metrics import MetricsReader, Progress
 from gdn2_jax.train.optimizer import learning_rate
-from gdn2_jax.train.preemption import Preemption
-from gdn2_jax.train.records import SkippedBatches
-from gdn2_jax.train.resume import resume
+from gdn2_jax.train.processes.join import leaving_if_a_peer_is_lost
+from gdn2_jax.train.processes.lock import WorkdirLock
+from gdn2_jax.train.processes.preemption import Preemption
+from gdn2_jax.train.processes.watchdog import Watchdog
+from gdn2_jax.train.report import writer as writer_lib
+from gdn2_jax.train.report.final import finish
+from gdn2_jax.train.report.metrics import MetricsReader, Progress
+from gdn2_jax.train.report.skipped import SkippedBatches
+from gdn2_jax.train.report.throughput import Throughput
 from gdn2_jax.train.state import TrainState, init_state, plan_state
 from gdn2_jax.train.step import make_train_step
-from gdn2_jax.train.throughput import Throughput
-from gdn2_jax.train.watchdog import Watchdog
 
 Say = Callable[[str], None]
 

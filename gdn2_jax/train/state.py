@@ -1,4 +1,4 @@
-"""What training carries from step to step, and how it is born sharded."""
+"""Training state: parameters, optimizer moments and counters, born sharded."""
 
 import dataclasses
 from typing import Any

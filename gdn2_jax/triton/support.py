@@ -1,4 +1,4 @@
-"""Whether the Triton kernels can run here, and if not, why.
+"""Conditions under which the Triton kernels run, with reasons.
 
 jax_triton reaches into the internals of both JAX and Triton, so that few
 versions of the three fit together. What was tried, by compiling a kernel for a

@@ -9,7 +9,7 @@ from gdn2_jax.analysis.memory import (
   state_norm,
   states,
 )
-from gdn2_jax.ops.gdn2 import gdn2
+from gdn2_jax.ops.gdn2.api import gdn2
 
 B, T, H, HV, K, V = 2, 11, 1, 2, 16, 16
 

@@ -9,15 +9,12 @@ import time
 import jax.numpy as jnp
 import pytest
 
-from gdn2_jax.bench import (
-  gpu,
-  gpu_check,
-  gpu_errors,
-  gpu_part,
-  gpu_peers,
-  gpu_table,
-)
-from gdn2_jax.bench.gpu_names import COLUMNS, PARTS
+from gdn2_jax.bench.gpu import check as gpu_check
+from gdn2_jax.bench.gpu import errors, peers
+from gdn2_jax.bench.gpu import part as gpu_part
+from gdn2_jax.bench.gpu import run as gpu
+from gdn2_jax.bench.gpu import table as gpu_table
+from gdn2_jax.bench.gpu.names import COLUMNS, PARTS
 from tests.tiny_run import ROOT, run_module
 
 README = ROOT / "benchmarks" / "README.md"
@@ -59,7 +56,7 @@ def test_rehearsal_runs_every_part():
 
 def test_wrong_result_fails():
   exact = (jnp.linspace(-1, 1, 256), jnp.ones(8))
-  compare = functools.partial(gpu_errors.compare, ("o", "state"))
+  compare = functools.partial(errors.compare, ("o", "state"))
   good = compare((exact[0].astype(jnp.bfloat16), exact[1]), exact, "bfloat16")
   assert good["passed"] and good["worst"] == "o"
   assert good["errors"]["o"] == pytest.approx(good["rounding"]["o"])
@@ -140,10 +137,10 @@ def test_a_part_that_cannot_start_is_one_failed_row(monkeypatch):
 
 def test_peers_say_why_they_are_missing():
   x = jnp.ones((1, 4, 1, 16))
-  with pytest.raises(gpu_peers.Missing):
-    gpu_peers.sequence("fla gdn2", 6 * (x,), None)
-  with pytest.raises(gpu_peers.Missing):
-    gpu_peers.step("fla kda", 6 * (x[:, 0],), jnp.ones((1, 1, 16, 16)))
+  with pytest.raises(peers.Missing):
+    peers.sequence("fla gdn2", 6 * (x,), None)
+  with pytest.raises(peers.Missing):
+    peers.step("fla kda", 6 * (x[:, 0],), jnp.ones((1, 1, 16, 16)))
 
 
 def test_table_says_what_failed_and_what_did_not_run():

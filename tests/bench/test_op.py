@@ -6,8 +6,10 @@ import sys
 import jax
 import pytest
 
-from gdn2_jax.bench import op, op_decode, timing
-from gdn2_jax.ops.arg_specs import ArgSpec
+from gdn2_jax.bench import timing
+from gdn2_jax.bench.op import decode as op_decode
+from gdn2_jax.bench.op import run as op
+from gdn2_jax.ops.gdn2.arg_specs import ArgSpec
 
 SPEC = ArgSpec(name="micro", B=1, T=32, H=1, K=16, V=16, tags=("train",))
 

@@ -7,7 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from gdn2_jax.bench import serve, serve_models, serve_plot, serve_time
+from gdn2_jax.bench.serve import models as serve_models
+from gdn2_jax.bench.serve import plot as serve_plot
+from gdn2_jax.bench.serve import run as serve
+from gdn2_jax.bench.serve import time as serve_time
 from gdn2_jax.inference.state import init_state
 from gdn2_jax.model.accounting import count_parameters
 from gdn2_jax.model.kv_cache import KVCache, RingCache

@@ -5,7 +5,7 @@ import functools
 import pyarrow
 import pyarrow.parquet as parquet
 
-from gdn2_jax.data import corpus, fineweb_edu
+from gdn2_jax.data.text import corpus, fineweb_edu
 
 
 @functools.cache

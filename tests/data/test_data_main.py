@@ -2,8 +2,8 @@
 
 import pytest
 
-from gdn2_jax.data import __main__ as cli
-from gdn2_jax.data import packing
+from gdn2_jax.data import __main__
+from gdn2_jax.data.build import in_memory
 from gdn2_jax.data.pipeline import DataConfig, open_dataset
 
 
@@ -11,7 +11,7 @@ from gdn2_jax.data.pipeline import DataConfig, open_dataset
 def folder(tmp_path, capsys):
   path = tmp_path / "packed"
   argv = ["snapshot", f"--out={path}", "--tokenizer=bpe-300", "--seed=1"]
-  assert cli.main(argv) == 0
+  assert __main__.main(argv) == 0
   capsys.readouterr()
   return path
 
@@ -23,10 +23,10 @@ def test_build_prints_counts_and_a_row(tmp_path, capsys):
   )
   out = tmp_path / "packed"
   argv = ["text", str(text), f"--out={out}", "--tokenizer=bytes"]
-  assert cli.main([*argv, "--workers=0"]) == 0
+  assert __main__.main([*argv, "--workers=0"]) == 0
   printed = capsys.readouterr()
   assert "tokenize" in printed.err
-  entry = packing.open_packed(out).manifest["splits"]["train"]
+  entry = in_memory.open_packed(out).manifest["splits"]["train"]
   counts = f"train: {entry['documents']} documents (0 empty ones left out)"
   assert counts in printed.out
   assert f"{entry['tokens']} tokens, 1.000 bytes/token" in printed.out
@@ -40,12 +40,12 @@ def test_folder_is_a_data_source(folder, tmp_path):
 
 def test_inspect_shows_borders(folder, capsys):
   argv = ["inspect", str(folder), "--split=validation", "--row=1", "--len=4096"]
-  assert cli.main(argv) == 0
+  assert __main__.main(argv) == 0
   printed = capsys.readouterr().out
   assert "all sizes and hashes match" in printed
   assert "validation row 1: " in printed
   assert "ends here -----" in printed
-  packed = packing.open_packed(folder)
+  packed = in_memory.open_packed(folder)
   start = packed.tokens["validation"][4096:4120]
   assert packed.tokenizer.decode(start) in printed
 
@@ -54,13 +54,13 @@ def test_inspect_refuses_damage(folder, capsys):
   with open(folder / "train.tokens.bin", "r+b") as file:
     file.seek(100)
     file.write(b"\xff")
-  assert cli.main(["inspect", str(folder)]) == 2
+  assert __main__.main(["inspect", str(folder)]) == 2
   assert "train.tokens.bin: sha256" in capsys.readouterr().err
 
 
 def test_inspect_refuses_a_row(folder, capsys):
   for row in (-1, 10**6):
-    assert cli.main(["inspect", str(folder), f"--row={row}"]) == 2
+    assert __main__.main(["inspect", str(folder), f"--row={row}"]) == 2
     assert f"row={row}: the train split has" in capsys.readouterr().err
 
 
@@ -81,10 +81,10 @@ def test_inspect_refuses_a_row(folder, capsys):
   ],
 )
 def test_unknown_flags_and_stray_words_are_refused(argv, capsys, monkeypatch):
-  monkeypatch.setattr(cli, "_pack", None)
-  monkeypatch.setattr(cli, "_inspect", None)
+  monkeypatch.setattr(__main__, "_pack", None)
+  monkeypatch.setattr(__main__, "_inspect", None)
   with pytest.raises(SystemExit) as refused:
-    cli.main(argv)
+    __main__.main(argv)
   assert refused.value.code == 2
   assert "usage:" in capsys.readouterr().err
 
@@ -97,6 +97,6 @@ def test_unknown_flags_and_stray_words_are_refused(argv, capsys, monkeypatch):
   ],
 )
 def test_bad_values_leave_no_folder(tmp_path, capsys, argv, message):
-  assert cli.main([*argv, f"--out={tmp_path / 'packed'}"]) == 2
+  assert __main__.main([*argv, f"--out={tmp_path / 'packed'}"]) == 2
   assert message in capsys.readouterr().err
   assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from gdn2_jax.data import build, pipeline, plan, sources
+from gdn2_jax.data import pipeline, sources
+from gdn2_jax.data.build import build, recipe
 from gdn2_jax.data.pipeline import DataConfig
 from tests.data import parquet_files
 from tests.data.batches import assert_equal
@@ -29,7 +30,7 @@ def folders(tmp_path_factory):
     build.build_rows(
       {name: root / f"{name}.jsonl"},
       root / name,
-      plan.Options(tokenizer="bytes", shard_tokens=10_000),
+      recipe.Options(tokenizer="bytes", shard_tokens=10_000),
       source={"kind": "text"},
     )
   return root
@@ -188,7 +189,7 @@ def test_sources_of_other_tokenizers_are_refused(config, folders, tmp_path):
   build.build_rows(
     {"lower": folders / "lower.jsonl"},
     tmp_path / "bpe",
-    plan.Options(tokenizer="bpe-300"),
+    recipe.Options(tokenizer="bpe-300"),
     source={"kind": "text"},
   )
   mixed = dataclasses.replace(

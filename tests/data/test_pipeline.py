@@ -11,10 +11,11 @@ import sys
 import numpy as np
 import pytest
 
-from gdn2_jax.data import corpus as corpora
-from gdn2_jax.data import packing, pipeline
+from gdn2_jax.data import pipeline
+from gdn2_jax.data.build import in_memory
+from gdn2_jax.data.packed.rows import PackedRows
 from gdn2_jax.data.pipeline import DataConfig, TrainBatches, check_batch
-from gdn2_jax.data.rows import PackedRows
+from gdn2_jax.data.text import corpus
 from tests.data.batches import assert_equal
 
 LENGTH = 64
@@ -195,9 +196,7 @@ def test_bits_per_byte_are_exact(dataset):
 
 
 def test_held_out_documents_are_the_validation_split(dataset):
-  _, held_out = corpora.split_documents(
-    corpora.read_corpus("snapshot").documents
-  )
+  _, held_out = corpus.split_documents(corpus.read_corpus("snapshot").documents)
   ids = dataset.validation_tokens()
   found = np.split(ids, dataset.packed.offsets["validation"][1:-1])
   texts = {dataset.tokenizer.decode(part) for part in found}
@@ -222,14 +221,14 @@ def test_fingerprint_covers_what_decides_the_batches(dataset, cache, tmp_path):
 
 
 def test_the_cache_is_used(dataset, monkeypatch):
-  monkeypatch.setattr(packing, "build_packed", None)
+  monkeypatch.setattr(in_memory, "build_packed", None)
   assert _with(dataset).fingerprint == dataset.fingerprint
 
 
 def test_a_packed_folder_is_a_source(dataset, tmp_path):
   folder = tmp_path / "packed"
-  packing.pack_corpus(
-    corpora.read_corpus("snapshot"), folder, tokenizer_spec="bpe-300"
+  in_memory.pack_corpus(
+    corpus.read_corpus("snapshot"), folder, tokenizer_spec="bpe-300"
   )
   again = _with(dataset, source=str(folder))
   assert again.fingerprint == dataset.fingerprint

@@ -6,9 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from gdn2_jax.data import inputs, pipeline, text_stream
+from gdn2_jax.data import pipeline, text_stream
 from gdn2_jax.data.pipeline import DataConfig
-from gdn2_jax.data.tokenizer import BytesTokenizer
+from gdn2_jax.data.text import readers
+from gdn2_jax.data.tokenizer.api import BytesTokenizer
 from tests.data import parquet_files
 from tests.data.batches import assert_equal
 
@@ -136,7 +137,7 @@ def test_what_cannot_be(config, tmp_path):
   with pytest.raises(ValueError, match="no train documents"):
     pipeline.open_dataset(empty)
   (tmp_path / "a.jsonl").write_text("nonsense\n")
-  with pytest.raises(inputs.BadInputError, match=r"a\.jsonl: the line at"):
+  with pytest.raises(readers.BadInputError, match=r"a\.jsonl: the line at"):
     pipeline.open_dataset(empty)
 
 

@@ -1,0 +1,1 @@
+"""What a training run has to survive, done to real runs of a tiny model."""

@@ -2,9 +2,9 @@
 
 import pytest
 
-from gdn2_jax.faults import damage, kills, signals, stops, storage
-from gdn2_jax.faults.lab import GRID, Lab
-from gdn2_jax.faults.outcome import Outcome, format_table, tries
+from tests.faults import damage, kills, signals, stops, storage
+from tests.faults.lab import GRID, Lab
+from tests.faults.outcome import Outcome, format_table, tries
 
 pytestmark = [
   pytest.mark.usefixtures("frozen_heap"),
@@ -66,7 +66,9 @@ def test_flipped_bits(lab):
 
 def test_flips_would_be_noticed_if_nobody_looked(lab, monkeypatch):
   """The same flips, restored as orbax alone would: some go unseen."""
-  monkeypatch.setattr("gdn2_jax.train.checkpoint.verify", lambda *_: None)
+  monkeypatch.setattr(
+    "gdn2_jax.train.checkpoint.manager.verify", lambda *_: None
+  )
   outcome = damage.bit_flips(lab, 24, lambda: None, kinds_with="process_0/d")
   assert outcome.silent > 0
   assert not outcome.passed

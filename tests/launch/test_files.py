@@ -9,9 +9,9 @@ import sys
 import pytest
 import yaml
 
-from configs import gdn2_1p3b
-from gdn2_jax.train.cluster import find_place
+from gdn2_jax.configs import gdn2_1p3b
 from gdn2_jax.train.config import preflight
+from gdn2_jax.train.processes.place import find_place
 from tests.tiny_run import ROOT
 
 FOLDER = ROOT / "launch"

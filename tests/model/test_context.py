@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax.model.lm import LM, init_cache
-from gdn2_jax.model.shards import length_axis
+from gdn2_jax.model.on_shards import length_axis
 from gdn2_jax.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 from gdn2_jax.train.state import abstract_params
 from tests.model.models import small_config

@@ -12,7 +12,7 @@ from flax import linen as nn
 from gdn2_jax.analysis.gates import collect_gates
 from gdn2_jax.model import block, gdn2
 from gdn2_jax.model.gdn2 import GDN2Config, GDN2Mixer, init_gdn2_cache
-from gdn2_jax.ops.gdn2 import gdn2 as op
+from gdn2_jax.ops.gdn2.api import gdn2 as op
 from gdn2_jax.sharding import MeshConfig, make_mesh, use_mesh
 from tests.model.models import small_config, tokens_of
 from tests.numerics import rel_rms
@@ -165,8 +165,8 @@ def test_kernels_compute_the_gates_only_where_they_are_standard(x, monkeypatch):
     calls.append(options["erase_scale"])
     return projected(*args, **options)
 
-  projected = gdn2.gdn2_projected
-  monkeypatch.setattr(gdn2, "gdn2_projected", spy)
+  projected = gdn2.gdn2_fused_gates
+  monkeypatch.setattr(gdn2, "gdn2_fused_gates", spy)
   scalar = dataclasses.replace(CONFIG, erase_gate="scalar")
   negative = dataclasses.replace(CONFIG, negative_eigenvalues=True)
   for mixer, expected in (

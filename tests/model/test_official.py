@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdn2_jax.convert.options import Options
-from gdn2_jax.convert.run import open_model
+from gdn2_jax.interop.convert.options import Options
+from gdn2_jax.interop.convert.run import open_model
+from gdn2_jax.interop.tree import unflatten_params
 from gdn2_jax.model.lm import LM
-from gdn2_jax.weights.tree import unflatten_params
 
 FOLDER = pathlib.Path(__file__).parent / "official_hybrid_tiny"
 

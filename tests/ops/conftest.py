@@ -2,7 +2,7 @@
 
 import pytest
 
-from gdn2_jax.ops import kernel_choice, self_check, self_check_cases
+from gdn2_jax.ops.kernels import cases, choice, self_check
 
 
 @pytest.fixture
@@ -14,6 +14,6 @@ def checks(monkeypatch, tmp_path):
   monkeypatch.setattr(self_check, "_path", lambda: path)
   monkeypatch.setattr(self_check, "_RUNS", 1)
   for name, value in {"_T": 80, "_CHANNELS": 64}.items():
-    monkeypatch.setattr(self_check_cases, name, value)
-  monkeypatch.setattr(kernel_choice, "HOPPER", "None")  # what a CPU has
+    monkeypatch.setattr(cases, name, value)
+  monkeypatch.setattr(choice, "HOPPER", "None")  # what a CPU has
   return path

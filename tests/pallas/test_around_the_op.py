@@ -14,7 +14,13 @@ from gdn2_jax.ops.norm import gated_rms_norm
 from gdn2_jax.ops.short_conv import short_conv
 from tests import numerics
 from tests.ops.test_norm import gated_oracle
-from tests.pallas.test_chunk_kernels import CONTRACT, error_ratios, interpreted
+from tests.pallas.gdn2.test_chunk_kernels import (
+  CONTRACT,
+  error_ratios,
+  interpreted,
+)
+
+pytestmark = pytest.mark.slow
 
 # A segment that ends in its block, one that begins as the next block does, one
 # of two tokens, padding inside and at the end.

@@ -3,11 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
 
 from gdn2_jax.model.gdn2 import GDN2Config, GDN2Mixer, init_gdn2_cache
 from tests.numerics import rel_rms
-from tests.pallas.test_chunk_kernels import interpreted
+from tests.pallas.gdn2.test_chunk_kernels import interpreted
+
+pytestmark = pytest.mark.slow
 
 # Results are rounded to bfloat16, the kernels' operands as well.
 BOUND = 2**-7

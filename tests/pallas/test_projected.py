@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdn2_jax.ops.gdn2_projected import Projections, gdn2_projected
+from gdn2_jax.ops.gdn2.fused_gates import Projections, gdn2_fused_gates
 from tests import numerics
-from tests.pallas.test_chunk_kernels import CONTRACT, interpreted
+from tests.pallas.gdn2.test_chunk_kernels import CONTRACT, interpreted
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
+pytestmark = [pytest.mark.usefixtures("fast_compiles"), pytest.mark.slow]
 BFLOAT16 = jnp.bfloat16
 KEYS = ("q", "k", "f", "b")
 NAMES = ("q", "k", "v", "f", "b", "w", "a_log", "dt_bias")
@@ -68,7 +68,7 @@ def truth(p, case, erase_scale):
 
 def run(implementation, p, case, erase_scale):
   o_and_state, pullback = jax.vjp(
-    lambda p, state: gdn2_projected(
+    lambda p, state: gdn2_fused_gates(
       p,
       erase_scale=erase_scale,
       state=state,

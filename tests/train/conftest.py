@@ -4,10 +4,9 @@ import jax
 import pytest
 
 from gdn2_jax.data.pipeline import open_dataset
-from gdn2_jax.faults.tiny import tiny_config
 from gdn2_jax.sharding import MeshConfig
-from gdn2_jax.train.checkpoint_config import CheckpointConfig
-from gdn2_jax.train.config import TrainConfig
+from gdn2_jax.train.config import CheckpointConfig, TrainConfig
+from tests.faults.tiny import tiny_config
 
 
 def make_config(cache_dir: str) -> TrainConfig:

@@ -10,8 +10,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from gdn2_jax.faults.child import Child, train_rows
-from gdn2_jax.train.checkpoint import committed_steps
+from gdn2_jax.train.checkpoint.manager import committed_steps
+from tests.faults.child import Child, train_rows
 from tests.tiny_run import run_many
 
 _CONFIG = """

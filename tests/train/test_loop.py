@@ -10,13 +10,17 @@ import jax
 import numpy as np
 import pytest
 
-from gdn2_jax.train.checkpoint import CheckpointError, committed_steps, load_run
-from gdn2_jax.train.checkpoint_meta import read_meta
+from gdn2_jax.train.checkpoint.manager import (
+  CheckpointError,
+  committed_steps,
+  load_run,
+)
+from gdn2_jax.train.checkpoint.meta import read_meta
 from gdn2_jax.train.config import config_from_json, config_to_json
-from gdn2_jax.train.lock import LockedError, WorkdirLock
 from gdn2_jax.train.loop import train
-from gdn2_jax.train.metrics import DivergedError
-from gdn2_jax.train.writer import read_rows
+from gdn2_jax.train.processes.lock import LockedError, WorkdirLock
+from gdn2_jax.train.report.metrics import DivergedError
+from gdn2_jax.train.report.writer import read_rows
 from tests.train.conftest import make_config
 
 

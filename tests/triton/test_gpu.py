@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdn2_jax.ops.gdn2 import gdn2_step
-from gdn2_jax.ops.gdn2_dispatch import unsupported_reason
+from gdn2_jax.ops.gdn2.api import gdn2_step
+from gdn2_jax.ops.gdn2.dispatch import unsupported_reason
 from tests import numerics
 
 SEGMENTS = np.array([[1, 1, 0, 2, 2, 1, 0, 0, 3], [0, 4, 4, 4, 4, 0, 4, 2, 2]])

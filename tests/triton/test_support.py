@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdn2_jax.ops import gdn2_reference
+from gdn2_jax.ops.gdn2 import reference
 from gdn2_jax.triton import gdn2, support
 
 B, T, H, K, V = 2, 5, 2, 16, 24
@@ -126,12 +126,12 @@ def launches(monkeypatch):
 
   def step(scale, capability, *arrays):
     calls.append(arrays[6].shape)
-    return gdn2_reference.gdn2_step_reference(*arrays, scale)
+    return reference.gdn2_step_reference(*arrays, scale)
 
   def sequence(scale, capability, *arrays):
     calls.append(arrays[6].shape)
     ids = arrays[7] if len(arrays) > 7 else None
-    return gdn2_reference.gdn2_reference(*arrays[:7], ids, scale)
+    return reference.gdn2_reference(*arrays[:7], ids, scale)
 
   monkeypatch.setattr(gdn2, "_step", step)
   monkeypatch.setattr(gdn2, "_sequence", sequence)

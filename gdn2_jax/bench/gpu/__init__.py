@@ -1,0 +1,1 @@
+"""The GPU benchmark: every kernel checked and timed, then the step."""

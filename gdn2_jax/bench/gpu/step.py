@@ -1,0 +1,160 @@
+"""The training step of the 1.3B hybrid on one GPU, 16K tokens at a time."""
+
+import functools
+import importlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gdn2_jax.bench.gpu.part import Compiler, Recorder, Row, wait
+
+SHAPES = ((2048, 8), (4096, 4), (8192, 2), (16384, 1))  # tokens x rows
+TINY_SHAPES = ((32, 2), (64, 1))
+_SECONDS = 8.0  # of steps, per shape
+
+
+def run(recorder: Recorder, rehearse: bool) -> None:
+  """Writes a row per shape; needs flax, optax and what configs need."""
+  shapes = TINY_SHAPES if rehearse else SHAPES
+  labels = [f"step {T}x{B}" for T, B in shapes]
+  try:
+    bench = _Bench(rehearse)
+  except ImportError as e:
+    for label in labels:
+      recorder.write({"label": label, "note": f"not run: {e}"})
+    return
+  compiler = Compiler(2 if rehearse else 4)
+  futures = {
+    label: compiler.submit(functools.partial(bench.lower, T, B))
+    for label, (T, B) in zip(labels, shapes, strict=True)
+    if label not in recorder.done
+  }
+  for label, (T, B) in zip(labels, shapes, strict=True):
+    if label in futures:
+      measure = functools.partial(bench.measure, recorder, futures[label], T, B)
+      recorder.run(label, measure)
+  compiler.close()
+
+
+class _Bench:
+  """The model, and the state that its steps hand on."""
+
+  def __init__(self, rehearse: bool):
+    self._seconds = 0.0 if rehearse else _SECONDS
+    self._config = _tiny() if rehearse else _hybrid()
+    self._state = None
+    from gdn2_jax.model.lm import LM
+    from gdn2_jax.ops.gdn2.api import select_implementation
+    from gdn2_jax.sharding import MeshConfig, make_mesh, use_mesh
+    from gdn2_jax.train.config import validate
+    from gdn2_jax.train.state import plan_state
+
+    self._config.mesh, self._config.grad_accum = MeshConfig(), 1
+    validate(self._config)
+    self._mesh = make_mesh(self._config.mesh, jax.devices()[:1])
+    self._under_mesh = functools.partial(use_mesh, self._mesh)
+    gdn2 = self._config.model.gdn2
+    head = (1, 1, gdn2.num_heads, gdn2.key_dim)
+    inputs = 6 * (jax.ShapeDtypeStruct(head, self._config.model.dtype),)
+    # Here, and not while it is traced: its first use checks the kernels.
+    self._implementation = gdn2.implementation or select_implementation(*inputs)
+    with self._under_mesh():
+      self._model = LM(self._config.model)
+      self._blueprint = plan_state(
+        self._model, self._config.optimizer, self._config.num_steps, self._mesh
+      )
+
+  def lower(self, T: int, B: int) -> Any:
+    """The step on B rows of T tokens."""
+    from gdn2_jax.sharding import batch_sharding
+    from gdn2_jax.train.optimizer import learning_rate
+    from gdn2_jax.train.step import make_train_step
+
+    schedule = learning_rate(self._config.optimizer, self._config.num_steps)
+    with self._under_mesh():
+      step = make_train_step(
+        self._model, self._blueprint, self._mesh, schedule=schedule
+      )
+      batch = {
+        name: jax.ShapeDtypeStruct(
+          x.shape, x.dtype, sharding=batch_sharding(self._mesh)
+        )
+        for name, x in jax.eval_shape(lambda: self._batch(T, B)).items()
+      }
+      return step.lower(self._blueprint.abstract, batch)
+
+  def measure(self, recorder: Recorder, future: Any, T: int, B: int) -> Row:
+    """Trains for some seconds; out of memory is a result."""
+    from gdn2_jax.model.accounting import train_flops_per_token
+    from gdn2_jax.sharding import batch_sharding
+    from gdn2_jax.train.report.throughput import Throughput
+    from gdn2_jax.train.state import init_state
+
+    row = {"T": T, "B": B, "implementation": self._implementation}
+    try:
+      step = wait(future, recorder)
+      stats = step.memory_analysis()
+      row["memory_bytes"] = (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+      )
+      with self._under_mesh():
+        if self._state is None:
+          self._state = init_state(self._model, self._blueprint, 0)
+        batch = jax.device_put(self._batch(T, B), batch_sharding(self._mesh))
+        state, self._state = self._state, None  # donated: gone if it fails
+        for _ in range(2):
+          state, metrics = step(state, batch)
+        jax.block_until_ready(metrics)
+        meter = Throughput(
+          B * T,
+          train_flops_per_token(self._config.model, T),
+          jax.devices()[:1],
+        )
+        meter.restart(0)
+        steps, end = 0, time.time() + min(self._seconds, recorder.remaining())
+        while steps < 3 or time.time() < end:
+          state, metrics = step(state, batch)
+          jax.block_until_ready(metrics["loss"])
+          steps += 1
+        row |= meter.read(steps)
+        self._state = state
+    except jax.errors.JaxRuntimeError as e:
+      if "RESOURCE_EXHAUSTED" not in str(e):
+        raise
+      return row | {"note": "out of memory"}
+    loss, skipped = float(metrics["loss"]), int(metrics["skipped"])
+    memory = jax.devices()[0].memory_stats() or {}
+    return row | {
+      "steps": steps,
+      "loss": loss,
+      "process_peak_bytes": memory.get("peak_bytes_in_use"),
+      "passed": bool(jnp.isfinite(loss)) and skipped == 0,
+    }
+
+  def _batch(self, T, B):
+    vocabulary = self._config.model.vocab_size
+    tokens = jax.random.randint(jax.random.key(7), (B, T + 1), 0, vocabulary)
+    return {
+      "inputs": tokens[:, :-1],
+      "targets": tokens[:, 1:],
+      "segment_ids": jnp.ones((B, T), jnp.int32),
+      "loss_mask": jnp.ones((B, T), jnp.float32),
+    }
+
+
+def _hybrid():
+  return importlib.import_module("gdn2_jax.configs.gdn2_swa_1p3b").get_config()
+
+
+def _tiny():
+  config = importlib.import_module("gdn2_jax.configs.tiny_cpu").get_config()
+  model = config.model
+  model.vocab_size, model.model_dim, model.mlp_dim = 128, 64, 64
+  model.num_layers = 2
+  model.gdn2.num_heads, model.attention.window = 1, 32
+  return config

@@ -1,0 +1,1 @@
+"""The op against the token scan on a CPU."""

@@ -1,0 +1,94 @@
+"""Decoding: gdn2_step against the bandwidth of copying its state."""
+
+import statistics
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from gdn2_jax.bench import timing
+from gdn2_jax.ops.gdn2.api import gdn2_step
+
+H, K, V = 16, 128, 128
+
+
+def run(rounds: int, batch_sizes: tuple[int, ...] = (1, 4, 16, 32, 64)) -> dict:
+  """Times a donated step per batch size, and a copy of its state."""
+  result: dict[str, Any] = {"H": H, "K": K, "V": V, "rows": []}
+  for B in tqdm.tqdm(batch_sizes, desc="decode", disable=None):
+    token = _token(B)
+    state = jnp.ones((B, H, K, V))
+    moved = 2 * state.nbytes
+    step = timing.compile_function(
+      lambda state, *token: gdn2_step(*token, state),
+      (state, *token),
+      donate_argnums=0,
+    )
+    calls = max(8, 256 // B)
+    step_s, copy_s = _race(step, token, state, calls, rounds)
+    result["rows"].append(
+      {
+        "B": B,
+        "state_bytes": moved // 2,
+        "step_us": step_s * 1e6,
+        "copy_us": copy_s * 1e6,
+        "step_gb_per_s": moved / step_s / 1e9,
+        "copy_gb_per_s": moved / copy_s / 1e9,
+        "fraction_of_copy": copy_s / step_s,
+      }
+    )
+  return result
+
+
+def table(result: dict) -> list[str]:
+  """Lines for the terminal."""
+  return [
+    f"decode B={row['B']:<3} {row['step_us']:9.0f} us/token,"
+    f" {row['step_gb_per_s']:5.1f} GB/s,"
+    f" {100 * row['fraction_of_copy']:3.0f}% of copying the state"
+    for row in result["rows"]
+  ]
+
+
+def _token(B):
+  keys = jax.random.split(jax.random.key(0), 6)
+  normal = jax.random.normal
+  q, k = (normal(key, (B, H, K)) * K**-0.5 for key in keys[:2])
+  v = normal(keys[2], (B, H, V))
+  g = -jax.random.uniform(keys[3], (B, H, K))
+  b, w = (jax.nn.sigmoid(normal(key, (B, H, K))) for key in keys[4:])
+  return q, k, v, g, b, w
+
+
+def _race(step, token, state, calls, rounds):
+  """Median seconds of a step and of a copy of the state, taking turns.
+
+  Steps follow each other on one donated state. On CPU the copy is a memcpy to
+  memory that is already mapped, which XLA, returning a new buffer each time,
+  cannot do.
+  """
+  now = timing.clock()
+  on_cpu = jax.default_backend() == "cpu"
+  source = np.array(state) if on_cpu else state
+  target = np.ones_like(source) if on_cpu else source
+  copy = jax.jit(jnp.copy)
+  state = step.call(state, *token)[1]
+  step_s, copy_s = [], []
+  for _ in range(rounds):
+    jax.block_until_ready(state)
+    start = now()
+    for _ in range(calls):
+      state = step.call(state, *token)[1]
+    jax.block_until_ready(state)
+    step_s.append((now() - start) / calls)
+    start = now()
+    for _ in range(calls):
+      if on_cpu:
+        np.copyto(target, source)
+      else:
+        target = copy(source)
+    jax.block_until_ready(target)
+    copy_s.append((now() - start) / calls)
+  return statistics.median(step_s), statistics.median(copy_s)

@@ -1,0 +1,41 @@
+"""Other people's implementations that run here, if they are installed."""
+
+import importlib
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+
+from gdn2_jax.ops.gdn2 import arg_specs
+from gdn2_jax.ops.gdn2.api import gdn2
+
+BOUND = 1e-5
+
+
+def run(spec: arg_specs.ArgSpec, rounds: int = 3) -> dict[str, Any]:
+  """Times fla's naive recurrence of GDN-2 in torch, or says why not."""
+  row = {"spec": spec.name, "implementation": "fla naive"}
+  try:
+    torch = importlib.import_module("torch")
+    naive = importlib.import_module("fla.ops.gdn2.naive")
+    recurrence = naive.naive_recurrent_gdn2
+  except (ImportError, AttributeError) as e:
+    return row | {"note": f"not run: {e}"}
+  if spec.dtype != "float32" or spec.value_heads > 1 or spec.segments > 1:
+    return row | {"note": "not run: float32, one value head, one segment only"}
+  arrays, _ = arg_specs.make_inputs(spec)
+  q, k, v, g, b, w = (torch.from_numpy(np.array(x)) for x in arrays)
+  torch.set_num_threads(1)
+  o = recurrence(q, k, v, g, b, w)[0].numpy()
+  exact = np.asarray(gdn2(*arrays, implementation="reference")[0])
+  error = float(np.linalg.norm(o - exact) / np.linalg.norm(exact))
+  if not error <= BOUND:
+    return row | {"note": f"fails its error check ({error:.1e}): not timed"}
+  times = []
+  for _ in range(rounds):
+    start = time.process_time()
+    recurrence(q, k, v, g, b, w)
+    times.append(time.process_time() - start)
+  milliseconds = 1e3 * statistics.median(times)
+  return row | {"note": f"forward {milliseconds:.1f} ms, error {error:.1e}"}

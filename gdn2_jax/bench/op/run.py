@@ -1,0 +1,280 @@
+"""`python -m gdn2_jax.bench op`: gdn2 against its token scan.
+
+Nothing is timed before its error is known and within the contract: relative
+RMS error of every output and gradient at most 1e-5 in float32, and at most
+twice the error of the token scan in lower precision.
+"""
+
+import datetime
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+import tqdm
+from absl import flags
+
+from gdn2_jax.bench import timing
+from gdn2_jax.bench.op import decode as op_decode
+from gdn2_jax.bench.op import peers as op_peers
+from gdn2_jax.ops.gdn2 import arg_specs
+from gdn2_jax.ops.gdn2.api import gdn2, select_implementation
+
+BOUND = 1e-5
+LOW_PRECISION_FACTOR = 2
+# Token-heads times K * V up to which a float64 token scan with its gradient
+# (one state per token) fits into a few GB.
+_FLOAT64_STATES = 1 << 26
+_NAMES = ("o", "state", "dq", "dk", "dv", "dg", "db", "dw")
+
+
+def define_flags() -> None:
+  """Defines the flags of this benchmark."""
+  flags.DEFINE_list(
+    "spec", None, "shapes to run (default: those that suit the device)"
+  )
+  flags.DEFINE_list("implementation", ["reference", "xla"], "what to run")
+  flags.DEFINE_string("json", None, "also write the results to this file")
+  flags.DEFINE_bool(
+    "one_core",
+    True,
+    "on CPU, time the work of one core; --noone_core takes all cores and the "
+    "wall clock, which other programs disturb",
+  )
+  flags.DEFINE_bool("peers", False, "add the token scan of torch and fla")
+  flags.DEFINE_integer("rounds", 7, "timed calls of each", lower_bound=1)
+
+
+def main(values: Any) -> None:
+  """Runs the benchmark and prints its tables."""
+  if values.one_core:
+    timing.use_one_core()
+  specs = _specs(values.spec)
+  result = environment()
+  rows = result["rows"] = []
+  for spec in tqdm.tqdm(specs, desc="shapes", disable=None):
+    rows.extend(run_spec(spec, values.implementation, values.rounds))
+    if values.peers:
+      rows.append(op_peers.run(spec))
+  result["scaling"] = _scaling(values.implementation, values.rounds)
+  result["decode"] = op_decode.run(values.rounds)
+  print(_table(result))
+  if values.json:
+    path = pathlib.Path(values.json)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def run_spec(
+  spec: arg_specs.ArgSpec, implementations: list[str], rounds: int
+) -> list[dict[str, Any]]:
+  """Error, time and memory of each implementation on one shape."""
+  inputs, segment_ids = arg_specs.make_inputs(spec)
+  forward, both = {}, {}
+  for name in implementations:
+    op = _op(name, segment_ids)
+    forward[name] = timing.compile_function(op, inputs)
+    if name != "reference" or "train" in spec.tags:
+      both[name] = timing.compile_function(_gradient(op), inputs)
+  truth, exact = _truth(spec, inputs, segment_ids, bool(both))
+  errors = {
+    name: _errors(exact, forward[name].call(*inputs), both.get(name), inputs)
+    for name in implementations
+  }
+  floor = errors.get("reference", {})
+  rows = []
+  passed = [n for n in implementations if _passes(spec, errors[n], floor)]
+  times = timing.race({n: forward[n] for n in passed}, inputs, rounds)
+  grad_times = timing.race(
+    {n: both[n] for n in passed if n in both}, inputs, rounds
+  )
+  for name in implementations:
+    row = {
+      "spec": spec.name,
+      "implementation": name,
+      "error": max(errors[name].values()),
+      "errors": errors[name],
+      "truth": truth,
+      "passed": name in passed,
+    }
+    if name in passed:
+      row |= _costs("forward", spec, forward[name], times[name])
+      if name in both:
+        row |= _costs("both", spec, both[name], grad_times[name])
+      for kind, seconds in (("forward", times), ("both", grad_times)):
+        if name in seconds and "reference" in seconds:
+          ratio = seconds["reference"] / seconds[name]
+          row[f"{kind}_vs_reference"] = ratio
+    rows.append(row)
+  return rows
+
+
+def _op(implementation, segment_ids):
+  def op(*inputs):
+    return gdn2(*inputs, segment_ids=segment_ids, implementation=implementation)
+
+  return op
+
+
+def _gradient(op):
+  """Gradients of all six inputs, for cotangents of both outputs."""
+
+  def loss(*inputs):
+    o, state = op(*inputs)
+    o = o.astype(state.dtype)
+    return jnp.sum(o * o) + jnp.sum(state * state)
+
+  return jax.grad(loss, argnums=tuple(range(6)))
+
+
+def _truth(spec, inputs, segment_ids, gradients):
+  """Exact outputs (and gradients), and how they were computed."""
+  states = spec.token_heads * spec.K * spec.V * spec.value_heads
+  if states > _FLOAT64_STATES:
+    # Too many states for the token scan's own gradient: float64 chunks, which
+    # a test holds to 1e-13 of the token scan.
+    name, label = "xla", "float64 chunks"
+  else:
+    name, label = "reference", "float64 token scan"
+  with jax.enable_x64(True):
+    exact_inputs = tuple(x.astype(jnp.float64) for x in inputs)
+    op = _op(name, segment_ids)
+    exact = jax.jit(op)(*exact_inputs)
+    if gradients:
+      exact = (*exact, *jax.jit(_gradient(op))(*exact_inputs))
+    exact = [np.asarray(x) for x in exact]
+  return label, exact
+
+
+def _errors(exact, outputs, both, inputs):
+  actual = list(outputs)
+  if both is not None:
+    actual += both.call(*inputs)
+  errors = {}
+  for name, x, y in zip(_NAMES, actual, exact, strict=False):
+    difference = np.asarray(x, np.float64) - y
+    size = np.sqrt(np.mean(y**2))
+    errors[name] = float(np.sqrt(np.mean(difference**2)) / size)
+  return errors
+
+
+def _passes(spec, errors, floor):
+  for name, error in errors.items():
+    bound = BOUND
+    if spec.dtype != "float32" and name not in ("state", "dg"):
+      bound = LOW_PRECISION_FACTOR * floor.get(name, 0.01)
+    if not error <= bound:
+      return False
+  return True
+
+
+def _costs(kind, spec, compiled, seconds):
+  return {
+    f"{kind}_ms": seconds * 1e3,
+    f"{kind}_compile_s": compiled.compile_s,
+    f"{kind}_temp_bytes": compiled.temp_bytes,
+    f"{kind}_temp_bytes_per_token_head": (
+      compiled.temp_bytes / spec.token_heads
+    ),
+  }
+
+
+def _scaling(implementations, rounds):
+  """Log-log slope of time against T; 1 is linear."""
+  lengths = (1024, 2048, 4096, 8192)
+  result = {"lengths": lengths, "H": 4, "K": 64, "V": 64}
+  for name in implementations:
+    for kind in ("forward", "both"):
+      if kind == "both" and name == "reference":
+        continue
+      times = []
+      for T in tqdm.tqdm(lengths, desc=f"{name} {kind}", disable=None):
+        spec = arg_specs.ArgSpec(name="scaling", B=1, T=T, H=4, K=64, V=64)
+        inputs, _ = arg_specs.make_inputs(spec)
+        op = _op(name, None)
+        function = op if kind == "forward" else _gradient(op)
+        compiled = timing.compile_function(function, inputs)
+        times.append(timing.race({name: compiled}, inputs, rounds)[name])
+      slope, _ = np.polyfit(np.log(lengths), np.log(times), 1)
+      result[f"{name}_{kind}"] = {
+        "ms": [1e3 * t for t in times],
+        "slope": float(slope),
+      }
+  return result
+
+
+def _specs(names):
+  if names:
+    return [arg_specs.get_spec(name) for name in names]
+  tag = "cpu" if jax.default_backend() == "cpu" else "gpu"
+  return [spec for spec in arg_specs.ARG_SPECS if tag in spec.tags]
+
+
+def environment() -> dict[str, Any]:
+  """Date, device, clock and versions, as every result file has them."""
+  device = jax.devices()[0]
+  return {
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "device": device.device_kind,
+    "cpu": _cpu_name(),
+    "clock": "one core, CPU time" if timing.is_one_core() else "wall time",
+    "jax": jax.__version__,
+    "jaxlib": jaxlib.__version__,
+    "default_implementation": select_implementation(),
+  }
+
+
+def _cpu_name():
+  try:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+  except OSError:
+    return "unknown"
+  names = [line for line in lines if line.startswith("model name")]
+  return names[0].partition(":")[2].strip() if names else "unknown"
+
+
+def _table(result):
+  lines = [f"{result['device']} ({result['cpu']}), {result['clock']}"]
+  head = ("shape", "implementation", "error", "fwd ms", "x", "fwd+bwd ms", "x")
+  head += ("B/token-head", "compile s")
+  lines.append(
+    "{:<9} {:<14} {:>8} {:>9} {:>5} {:>10} {:>5} {:>12} {:>9}".format(*head)
+  )
+  for row in result["rows"]:
+    if "note" in row:
+      lines.append(
+        f"{row['spec']:<9} {row['implementation']:<14} {row['note']}"
+      )
+      continue
+    cells = [f"{row['spec']:<9}", f"{row['implementation']:<14}"]
+    cells.append(f"{row['error']:8.1e}")
+    if not row["passed"]:
+      cells.append("fails its error check: not timed")
+    else:
+      heaviest = "both" if "both_ms" in row else "forward"
+      cells += [
+        _cell(row, "forward_ms", 9, 1),
+        _cell(row, "forward_vs_reference", 5, 2),
+        _cell(row, "both_ms", 10, 1),
+        _cell(row, "both_vs_reference", 5, 1),
+        _cell(row, f"{heaviest}_temp_bytes_per_token_head", 12, 0),
+        _cell(row, f"{heaviest}_compile_s", 9, 1),
+      ]
+    lines.append(" ".join(cells))
+  truths = sorted({r["truth"] for r in result["rows"] if "truth" in r})
+  lines.append(f"error: worst relative RMS, against {' or '.join(truths)}")
+  lines.append("x: times as fast as the token scan; both: all six gradients")
+  for name, entry in result["scaling"].items():
+    if isinstance(entry, dict):
+      ms = ", ".join(f"{x:.1f}" for x in entry["ms"])
+      lines.append(f"scaling {name}: slope {entry['slope']:.2f} ({ms} ms)")
+  lines += op_decode.table(result["decode"])
+  return "\n".join(lines)
+
+
+def _cell(row, key, width, digits):
+  value = row.get(key)
+  return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"

@@ -1,0 +1,1 @@
+"""Serving against a softmax transformer of the same size."""

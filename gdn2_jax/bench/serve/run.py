@@ -1,0 +1,308 @@
+"""`python -m gdn2_jax.bench serve`: what a token costs after how many others.
+
+GDN-2, the hybrid and a softmax transformer of the same size in the same code:
+time of a token, tokens per second and memory against the length of the context
+and the batch, and how long prompts take to read. No model is timed before its
+decoding is checked against a pass over the whole sequence.
+"""
+
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+from absl import flags
+
+from gdn2_jax.bench import timing
+from gdn2_jax.bench.op import run as op
+
+SECTIONS = ("decode", "prefill", "constancy")
+_NAMES = ("GDN-2", "hybrid", "softmax")
+_PRESETS = ("tiny", "nano", "small", "120M", "1.3B")
+_KILO = 1024
+
+METHOD = {
+  "decode": "One token per row and greedy choice of the next, in a compiled "
+  "program that owns the state. The state is filled with noise as if `length` "
+  "tokens had been read: every slot of a cache in use, positions set, back to "
+  "`length` before every round. Median of rounds in which models take turns.",
+  "floor": "Time to copy, in the same rounds, as many bytes as the step must "
+  "move: weights read once, recurrent states read and written, keys and values "
+  "that the query sees read and one written. Half of the bytes are read and "
+  "half written, by a memcpy on a CPU.",
+  "prefill": "Prompts of one row of random tokens, really read, by chunks.",
+  "constancy": "Prompts really read; then the states after every length take "
+  "turns in every round.",
+  "state_bytes": "Of a cache made for `length` tokens, all rows.",
+  "temp_bytes": "Temporaries of the compiled program.",
+}
+
+
+def define_flags() -> None:
+  """Defines the flags that no other benchmark has."""
+  flags.DEFINE_enum(
+    "preset",
+    None,
+    _PRESETS,
+    "serve: size of the models (small; 1.3B on a GPU)",
+  )
+  flags.DEFINE_enum(
+    "dtype",
+    None,
+    ("float32", "bfloat16"),
+    "serve: of weights and activations (float32; bfloat16 on a GPU)",
+  )
+  flags.DEFINE_list("models", list(_NAMES), "serve: what to compare")
+  flags.DEFINE_list("sections", list(SECTIONS), "serve: what to measure")
+  flags.DEFINE_list(
+    "lengths",
+    ["1K", "2K", "4K", "8K", "16K", "32K", "64K", "128K"],
+    "serve: tokens of context",
+  )
+  flags.DEFINE_list("batches", ["1", "8"], "serve: rows decoded together")
+  flags.DEFINE_list(
+    "constancy_lengths",
+    ["1K", "2K", "4K", "8K", "16K", "32K", "64K", "128K", "256K"],
+    "serve: tokens that are really read before decoding",
+  )
+  flags.DEFINE_enum(
+    "constancy_preset", None, _PRESETS, "serve: size of its models (nano)"
+  )
+  flags.DEFINE_integer("chunk", 512, "serve: tokens a prompt is read at a time")
+  flags.DEFINE_float(
+    "prefill_seconds", 60.0, "serve: prompts that take longer are not read"
+  )
+  flags.DEFINE_float(
+    "most_gb",
+    None,
+    "serve: weights and state that may be held (4; 60 on a GPU)",
+  )
+  flags.DEFINE_float(
+    "price_per_hour",
+    None,
+    "serve: of the device, in USD; adds the cost of a million tokens",
+  )
+  flags.DEFINE_string("plot", None, "serve: also draw the results to this PNG")
+
+
+def main(values: Any) -> None:
+  """Runs the benchmark, prints its tables, writes JSON and plot."""
+  options = read_options(values)
+  if values.one_core and not values.rehearse:
+    timing.use_one_core()
+  result = run(options)
+  print(table(result))
+  if values.json:
+    path = pathlib.Path(values.json)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+  if values.plot:
+    from gdn2_jax.bench.serve import plot as serve_plot
+
+    pathlib.Path(values.plot).parent.mkdir(parents=True, exist_ok=True)
+    serve_plot.draw(result).savefig(values.plot)
+
+
+def read_options(values: Any) -> dict[str, Any]:
+  """The flags as numbers; a rehearsal's are tiny.
+
+  Raises:
+    ValueError: naming the flag that is wrong.
+  """
+  options = {
+    "preset": values.preset,
+    "constancy_preset": values.constancy_preset or "nano",
+    "dtype": values.dtype,
+    "models": _among("models", values.models, _NAMES),
+    "sections": _among("sections", values.sections, SECTIONS),
+    "chunk": _positive("chunk", values.chunk),
+    "rounds": values.rounds,
+    "prefill_seconds": _positive("prefill_seconds", values.prefill_seconds),
+    "most_gb": values.most_gb,
+    "price_per_hour": values.price_per_hour,
+    "rehearse": values.rehearse,
+  }
+  for name in ("lengths", "batches", "constancy_lengths"):
+    options[name] = sorted({_count(name, x) for x in getattr(values, name)})
+    if not options[name]:
+      raise ValueError(f"--{name}: expected at least one number")
+  for name in ("most_gb", "price_per_hour"):
+    if options[name] is not None:
+      _positive(name, options[name])
+  if values.rehearse:
+    options |= {"preset": "tiny", "constancy_preset": "tiny", "chunk": 16}
+    options |= {"lengths": [32, 64], "constancy_lengths": [32, 64]}
+    options |= {"batches": [1, 2], "rounds": 2}
+  for name, section in (
+    ("lengths", "prefill"),
+    ("constancy_lengths", "constancy"),
+  ):
+    for length in options[name]:
+      chunk = min(length, options["chunk"])
+      if section in options["sections"] and length % chunk:
+        raise ValueError(
+          f"--{name}={length}: expected a multiple of --chunk={chunk}, by which"
+          " prompts are read"
+        )
+  if "constancy" in options["sections"] and options["models"] == ["softmax"]:
+    options["sections"] = [s for s in options["sections"] if s != "constancy"]
+  return options
+
+
+def run(options: dict[str, Any]) -> dict[str, Any]:
+  """All measurements, as a JSON-ready dict.
+
+  Raises:
+    ValueError: a model fails its check; nothing was timed.
+  """
+  # Not at the top: the other benchmarks run where flax is not installed.
+  import flax
+
+  from gdn2_jax.bench.serve import models as serve_models
+  from gdn2_jax.bench.serve import time as serve_time
+  from gdn2_jax.model.accounting import count_parameters
+
+  o = dict(options)
+  on_cpu = jax.default_backend() == "cpu"
+  o["preset"] = o["preset"] or ("small" if on_cpu else "1.3B")
+  o["dtype"] = o["dtype"] or ("float32" if on_cpu else "bfloat16")
+  o["most_gb"] = o["most_gb"] or (4.0 if on_cpu else 60.0)
+  result = op.environment() | {"flax": flax.__version__}
+  result |= {"options": o, "method": METHOD, "models": {}, "rows": []}
+
+  def subjects(preset, names):
+    sizes = serve_models.PRESETS[preset]
+    configs = serve_models.make_configs(sizes, o["dtype"], tuple(names))
+    for name, config in configs.items():
+      params = serve_models.random_params(config)
+      subject = serve_time.Subject(name=name, config=config, params=params)
+      error = serve_time.check(subject)
+      result["models"].setdefault(preset, {})[name] = {
+        "parameters": count_parameters(config).total,
+        "pattern": config.pattern,
+        "layers": config.num_layers,
+        "dim": config.model_dim,
+        "mlp_dim": config.mlp_dim,
+        "window": config.attention.window if "S" in config.pattern else None,
+        "error": error,
+      }
+      bound = serve_time.BOUNDS[config.dtype]
+      if not error <= bound:
+        raise ValueError(
+          f"{name}: decoding differs from one pass by {error:.1e}, more than "
+          f"{bound:.0e}; nothing is timed"
+        )
+      yield subject
+
+  if {"decode", "prefill"} & set(o["sections"]):
+    compared = list(subjects(o["preset"], o["models"]))
+    if "decode" in o["sections"]:
+      result["rows"] += serve_time.decode(
+        compared, o["lengths"], o["batches"], o["rounds"], 1e9 * o["most_gb"]
+      )
+    if "prefill" in o["sections"]:
+      result["rows"] += serve_time.prefill(
+        compared,
+        o["lengths"],
+        min(3, o["rounds"]),
+        o["chunk"],
+        o["prefill_seconds"],
+      )
+    del compared
+  if "constancy" in o["sections"]:
+    names = [name for name in o["models"] if name != "softmax"]
+    result["rows"] += serve_time.constancy(
+      list(subjects(o["constancy_preset"], names)),
+      o["constancy_lengths"],
+      o["rounds"],
+      o["chunk"],
+    )
+  if o["price_per_hour"] is not None:
+    for row in result["rows"]:
+      if "tokens_per_s" in row:
+        row["usd_per_million_tokens"] = usd_per_million(
+          o["price_per_hour"], row["tokens_per_s"]
+        )
+  return result
+
+
+def usd_per_million(price_per_hour: float, tokens_per_s: float) -> float:
+  """Cost of a million tokens on a device that does nothing else."""
+  return price_per_hour / 3600 * 1e6 / tokens_per_s
+
+
+def table(result: dict[str, Any]) -> str:
+  """The results for the terminal."""
+  lines = [f"{result['device']} ({result['cpu']}), {result['clock']}"]
+  if result["options"]["rehearse"]:
+    lines.append("REHEARSAL: tiny models; the times mean nothing")
+  for preset, models in result["models"].items():
+    for name, m in models.items():
+      window = f", window {m['window']}" if m["window"] else ""
+      lines.append(
+        f"{preset} {name}: {m['parameters']:,} parameters, {m['layers']} layers"
+        f" {m['pattern']!r}, width {m['dim']}, MLP {m['mlp_dim']}{window}; "
+        f"error {m['error']:.1e}"
+      )
+  heads = {
+    "decode": "decoding, a token of every row",
+    "prefill": "reading a prompt of one row",
+    "constancy": "decoding one row after prompts that were really read",
+  }
+  priced = result["options"]["price_per_hour"] is not None
+  for section, head in heads.items():
+    rows = [row for row in result["rows"] if row["section"] == section]
+    if rows:
+      lines += ["", head, _heading(section, priced)]
+      lines += [_line(row, priced) for row in rows]
+  return "\n".join(lines)
+
+
+def _heading(section, priced):
+  cells = f"{'model':<8} {'batch':>5} {'context':>8} {'ms':>10} {'min':>9} "
+  cells += f"{'max':>9} {'tokens/s':>10} {'temp MB':>8}"
+  cells += "" if section == "prefill" else f" {'state MB':>9}"
+  cells += f" {'floor ms':>9} {'of floor':>8}" if section == "decode" else ""
+  cells += f" {'process MB':>10}" if section == "constancy" else ""
+  return cells + (f" {'USD/M tokens':>12}" if priced else "")
+
+
+def _line(row, priced):
+  context = row["length"]
+  size = f"{context // _KILO}K" if context % _KILO == 0 else str(context)
+  line = f"{row['model']:<8} {row['batch']:>5} {size:>8} "
+  if "note" in row:
+    return line + row["note"]
+  line += f"{row['ms']:>10.3f} {row['ms_min']:>9.3f} {row['ms_max']:>9.3f} "
+  line += f"{row['tokens_per_s']:>10.1f} {row['temp_bytes'] / 1e6:>8.2f}"
+  if "state_bytes" in row:
+    line += f" {row['state_bytes'] / 1e6:>9.3f}"
+  if "floor_ms" in row:
+    line += f" {row['floor_ms']:>9.3f} {100 * row['floor_share']:>7.0f}%"
+  if "process_bytes" in row:
+    line += f" {row['process_bytes'] / 1e6:>10.0f}"
+  return line + (f" {row['usd_per_million_tokens']:>12.4g}" if priced else "")
+
+
+def _among(name, values, known):
+  for value in values:
+    if value not in known:
+      raise ValueError(f"--{name}={value}: expected among {', '.join(known)}")
+  if not values:
+    raise ValueError(f"--{name}: expected some of {', '.join(known)}")
+  return [value for value in known if value in values]
+
+
+def _positive(name, value):
+  if not (value > 0 and math.isfinite(value)):
+    raise ValueError(f"--{name}={value}: expected a positive number")
+  return value
+
+
+def _count(name, text):
+  """A number as 4096 or 4K."""
+  number, kilo = (text[:-1], _KILO) if text[-1:] in "kK" else (text, 1)
+  if not number.isascii() or not number.isdigit() or int(number) < 1:
+    raise ValueError(f"--{name}={text}: expected numbers such as 8 or 4K")
+  return int(number) * kilo

@@ -1,0 +1,399 @@
+"""The measurements of `bench serve`: decoding, prompts, very long prompts.
+
+Decoding at a length starts from a state that is filled with noise as if so many
+tokens had been read; prompts, and what the constancy section decodes after, are
+really read. Models take turns within every round.
+"""
+
+import dataclasses
+import functools
+import os
+import resource
+import statistics
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from gdn2_jax.bench import timing
+from gdn2_jax.bench.serve import models as serve_models
+from gdn2_jax.inference.state import State, advance, init_state, read_chunk
+from gdn2_jax.model.accounting import state_bytes
+from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.model.lm import LM
+
+Row = dict[str, Any]
+# Relative RMS error of logits: decoding against the whole sequence at once.
+BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2, "float64": 1e-4}
+_LARGEST_COPY = 1 << 28  # bytes
+_CALL_SECONDS = 0.05  # of steps in a round, about
+
+
+@dataclasses.dataclass(kw_only=True)
+class Subject:
+  """A model under test.
+
+  Attributes:
+    name: as in the tables.
+    config: of the model.
+    params: its parameters.
+  """
+
+  name: str
+  config: ModelConfig
+  params: Any
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def step(params: Any, token: Any, state: State) -> tuple[Any, State]:
+  """Reads a token and takes the likeliest next one, [B] int32 both."""
+  logits, state = advance(params, token, state)
+  return jnp.argmax(logits, axis=-1).astype(jnp.int32), state
+
+
+def check(subject: Subject) -> float:
+  """Error of a prompt in two chunks and tokens one by one, against one pass."""
+  config, chunk, total = subject.config, 8, 24
+  tokens = random_tokens(config, 2, total)
+  want, _ = jax.jit(LM(config).apply)({"params": subject.params}, tokens)
+  state = init_state(config, 2, total)
+  logits = jnp.zeros((2, config.vocab_size), jnp.float32)
+  got = []
+  lengths = jnp.full((2,), chunk, jnp.int32)
+  read = jax.jit(read_chunk)
+  for start in (0, chunk):
+    piece = tokens[:, start : start + chunk]
+    logits, state = read(subject.params, piece, lengths, state, logits)
+    got.append((start + chunk - 1, logits))
+  one = jax.jit(advance)
+  for t in range(2 * chunk, total):
+    logits, state = one(subject.params, tokens[:, t], state)
+    got.append((t, logits))
+  exact = np.stack([np.asarray(want[:, t], np.float64) for t, _ in got])
+  error = np.stack([np.asarray(x, np.float64) for _, x in got]) - exact
+  return float(np.sqrt(np.mean(error**2) / np.mean(exact**2)))
+
+
+def random_tokens(config: ModelConfig, batch: int, length: int) -> Any:
+  """Ids [batch, length]."""
+  rng = np.random.default_rng(0)
+  return jnp.asarray(
+    rng.integers(0, config.vocab_size, (batch, length)), "int32"
+  )
+
+
+def decode(
+  subjects: list[Subject],
+  lengths: list[int],
+  batches: list[int],
+  rounds: int,
+  most_bytes: float,
+) -> list[Row]:
+  """Rows of a token's time and memory, against the memory's bandwidth.
+
+  Args:
+    subjects: models that take turns.
+    lengths: tokens that have been read.
+    batches: rows decoded together.
+    rounds: timed rounds.
+    most_bytes: of weights and state; what needs more is not run.
+  """
+  compiled: dict[Any, Any] = {}
+  result = []
+  cases = [(batch, length) for batch in batches for length in lengths]
+  for batch, length in tqdm.tqdm(cases, desc="decode", disable=None):
+    rows, decoders = [], []
+    for subject in subjects:
+      row = {"section": "decode", "model": subject.name}
+      row |= {"batch": batch, "length": length}
+      rows.append(row)
+      needs = _memory_needed(subject, batch, length)
+      if needs > most_bytes:
+        row["note"] = f"not run: {needs / 1e9:.1f} GB of weights and state"
+        continue
+      decoders.append(_Decoder(subject, batch, length, compiled, row))
+    for _ in range(rounds):
+      for decoder in decoders:
+        decoder.one_round(rounds)
+    for decoder in decoders:
+      decoder.finish()
+    result += rows
+  return result
+
+
+def _memory_needed(subject, batch, length):
+  state = jax.eval_shape(
+    lambda: init_state(subject.config, batch, serve_models.capacity(length))
+  )
+  weights = serve_models.bytes_of(subject.params)
+  return weights + serve_models.bytes_of(state)
+
+
+class _Decoder:
+  """Steps of one model from one length on, and copies of as many bytes."""
+
+  def __init__(self, subject, batch, length, compiled, row):
+    self._now = timing.clock()
+    self._params, self._length, self._row = subject.params, length, row
+    state = serve_models.state_at(subject.config, batch, length)
+    self._token = jnp.zeros((batch,), jnp.int32)
+    key = (subject.name, *(a.shape for a in jax.tree.leaves(state)))
+    if key not in compiled:
+      compiled[key] = step.lower(subject.params, self._token, state).compile()
+    self._step = compiled[key]
+    weights = serve_models.read_weight_bytes(subject.config, batch)
+    moved = serve_models.moved_state_bytes(state, length)
+    per_row = state_bytes(subject.config, length)
+    memory = self._step.memory_analysis()
+    row |= {
+      "weight_bytes_read": weights,
+      "state_bytes_moved": moved,
+      "state_bytes": batch * sum(per_row.values()),
+      "argument_bytes": memory.argument_size_in_bytes,
+      "temp_bytes": memory.temp_size_in_bytes,
+    }
+    self._copy = _Copy(weights + moved)
+    self._steps, self._copies = [], []
+    self._state = state
+    for _ in range(2):  # the first pays for memory that is mapped
+      once = self._run(1)
+    self._once = once
+
+  def _run(self, calls):
+    """Seconds of a step, mean of so many."""
+    token, state = self._token, self._state
+    jax.block_until_ready(state)
+    start = self._now()
+    for _ in range(calls):
+      token, state = self._step(self._params, token, state)
+    jax.block_until_ready(state)
+    seconds = (self._now() - start) / calls
+    self._state = serve_models.rewound(state, self._length)
+    return seconds
+
+  def one_round(self, rounds):
+    most = serve_models.ROOM // (rounds + 1)
+    calls = max(1, min(most, 32, round(_CALL_SECONDS / max(self._once, 1e-6))))
+    self._steps.append(self._run(calls))
+    self._copies.append(self._copy.seconds(max(1, min(calls, 8))))
+
+  def finish(self):
+    row = self._row
+    floor = statistics.median(self._copies)
+    row |= _milliseconds(self._steps)
+    row["tokens_per_s"] = row["batch"] * 1e3 / row["ms"]
+    row["floor_ms"] = 1e3 * floor
+    row["floor_share"] = 1e3 * floor / row["ms"]
+    moved = row["weight_bytes_read"] + row["state_bytes_moved"]
+    row["copy_gb_per_s"] = moved / floor / 1e9
+    self._state = None
+
+
+class _Copy:
+  """Copying, so that as many bytes are read and written as a step must move.
+
+  On CPU a memcpy to memory that is already mapped, which XLA, returning a new
+  buffer each time, cannot do.
+  """
+
+  def __init__(self, moved: int):
+    size = min(max(moved // 2, 1), _LARGEST_COPY)
+    self._scale = moved / 2 / size
+    self._on_cpu = jax.default_backend() == "cpu"
+    ones = np.ones if self._on_cpu else jnp.ones
+    self._source = ones(size, "uint8")
+    self._target = np.ones_like(self._source) if self._on_cpu else None
+    self._jitted = jax.jit(jnp.copy)
+
+  def seconds(self, calls: int) -> float:
+    """Of copying once."""
+    now = timing.clock()
+    if not self._on_cpu:
+      jax.block_until_ready(self._jitted(self._source))
+    start = now()
+    for _ in range(calls):
+      if self._on_cpu:
+        np.copyto(self._target, self._source)
+      else:
+        self._target = self._jitted(self._source)
+    jax.block_until_ready(self._target)
+    return self._scale * (now() - start) / calls
+
+
+class _Reader:
+  """Prompts of one row, read chunk by chunk by one compiled program."""
+
+  def __init__(self, subject, max_length, chunk):
+    self._subject, self._max_length = subject, max_length
+    config = subject.config
+    self._tokens = random_tokens(config, 1, chunk)
+    self._lengths = jnp.full((1,), chunk, jnp.int32)
+    self._logits = jnp.zeros((1, config.vocab_size), jnp.float32)
+    jitted = jax.jit(read_chunk, donate_argnames="state")
+    args = (subject.params, self._tokens, self._lengths)
+    self._call = jitted.lower(*args, self.empty(), self._logits).compile()
+    memory = self._call.memory_analysis()
+    self.memory = {
+      "argument_bytes": memory.argument_size_in_bytes,
+      "temp_bytes": memory.temp_size_in_bytes,
+    }
+    self.read(self.empty(), 1)
+
+  def empty(self):
+    return init_state(self._subject.config, 1, self._max_length)
+
+  def read(self, state, chunks):
+    """The state after so many chunks, and the seconds they took."""
+    now = timing.clock()
+    jax.block_until_ready(state)
+    start, params = now(), self._subject.params
+    for _ in range(chunks):
+      _, state = self._call(
+        params, self._tokens, self._lengths, state, self._logits
+      )
+    jax.block_until_ready(state)
+    return state, now() - start
+
+
+def prefill(
+  subjects: list[Subject],
+  lengths: list[int],
+  rounds: int,
+  chunk: int,
+  most_seconds: float,
+) -> list[Row]:
+  """Rows of the time to read a prompt of one row.
+
+  Args:
+    subjects: models that take turns.
+    lengths: tokens of the prompt, multiples of the chunk or below it.
+    rounds: timed rounds, fewer where one takes long.
+    chunk: tokens of a dispatch.
+    most_seconds: of one prompt; what is expected to take longer is not run.
+  """
+  last: dict[str, tuple[int, float]] = {}
+  kept: dict[Any, _Reader] = {}
+  result = []
+  for length in tqdm.tqdm(lengths, desc="prefill", disable=None):
+    rows, readers = [], []
+    for subject in subjects:
+      row = {"section": "prefill", "model": subject.name}
+      row |= {"batch": 1, "length": length, "chunk": min(chunk, length)}
+      rows.append(row)
+      # Attention to everything takes up to four times as long for twice as
+      # much.
+      power = 2 if "A" in subject.config.pattern else 1
+      before, seconds = last.get(subject.name, (length, 0.0))
+      expected = seconds * (length / before) ** power
+      if expected > most_seconds:
+        row["note"] = f"not run: may take {expected:.0f} s"
+        last[subject.name] = length, expected
+        continue
+      grows = "A" in subject.config.pattern
+      key = subject.name, row["chunk"], length if grows else None
+      if key not in kept:
+        kept[key] = _Reader(subject, length, row["chunk"])
+      readers.append((subject, row, kept[key], []))
+    for _ in range(rounds):
+      for _, row, reader, times in readers:
+        if sum(times) < most_seconds / 2:
+          times.append(reader.read(reader.empty(), length // row["chunk"])[1])
+    for subject, row, reader, times in readers:
+      row |= _milliseconds(times) | reader.memory
+      row["tokens_per_s"] = length * 1e3 / row["ms"]
+      last[subject.name] = length, row["ms"] / 1e3
+    result += rows
+  return result
+
+
+def constancy(
+  subjects: list[Subject], lengths: list[int], rounds: int, chunk: int
+) -> list[Row]:
+  """Rows of a token's time and memory after prompts that are really read.
+
+  The states after every length are kept, so that their steps take turns.
+
+  Args:
+    subjects: models whose state does not grow.
+    lengths: tokens, increasing multiples of the chunk.
+    rounds: timed rounds.
+    chunk: tokens of a dispatch.
+  """
+  decoders = []
+  for subject in subjects:
+    reader, read = _Reader(subject, None, chunk), 0
+    state, compiled = reader.empty(), None
+    label = f"{subject.name}, long prompts"
+    for length in tqdm.tqdm(lengths, desc=label, disable=None):
+      state, seconds = reader.read(state, (length - read) // chunk)
+      row = {"section": "constancy", "model": subject.name, "batch": 1}
+      row |= {"length": length, "tokens_read": int(state.position[0])}
+      row["prefill_us_per_token"] = 1e6 * seconds / (length - read)
+      row["process_bytes"] = _process_bytes()
+      row["finite"] = _is_finite(state)
+      token = jnp.zeros((1,), jnp.int32)
+      if compiled is None:
+        compiled = step.lower(subject.params, token, state).compile()
+      copy = jax.tree.map(jnp.copy, state)
+      row["state_bytes"] = serve_models.bytes_of(copy)
+      row["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+      decoders.append((row, _Stepper(compiled, subject.params, token, copy)))
+      read = length
+  for _ in range(rounds):
+    for _, stepper in decoders:
+      stepper.one_round()
+  for row, stepper in decoders:
+    row |= _milliseconds(stepper.times)
+    row["tokens_per_s"] = 1e3 / row["ms"]
+  return [row for row, _ in decoders]
+
+
+class _Stepper:
+  """Steps that go on from one state."""
+
+  def __init__(self, call, params, token, state):
+    self._call, self._params = call, params
+    self._token, self._state = token, state
+    self.times: list[float] = []
+
+  def one_round(self, calls=16):
+    now = timing.clock()
+    jax.block_until_ready(self._state)
+    start = now()
+    for _ in range(calls):
+      self._token, self._state = self._call(
+        self._params, self._token, self._state
+      )
+    jax.block_until_ready(self._state)
+    self.times.append((now() - start) / calls)
+
+
+def _milliseconds(times):
+  ms = [1e3 * t for t in times]
+  return {
+    "ms": statistics.median(ms),
+    "ms_min": min(ms),
+    "ms_max": max(ms),
+    "rounds": len(ms),
+  }
+
+
+def _is_finite(state):
+  leaves = jax.tree.leaves(state.cache)
+  return all(bool(jnp.isfinite(a).all()) for a in leaves)
+
+
+def _process_bytes():
+  """Memory of this process: of the device, or resident where it is a CPU."""
+  stats = jax.devices()[0].memory_stats()
+  if stats and "bytes_in_use" in stats:
+    return stats["bytes_in_use"]
+  try:
+    with open("/proc/self/statm") as f:
+      return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+  except OSError:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

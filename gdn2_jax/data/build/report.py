@@ -1,0 +1,144 @@
+"""Printed reports of the data commands."""
+
+import numpy as np
+
+from gdn2_jax.data.build import build
+from gdn2_jax.data.packed import folder as packed
+from gdn2_jax.data.packed.rows import PackedRows
+from gdn2_jax.data.text import fineweb_edu
+
+_ODD = {
+  "empty_documents": "empty, left out",
+  "invalid_utf8_documents": "with invalid UTF-8, replaced by U+FFFD",
+  "nul_documents": "with NUL, kept",
+  "long_documents": "over 1 MiB, tokenised in pieces",
+}
+
+
+_LEAST_SECONDS = 5.0
+_SHOWN = 8  # files of a split
+
+
+def print_manifest(found: packed.Packed) -> None:
+  """Origin, tokenizer, counts and files of a packed folder."""
+  manifest = found.manifest
+  tokenizer = manifest["tokenizer"]
+  print(f"{found.path}")
+  if manifest["version"] == packed.VERSION:
+    print(
+      f"  source {manifest['source']} (sha256"
+      f" {manifest['corpus_sha256'][:16]}, Python {manifest['python']}),"
+      f" document seed {manifest['seed']}, {manifest['invalid_utf8_documents']}"
+      " documents with invalid UTF-8"
+    )
+  else:
+    _print_source(manifest)
+  print(
+    f"  tokenizer {tokenizer['spec']} (sha256 {tokenizer['sha256'][:16]}),"
+    f" {tokenizer['vocab_size']} ids, EOS {tokenizer['eos_id']};"
+    f" {manifest['eos_policy']}"
+  )
+  print(
+    f"  --config.model.vocab_size={tokenizer['vocab_size']} or more; the next"
+    f" multiple of 128 is {padded_size(tokenizer['vocab_size'])}"
+  )
+  for split in packed.SPLITS:
+    entry = manifest["splits"][split]
+    text_tokens = entry["tokens"] - entry["documents"]
+    ratio = f"{entry['bytes'] / text_tokens:.3f}" if text_tokens else "no"
+    print(
+      f"  {split}: {entry['documents']} documents ({entry['empty_documents']}"
+      f" empty ones left out), {entry['bytes']} bytes, {entry['tokens']}"
+      f" tokens, {ratio} bytes/token"
+    )
+    for name, text in _ODD.items():
+      if "shards" in entry and entry[name]:
+        print(f"    {entry[name]} documents {text}")
+    for name, recorded in list(entry["files"].items())[:_SHOWN]:
+      print(f"    {name}: {recorded['size']} bytes, {recorded['sha256']}")
+    if (more := len(entry["files"]) - _SHOWN) > 0:
+      print(f"    and {more} more files")
+
+
+def padded_size(vocab_size: int) -> int:
+  """The next multiple of 128: what matrix units and meshes divide best."""
+  return -(-vocab_size // 128) * 128
+
+
+def print_row(found: packed.Packed, split: str, index: int, length: int):
+  """Decodes one row, with a line at each document border.
+
+  Raises:
+    ValueError: if the split has no such row.
+  """
+  rows = PackedRows(
+    found.tokens[split], found.offsets[split], length, keep_partial=True
+  )
+  if not 0 <= index < len(rows):
+    raise ValueError(
+      f"row={index}: the {split} split has {len(rows)} rows of {length} tokens"
+    )
+  row = rows[index]
+  predicted = int(row["loss_mask"].sum())
+  print(f"{split} row {index}: {predicted} of {length} targets count")
+  for segment in range(1, int(np.max(row["segment_ids"])) + 1):
+    ids = row["inputs"][row["segment_ids"] == segment]
+    closed = ids[-1] == found.tokenizer.eos_id
+    end = "ends here" if closed else "goes on in the next row"
+    print(f"----- segment {segment}: {len(ids)} tokens, {end} -----")
+    print(found.tokenizer.decode(ids))
+
+
+def print_rates(rates: build.Rates, workers: int) -> None:
+  """Measured throughput, and what it means for the samples of FineWeb-Edu.
+
+  The projection goes by bytes of text, of which the samples are assumed to
+  have 4.7 per GPT-2 token.
+  """
+  seconds = rates.tokenize_seconds
+  if rates.bytes == 0:
+    return
+  print(
+    f"tokenized {rates.documents:,} documents in {seconds:.1f} s with {workers}"
+    f" workers: {rates.documents / seconds:,.0f} documents/s,"
+    f" {rates.tokens / seconds:,.0f} tokens/s,"
+    f" {rates.bytes / seconds / 1e6:.2f} MB/s;"
+    f" shuffled in {rates.shuffle_seconds:.1f} s"
+  )
+  cpu = max(rates.cpu_seconds, 1e-9)
+  print(
+    f"  per core and second of CPU: {rates.documents / cpu:,.0f} documents,"
+    f" {rates.tokens / cpu:,.0f} tokens, {rates.bytes / cpu / 1e6:.2f} MB"
+  )
+  if seconds < _LEAST_SECONDS:
+    return  # starting the workers is all that was measured
+  per_byte = seconds / rates.bytes + rates.shuffle_seconds / rates.all_bytes
+  for name, tokens in fineweb_edu.GPT2_TOKENS.items():
+    size = tokens * fineweb_edu.BYTES_PER_GPT2_TOKEN
+    print(
+      f"at this rate sample-{name} takes {size * per_byte / 3600:,.1f} hours,"
+      f" {size * cpu / rates.bytes / 3600:,.1f} hours of CPU for the tokens"
+    )
+
+
+def _print_source(manifest: dict) -> None:
+  source = manifest["source"]
+  origin = ", ".join(f"{k} {v}" for k, v in source.items() if v)
+  held_out = manifest["validation"]
+  held_out = ", ".join(held_out.get("files", [])) or (
+    f"a fraction {held_out['fraction']} of the documents"
+  )
+  inputs = manifest["inputs"]
+  size = sum(entry["size"] for entry in inputs)
+  print(f"  source: {origin}")
+  print(
+    f"  {len(inputs)} input files, {size} bytes; held out: {held_out};"
+    f" document seed {manifest['seed']}"
+  )
+  for entry in manifest["skipped"]:
+    print(f"  left out {entry['path']}: {entry['reason']}")
+  for entry in manifest["bad_parts"]:
+    print(
+      f"  left out {entry['path']}, {entry['where']},"
+      f" {entry['documents']} documents: {entry['reason']}"
+    )

@@ -1,0 +1,1 @@
+"""Sources of documents: corpora, files, FineWeb-Edu, TFDS."""

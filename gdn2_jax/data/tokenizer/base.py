@@ -1,0 +1,97 @@
+"""Interface of every tokenizer, whichever library is behind it."""
+
+import abc
+import functools
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import SupportsIndex
+
+from gdn2_jax.data import files
+
+
+class Tokenizer(abc.ABC):
+  """What packing, generation and evaluation rely on; picklable.
+
+  Attributes:
+    vocab_size: one more than the largest id.
+    eos_id: the id that ends every document.
+  """
+
+  vocab_size: int
+  eos_id: int
+
+  @abc.abstractmethod
+  def encode(self, text: str) -> list[int]:
+    """Ids of a text, without any special token."""
+
+  @abc.abstractmethod
+  def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+    """`encode` of every text, in parallel where the backend can."""
+
+  @abc.abstractmethod
+  def decode(self, ids: Iterable[SupportsIndex]) -> str:
+    """Text of ids; special tokens give "", broken UTF-8 gives U+FFFD."""
+
+  @abc.abstractmethod
+  def token_bytes(self, token_id: SupportsIndex) -> bytes:
+    """The UTF-8 bytes one id stands for, b"" for special tokens."""
+
+  @abc.abstractmethod
+  def to_json(self) -> str:
+    """The content of a tokenizer.json that `load_tokenizer` reads back."""
+
+  @functools.cached_property
+  def sha256(self) -> str:
+    """Hex SHA-256 of everything that decides the ids."""
+    return files.sha256_bytes(self.to_json().encode())
+
+  def bytes_per_token(self, texts: Iterable[str]) -> float:
+    """UTF-8 bytes over tokens of some texts, end of documents not counted.
+
+    Raises:
+      ValueError: if there is no token at all.
+    """
+    texts = list(texts)
+    count = sum(len(ids) for ids in self.encode_batch(texts))
+    if count == 0:
+      raise ValueError("texts: expected at least one token, got none")
+    return sum(len(text.encode()) for text in texts) / count
+
+  def first_token_bytes(self, token_id: SupportsIndex) -> int:
+    """How many bytes of a text its first token stands for.
+
+    Llama's tokenizers put a space before each text, which is not of the text.
+    """
+    return max(0, len(self.token_bytes(token_id)) - self._added_bytes)
+
+  @functools.cached_property
+  def _added_bytes(self) -> int:
+    return sum(len(self.token_bytes(i)) for i in self.encode("a")) - 1
+
+  def save(self, path: str | os.PathLike[str]) -> None:
+    """Writes `to_json()` to a file, whole or not at all."""
+    files.write_atomic(pathlib.Path(path), self.to_json().encode())
+
+  def _check_ids(self, ids: Iterable[SupportsIndex]) -> list[int]:
+    checked = [int(token) for token in ids]
+    for token in checked:
+      if not 0 <= token < self.vocab_size:
+        raise ValueError(
+          f"ids: {token} is outside [0, {self.vocab_size}), the vocabulary"
+        )
+    return checked
+
+
+def check_text(text: str) -> bytes:
+  """The UTF-8 bytes of a text.
+
+  Raises:
+    ValueError: if it is no string or has a lone surrogate.
+  """
+  if not isinstance(text, str):
+    raise ValueError(f"text: expected a string, got {type(text).__name__}")
+  try:
+    return text.encode()
+  except UnicodeEncodeError as error:
+    raise ValueError(f"text: a lone surrogate at {error.start}") from error

@@ -1,5 +1,0 @@
-"""Trained models as folders: for this library, or for JAX alone."""
-
-from gdn2_jax.export.program import export_programs
-
-__all__ = ["export_programs"]

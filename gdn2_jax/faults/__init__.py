@@ -1,1 +1,0 @@
-"""What a training run has to survive, done to real runs of a tiny model."""

@@ -1,0 +1,353 @@
+r"""Continues a prompt with a trained model, printing the text as it comes.
+
+  python -m gdn2_jax.generate --workdir=runs/tiny --prompt="Return the"
+  python -m gdn2_jax.generate --workdir=runs/tiny --prompt="def " --greedy
+  python -m gdn2_jax.generate --workdir=runs/tiny --prompt="Return the" \
+    --temperature=0.7 --top_k=50 --top_p=0.9 --max_new_tokens=400 --seed=3
+  python -m gdn2_jax.generate --model=models/published --prompt="Return the"
+
+The workdir is that of `python -m gdn2_jax.train`; --step picks one of its
+checkpoints, by default the newest. --model takes a folder with a published
+model instead. The text ends at the end of a document or after
+--max_new_tokens; Ctrl-C ends it earlier. The same flags give the same text.
+Speed is reported on standard error.
+
+A conversation that goes on, in another process and days later:
+
+  python -m gdn2_jax.generate --workdir=runs/tiny --session=talk.safetensors \
+    --prompt="Return the"
+  python -m gdn2_jax.generate --workdir=runs/tiny --session=talk.safetensors
+  python -m gdn2_jax.generate --workdir=runs/tiny --session=talk.safetensors \
+    --prompt=" and then"
+
+The first call makes the file, each later one goes on where the text stopped,
+with --prompt added to it where there is one, and replaces the file. The text
+so far is not read again: the file holds what the model remembers of it, and is
+as large after a million tokens as after one. It fits this model, these weights
+and this tokenizer alone. Two calls give exactly the tokens of one long call
+with the same flags; the seed is in the file. A document that has ended goes on
+where its end would be, and only with a --prompt. A call that is killed leaves
+the file as it was.
+
+Exit status: 0 done, 1 refused, or ended for want of finite logits (the reason
+is on standard error, and a session file is left as it was), 130 Ctrl-C twice.
+"""
+
+import dataclasses
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import flags
+
+from gdn2_jax import cli
+from gdn2_jax.inference import (
+  Generated,
+  NonFiniteError,
+  Sampler,
+  TextStream,
+  generate,
+)
+from gdn2_jax.inference.files.session import Session, load_session, save_session
+from gdn2_jax.inference.identity import Identity, identify
+from gdn2_jax.interop.folder import Model, load_model
+from gdn2_jax.ops.kernels import self_check
+from gdn2_jax.train.checkpoint.manager import load_run
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
+_MODEL = flags.DEFINE_string(
+  "model", None, "Folder of a published model, instead of --workdir."
+)
+_SESSION = flags.DEFINE_string(
+  "session",
+  None,
+  "File of a conversation: made with --prompt if it does not exist, else "
+  "continued, with or without one.",
+)
+_PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+  "max_new_tokens", 128, "Tokens to add at most, >= 1."
+)
+_TEMPERATURE = flags.DEFINE_float(
+  "temperature", 0.8, "Below 1 sharpens, above 1 flattens; 0 is --greedy."
+)
+_TOP_K = flags.DEFINE_integer(
+  "top_k", 0, "Draw among so many most probable tokens only; 0 = all."
+)
+_TOP_P = flags.DEFINE_float(
+  "top_p",
+  0.95,
+  "Draw among the most probable tokens that together reach this probability "
+  "only; 1 = all.",
+)
+_GREEDY = flags.DEFINE_bool(
+  "greedy", False, "Always take the most probable token."
+)
+_SEED = flags.DEFINE_integer(
+  "seed",
+  None,
+  "Of the draws, 0 to 2**32 - 1; by default that of the session, else 0.",
+)
+_STEP = flags.DEFINE_integer(
+  "step", None, "Which checkpoint of the workdir; by default the newest."
+)
+_SELF_CHECK = cli.define_self_check()
+
+_TOKENS_PER_DISPATCH = 8
+_TAIL = 16  # tokens that may share a character with the next one, and more
+
+
+def main(argv: list[str]) -> None:
+  """Entry point: checks the command line, loads the model, streams text."""
+  cli.refuse_positional(argv, '--prompt="Return the"')
+  self_check.enable(_SELF_CHECK.value)
+  with cli.one_line_errors():
+    sampler = _check_flags()
+    name, model = _load_model()
+    identity = None
+    if _SESSION.value:
+      identity = identify(model.params, model.config, model.tokenizer)
+    ids = model.tokenizer.encode(_PROMPT.value or "")
+    session = _begin(model, identity, len(ids))
+    sampler = dataclasses.replace(
+      sampler, vocab_size=model.tokenizer.vocab_size
+    )
+    sampler.check(model.config.vocab_size)
+    printer = _Printer(model.tokenizer.decode, session.tail)
+    printer.prompt(_PROMPT.value, ids)
+    try:
+      generated = _generate(model, session, ids, sampler, printer)
+    except NonFiniteError:
+      printer.end(complete=True)  # the reason begins a line of its own
+      raise
+    ended = generated.pending[0] == model.tokenizer.eos_id
+    printer.end(complete=ended or identity is None)
+    report = f"{name}, {len(ids)} prompt tokens{printer.speed()}"
+    if identity is not None:
+      _save(session, generated, ended, ids, identity)
+      report += f"; {_SESSION.value}: {_length(generated, ended)} so far"
+    print(f"[{report}]", file=sys.stderr)
+
+
+def _check_flags() -> Sampler:
+  """The sampler of the flags, after checking what costs nothing to check."""
+  if not _WORKDIR.value and not _MODEL.value:
+    raise ValueError(
+      "--workdir is missing, e.g. --workdir=runs/tiny; or --model, a folder "
+      "with a published model"
+    )
+  if _WORKDIR.value and _MODEL.value:
+    raise ValueError("--workdir and --model: expected one of them, got both")
+  if _MODEL.value and _STEP.value is not None:
+    raise ValueError(f"--step={_STEP.value}: only a --workdir has steps")
+  if _SESSION.value is not None:
+    _check_session(_SESSION.value)
+  elif not _PROMPT.value:
+    raise ValueError('--prompt is missing or empty, e.g. --prompt="Return the"')
+  if _MAX_NEW_TOKENS.value < 1:
+    raise ValueError(f"--max_new_tokens={_MAX_NEW_TOKENS.value}: expected >= 1")
+  if _SEED.value is not None and not 0 <= _SEED.value < 2**32:
+    raise ValueError(f"--seed={_SEED.value}: expected 0 to 2**32 - 1")
+  return Sampler(
+    temperature=0.0 if _GREEDY.value else _TEMPERATURE.value,
+    top_k=_TOP_K.value,
+    top_p=_TOP_P.value,
+  )
+
+
+def _check_session(file: str) -> None:
+  """Refuses early what could not be read or written in the end."""
+  path = pathlib.Path(file)
+  if not file or path.is_dir():
+    raise ValueError(f"--session={file}: expected a file")
+  if not path.exists() and not _PROMPT.value:
+    raise ValueError(
+      f"--session={file}: no such file; a new conversation needs --prompt"
+    )
+  if not path.absolute().parent.is_dir():
+    raise ValueError(f"--session={file}: no such folder: {path.parent}")
+  if not os.access(path.absolute().parent, os.W_OK):
+    raise ValueError(f"--session={file}: cannot write to {path.parent}")
+
+
+def _load_model() -> tuple[str, Model]:
+  """The model of --workdir or --model, and what reports call it."""
+  if _MODEL.value:
+    model = load_model(_MODEL.value)
+    if model.tokenizer is None:
+      raise ValueError(
+        f"--model={_MODEL.value}: it has no tokenizer.json, so it can neither "
+        "read nor write text"
+      )
+    return pathlib.Path(_MODEL.value).absolute().name, model
+  run = load_run(_WORKDIR.value, _STEP.value)
+  # Compiles into the cache that training made, if it made one.
+  cache = pathlib.Path(_WORKDIR.value) / ".jax_cache"
+  if cache.is_dir():
+    jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))
+  return f"step {run.step}", Model(run.config.model, run.params, run.tokenizer)
+
+
+@dataclasses.dataclass
+class _Start:
+  """Where the text goes on: a Session, or nothing yet."""
+
+  state: Any = None
+  pending: int | None = None
+  draws: int = 0
+  seed: int = 0
+  tail: tuple[int, ...] = ()
+
+
+def _begin(
+  model: Model, identity: Identity | None, prompt_tokens: int
+) -> Session | _Start:
+  """The session of the file, or a new one; with the seed of the flag."""
+  session = _Start()
+  if identity is not None and os.path.exists(_SESSION.value):
+    # The token that the state has not read yet is one more.
+    room = 1 + prompt_tokens + _MAX_NEW_TOKENS.value
+    session = load_session(_SESSION.value, identity, room=room)
+    if session.pending is None and not _PROMPT.value:
+      raise ValueError(
+        f"--session={_SESSION.value}: its text has ended; give a --prompt to "
+        "go on"
+      )
+  if _SEED.value is not None:
+    session = dataclasses.replace(session, seed=_SEED.value)
+  return session
+
+
+def _generate(
+  model: Model,
+  session: Session | _Start,
+  ids: list[int],
+  sampler: Sampler,
+  printer: "_Printer",
+) -> Generated:
+  """Generates and prints until the end, the last token, or Ctrl-C."""
+  pending = [] if session.pending is None else [session.pending]
+  with _Interrupt() as interrupt:
+
+    def on_tokens(_, tokens: list[int]) -> bool:
+      printer.tokens(tokens)
+      return interrupt.came
+
+    return generate(
+      model.params,
+      model.config,
+      [pending + ids],
+      _MAX_NEW_TOKENS.value,
+      rng=jax.random.key(session.seed),
+      sampler=sampler,
+      stop_ids=(model.tokenizer.eos_id,),
+      state=session.state,
+      index=session.draws,
+      on_tokens=on_tokens,
+      return_state=True,
+      tokens_per_dispatch=_TOKENS_PER_DISPATCH,
+    )
+
+
+def _save(session, generated, ended, ids, identity) -> None:
+  tail = (*session.tail, *ids, *generated.tokens[0])
+  save_session(
+    _SESSION.value,
+    Session(
+      state=generated.state,
+      # The end of a document is not part of the text that goes on.
+      pending=None if ended else generated.pending[0],
+      draws=generated.index[0],
+      seed=session.seed,
+      tail=tail[-_TAIL:],
+    ),
+    identity,
+  )
+
+
+def _length(generated: Generated, ended: bool) -> str:
+  return f"{int(generated.state.position[0]) + (not ended)} tokens"
+
+
+class _Interrupt:
+  """Ctrl-C as a wish: enough read, end here; a second one is an order."""
+
+  came = False
+
+  def __enter__(self) -> "_Interrupt":
+    self._before = signal.signal(signal.SIGINT, self._note)
+    return self
+
+  def _note(self, *_) -> None:
+    self.came = True
+    signal.signal(signal.SIGINT, self._leave)
+
+  def _leave(self, *_) -> None:
+    print("\ninterrupted", file=sys.stderr, flush=True)
+    os._exit(130)  # JAX may be computing in other threads
+
+  def __exit__(self, *_) -> None:
+    signal.signal(signal.SIGINT, self._before)
+
+
+class _Printer:
+  """Text to standard output as it comes, and how fast it came.
+
+  Args:
+    decode: token ids to text.
+    tail: the last tokens of the text before, not to be printed again.
+  """
+
+  def __init__(self, decode: Callable[[list[int]], str], tail: tuple[int, ...]):
+    self._decode = decode
+    self._text = _stream_after(decode, tail)
+    self._times: list[float] = []  # of every token
+    self._start = time.perf_counter()
+
+  def prompt(self, prompt: str | None, ids: list[int]) -> None:
+    """Prints more text of the user's."""
+    if prompt:
+      # A character that the text before left unfinished stays so.
+      _print(self._text.flush() + prompt)
+      self._text = _stream_after(self._decode, ids[-_TAIL:])
+
+  def tokens(self, tokens: list[int]) -> None:
+    """Prints tokens that were generated."""
+    self._times += [time.perf_counter() - self._start] * len(tokens)
+    _print("".join(self._text.push(token) for token in tokens))
+
+  def end(self, complete: bool) -> None:
+    """Ends the line; if no more can follow, with what was held back."""
+    _print((self._text.flush() if complete else "") + "\n")
+
+  def speed(self) -> str:
+    """What there is to say about time, as the tail of a sentence."""
+    times, report = self._times, ""
+    if times:
+      report = f", first token after {times[0]:.2f} s with compilation"
+    warm = 1 + _TOKENS_PER_DISPATCH
+    if len(times) > warm:
+      speed = (len(times) - warm) / (times[-1] - times[warm - 1])
+      report += f", then {speed:.1f} tokens/s"
+    return f"{report}, {len(times)} tokens"
+
+
+def _stream_after(decode, tokens) -> TextStream:
+  """A TextStream that has shown these tokens already."""
+  text = TextStream(decode)
+  for token in tokens:
+    text.push(token)
+  return text
+
+
+def _print(text: str) -> None:
+  print(text, end="", flush=True)
+
+
+if __name__ == "__main__":
+  cli.run(main, __doc__)

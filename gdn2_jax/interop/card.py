@@ -1,0 +1,156 @@
+"""README.md of a published model: front matter for hubs, text for people."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Collection, Mapping
+
+from gdn2_jax.interop.tree import param_specs
+from gdn2_jax.model.accounting import state_bytes
+from gdn2_jax.model.config import KINDS, ModelConfig
+
+_TAGS = ("gated-deltanet-2", "linear-attention", "jax", "flax")
+PAPER = "https://arxiv.org/abs/2605.22791"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Card:
+  """What only the publisher knows about a model.
+
+  Attributes:
+    name: heading of the card; "" takes the name of the folder.
+    license: identifier as hubs spell it ("apache-2.0"), "" says nothing.
+    description: a paragraph.
+    tags: for hubs, after our own.
+    facts: rows of a table, e.g. {"training steps": "600"}.
+  """
+
+  name: str = ""
+  license: str = ""
+  description: str = ""
+  tags: tuple[str, ...] = ()
+  facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def render_card(
+  card: Card,
+  config: ModelConfig,
+  *,
+  name: str,
+  files: Collection[str] = (),
+) -> str:
+  """The Markdown of README.md.
+
+  Args:
+    card: of the publisher.
+    config: of the model.
+    name: of the folder.
+    files: of the folder, to explain what is there.
+  """
+  has_tokenizer = "tokenizer.json" in files
+  parts = [
+    _front_matter(card),
+    f"# {_line(card.name or name)}",
+    card.description.strip(),
+    _about(config),
+    "\n".join(_table({**_sizes(config), **card.facts})),
+    _usage(config, has_tokenizer),
+  ]
+  if "run.py" in files:
+    parts.append(_alone(has_tokenizer))
+  parts.append(_INTEGRITY)
+  return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(card: Card) -> str:
+  lines = ["---"]
+  if card.license:
+    lines.append(f"license: {json.dumps(card.license)}")
+  lines += [
+    "library_name: gdn2_jax",
+    "pipeline_tag: text-generation",
+    "tags:",
+  ]
+  tags = dict.fromkeys((*_TAGS, *card.tags))
+  # JSON strings are YAML strings, whatever they hold.
+  lines += [f"- {json.dumps(tag)}" for tag in tags]
+  return "\n".join([*lines, "---"])
+
+
+def _about(config: ModelConfig) -> str:
+  kinds = dict.fromkeys(config.pattern)
+  mixers = " and ".join(f"{KINDS[kind]} ({kind})" for kind in kinds)
+  return (
+    f"A causal language model of {config.num_layers} layers with the pattern "
+    f"`{config.pattern}`: {mixers}. Gated DeltaNet-2 is described in "
+    f"<{PAPER}>."
+  )
+
+
+def _sizes(config: ModelConfig) -> dict[str, str]:
+  specs = param_specs(config)
+  sizes = {name: math.prod(spec.shape) for name, spec in specs.items()}
+  blocks = sum(n for name, n in sizes.items() if name.startswith("layers."))
+  found = {
+    "parameters": f"{sum(sizes.values()):,}",
+    "of these in the layers": f"{blocks:,}",
+    "vocabulary": f"{config.vocab_size:,}",
+    "width": f"{config.model_dim:,}",
+    "dtype of parameters, of activations": (
+      f"{config.param_dtype}, {config.dtype}"
+    ),
+  }
+  if set(config.pattern) <= {"G", "S"}:
+    state = sum(state_bytes(config).values())
+    found["memory per sequence, whatever its length"] = f"{state:,} bytes"
+  return found
+
+
+def _table(rows: Mapping[str, str]) -> list[str]:
+  return ["| | |", "|---|---|"] + [
+    f"| {_line(str(key))} | {_line(str(value))} |"
+    for key, value in rows.items()
+  ]
+
+
+def _line(text: str) -> str:
+  """Text that cannot end its line, its table cell or its heading."""
+  return " ".join(text.split()).replace("|", "\\|")
+
+
+def _usage(config: ModelConfig, has_tokenizer: bool) -> str:
+  prompt = 'model.tokenizer.encode("Once upon")' if has_tokenizer else "[1, 2]"
+  shown = (
+    "print(model.tokenizer.decode(ids))" if has_tokenizer else "print(ids)"
+  )
+  return f"""## Use
+
+With `gdn2_jax`:
+
+```python
+import jax
+from gdn2_jax import generate, load_model
+
+model = load_model(".")  # this folder
+prompt = {prompt}
+rng = jax.random.key(0)
+(ids,) = generate(model.params, model.config, [prompt], 32, rng=rng)
+{shown}
+```"""
+
+
+def _alone(has_tokenizer: bool) -> str:
+  more, example = "", "--tokens=1,2,3"
+  if has_tokenizer:
+    more, example = " tokenizers", '--prompt="Once upon"'
+  return f"""\
+With JAX alone, without `gdn2_jax`: `program.json` describes the programs
+`prefill.jax` and `decode.jax`, and `run.py` runs them.
+
+    pip install jax safetensors flatbuffers{more}
+    python run.py {example} --max_new_tokens=32"""
+
+
+_INTEGRITY = """\
+`manifest.json` has the size and SHA-256 of every other file, but for this one;
+loading compares them."""

@@ -1,0 +1,262 @@
+"""config.json of the official GPT (`lit_gpt`), and its published sizes."""
+
+import math
+from typing import Any
+
+from gdn2_jax.interop.convert.claims import (
+  Claims,
+  Shown,
+  check_expansion,
+  shortest_pattern,
+)
+from gdn2_jax.model.attention import AttentionConfig
+from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.model.gdn2 import GDN2Config
+
+_COMMON = {
+  "vocab_size": 32000,
+  "padding_multiple": 64,
+  "n_layer": 18,
+  "n_head": 18,
+  "n_embd": 2304,
+  "rotary_percentage": 1.0,
+  "parallel_residual": False,
+  "bias": False,
+  "norm_eps": 1e-5,
+  "local_window": 2048,
+}
+# Names of the official program, and all parameters of each with embedding and
+# head, which its own count leaves out.
+PRESETS: dict[str, tuple[dict[str, Any], int]] = {
+  "gdn2_1.3B": (
+    _COMMON | {"gdn2_per_layer": 1, "intermediate_size": 6208},
+    1_450_096_416,
+  ),
+  "swa_gdn2_1.3B": (
+    _COMMON | {"gdn2_per_layer": 2, "intermediate_size": 6784},
+    1_447_772_688,
+  ),
+}
+
+HARMLESS = (
+  "architectures",
+  "block_size",
+  "dtype",
+  "mamba_init",
+  "model_type",
+  "name",
+  "org",
+  "rwkv7_head_size",
+  "rwkv7_head_size_divisor",
+  "torch_dtype",
+  "transformers_version",
+)
+OUTPUT_NORM_EPS = 1e-5  # no key of the config sets it
+
+# Keys that choose between layers, and the choices that exist here. A key that
+# is left out has the value that the published models have.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+  "parallel_residual": (False,),
+  "bias": (False,),
+  "shared_attention_norm": (False,),
+  "mlp": (True,),
+  "token_mixer": ("gdn2",),
+  "use_short_conv": (True,),
+  "conv_bias": (False,),
+  "use_qk_l2norm_in_kernel": (True,),
+  "gdn2_use_qk_l2norm_in_kernel": (True,),
+  "_norm_class": ("RMSNorm", "FusedRMSNorm"),
+  "_mlp_class": ("LLaMAMLP",),
+}
+# The same for keys that only layers of attention read.
+_SUPPORTED_IN_ATTENTION: dict[str, tuple[Any, ...]] = {
+  "rotary_percentage": (1.0,),
+  "condense_ratio": (1,),
+  "nope": (False,),
+}
+_ATTENTION_SIZES = ("n_head", "n_query_groups", "local_window", "rope_base")
+
+
+def read_config(claims: Claims, shown: Shown, output_gate: str) -> ModelConfig:
+  """The model that a config and its tensors describe.
+
+  Args:
+    claims: of the config.json, every key of which is asked for.
+    shown: by the tensors.
+    output_gate: activation, already agreed upon.
+
+  Raises:
+    ValueError: naming the first key that is missing, wrong or unsupported.
+  """
+  c = claims
+  for name, values in _SUPPORTED.items():
+    c.only(name, *values)
+  num_layers = c.size("n_layer", shown=len(shown.kinds))
+  model_dim = c.size("n_embd", shown=shown.model_dim)
+  kinds = _kinds(c, shown.kinds)
+  attention = AttentionConfig()
+  if "S" in kinds or "A" in kinds:
+    attention = _attention(c, shown, model_dim, "S" in kinds)
+  else:  # the program writes these keys all the same
+    c.pass_over(*_SUPPORTED_IN_ATTENTION, *_ATTENTION_SIZES)
+  return ModelConfig(
+    vocab_size=_vocab_size(c, shown),
+    model_dim=model_dim,
+    num_layers=num_layers,
+    pattern=shortest_pattern(kinds),
+    mlp_dim=c.size("intermediate_size", shown=shown.mlp_dim),
+    gdn2=_gdn2(c, shown, output_gate) if "G" in kinds else GDN2Config(),
+    attention=attention,
+    norm_eps=c.number("norm_eps", 1e-5),
+  )
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+  """The config.json of a model.
+
+  Raises:
+    ValueError: naming what the official program cannot express.
+  """
+  c = config
+  kinds = c.pattern * c.num_groups
+  if "G" in kinds and c.gdn2.norm_eps != OUTPUT_NORM_EPS:
+    raise ValueError(
+      f"gdn2.norm_eps={c.gdn2.norm_eps}: the output norm of the official "
+      f"program has {OUTPUT_NORM_EPS}"
+    )
+  every = _every(kinds)
+  tree: dict[str, Any] = {
+    "n_embd": c.model_dim,
+    "n_layer": c.num_layers,
+    "intermediate_size": c.mlp_dim,
+    "vocab_size": c.vocab_size,
+    "padded_vocab_size": c.vocab_size,
+    "norm_eps": c.norm_eps,
+    "gdn2_per_layer": every,
+    "bias": False,
+    "parallel_residual": False,
+    "num_heads": c.gdn2.num_heads,
+    "num_v_heads": c.gdn2.value_heads,
+    "head_dim": c.gdn2.key_dim,
+    "head_v_dim": c.gdn2.value_dim,
+    "allow_neg_eigval": c.gdn2.negative_eigenvalues,
+    "output_gate": c.gdn2.output_gate,
+  }
+  if c.gdn2.conv_width != 4:
+    tree["conv_size"] = c.gdn2.conv_width
+  if set(kinds) == {"G"}:
+    # The official program wants a divisor, and does nothing with it.
+    return tree | {"n_head": math.gcd(c.model_dim, c.gdn2.num_heads)}
+  a = c.attention
+  if a.num_heads * a.head_dim != c.model_dim:
+    raise ValueError(
+      f"attention.num_heads={a.num_heads} of head_dim={a.head_dim}: the "
+      f"official program has heads of model_dim={c.model_dim} together"
+    )
+  if a.rope_base != 10000.0:
+    raise ValueError(
+      f"attention.rope_base={a.rope_base}: the official program has 10000"
+    )
+  return tree | {
+    "n_head": a.num_heads,
+    "n_query_groups": a.kv_heads,
+    "local_window": -1 if "A" in kinds else a.window,
+    "rotary_percentage": 1.0,
+  }
+
+
+def _vocab_size(c: Claims, shown: Shown) -> int:
+  """Rows of the table: the vocabulary, padded to a multiple or not."""
+  rows, multiple = shown.vocab_size, c.size("padding_multiple", default=64)
+  if c.has("padded_vocab_size"):
+    padded = c.size("padded_vocab_size", shown=rows)
+    if c.size("vocab_size", default=padded) > padded:
+      c.refuse("vocab_size", f"at most padded_vocab_size={padded}")
+    return padded
+  vocab_size = c.size("vocab_size", default=rows)
+  if rows == -(-vocab_size // multiple) * multiple:
+    return rows
+  return c.size("vocab_size", shown=rows)
+
+
+def _kinds(c: Claims, kinds: str) -> str:
+  """Kinds of the layers; with gdn2_per_layer = p, every p-th is recurrent."""
+  every = c.raw("gdn2_per_layer")
+  if every is not None:
+    if type(every) is not int or every < 1:
+      c.refuse("gdn2_per_layer", "a positive integer")
+    told = "".join("S" if n % every else "G" for n in range(len(kinds)))
+    if told != kinds:
+      raise ValueError(
+        f"gdn2_per_layer={every} makes the layers {told}, the tensors are those"
+        f" of {kinds} (G recurrent, S attention)"
+      )
+  if c.stated("local_window") and c.raw("local_window", -1) == -1:
+    return kinds.replace("S", "A")
+  return kinds
+
+
+def _gdn2(c: Claims, shown: Shown, output_gate: str) -> GDN2Config:
+  heads = c.size("num_heads", "gdn2_num_heads", shown=shown.heads)
+  value_heads = c.size(
+    "num_v_heads", "gdn2_num_v_heads", shown=shown.value_heads, default=heads
+  )
+  key_dim = c.size("head_dim", "gdn2_head_dim", shown=shown.key_dim)
+  value_dim = shown.value_dim
+  for name in ("expand_v", "gdn2_expand_v"):
+    if c.raw(name) is not None:
+      value_dim = check_expansion(c, name, key_dim, value_dim)
+  return GDN2Config(
+    num_heads=heads,
+    num_value_heads=value_heads,
+    key_dim=key_dim,
+    value_dim=c.size("head_v_dim", shown=value_dim, default=key_dim),
+    conv_width=c.size("conv_size", shown=shown.conv_width, default=4),
+    negative_eigenvalues=c.boolean("allow_neg_eigval", False),
+    output_gate=output_gate,
+    norm_eps=OUTPUT_NORM_EPS,
+  )
+
+
+def _attention(
+  c: Claims, shown: Shown, model_dim: int, windowed: bool
+) -> AttentionConfig:
+  for name, values in _SUPPORTED_IN_ATTENTION.items():
+    c.only(name, *values)
+  heads = c.size("n_head")
+  if model_dim % heads:
+    c.refuse("n_head", f"a divisor of n_embd={model_dim}")
+  head_dim = model_dim // heads
+  groups, rows = None, shown.rows.get("attn.weight")
+  if rows is not None:
+    groups, rest = divmod(rows - heads * head_dim, 2 * head_dim)
+    if rest or groups < 1:
+      c.refuse(
+        "n_head", f"heads that divide the {rows} rows of q, k and v together"
+      )
+  options = {}
+  if windowed:
+    options["window"] = c.size("local_window")
+  return AttentionConfig(
+    num_heads=heads,
+    num_kv_heads=c.size("n_query_groups", shown=groups, default=heads),
+    head_dim=head_dim,
+    rope_base=c.number("rope_base", 10000.0),
+    **options,
+  )
+
+
+def _every(kinds: str) -> int:
+  """p such that every p-th layer is recurrent."""
+  others = set(kinds) - {"G"}
+  for every in range(1, len(kinds) + 1):
+    told = (n % every == 0 for n in range(len(kinds)))
+    if len(others) <= 1 and all(
+      (kind == "G") == recurrent
+      for kind, recurrent in zip(kinds, told, strict=True)
+    ):
+      return every
+  raise ValueError(
+    f"layers {kinds}: in the official program every n-th layer is recurrent, "
+    "from the first one on, and the others are attention of one kind"
+  )

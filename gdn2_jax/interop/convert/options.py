@@ -1,0 +1,91 @@
+"""Options of a conversion beside its folders and dialects."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from gdn2_jax.interop.convert.official import PRESETS
+from gdn2_jax.interop.layouts import CONV_ORDERS
+from gdn2_jax.interop.names import DIALECTS
+
+OURS = "gdn2_jax"
+ALL_DIALECTS = (*DIALECTS, OURS)
+OUTPUT_GATES = ("silu", "sigmoid")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """Facts that files do not always tell, and permissions.
+
+  Attributes:
+    config: config.json to use in place of the one beside the weights.
+    preset: name of a published size of the official program, in place of a
+      config.json; the number of parameters must be that of the preset.
+    values: keys of config.json, over those of the file.
+    ignored: unknown keys of config.json that are known not to matter.
+    output_gate: activation of the output gate. Needed where it is not the one
+      that the dialect's own program computes.
+    from_conv_order, to_conv_order: which input the first tap of the short
+      convolution multiplies; by default the oldest, as in PyTorch.
+    strip_prefix: what stands before all names of the source, as wrappers of
+      modules leave it.
+    untie_head: give a model without a head a copy of its embedding.
+    dtype: of the parameters that are written; A_log and dt_bias stay float32.
+      By default that of each tensor read.
+    step: checkpoint of a training run; by default the newest.
+  """
+
+  config: str | None = None
+  preset: str | None = None
+  values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  ignored: tuple[str, ...] = ()
+  output_gate: str | None = None
+  from_conv_order: str | None = None
+  to_conv_order: str | None = None
+  strip_prefix: str = ""
+  untie_head: bool = False
+  dtype: str | None = None
+  step: int | None = None
+
+  def check(self, source: str, target: str) -> None:
+    """Refuses what cannot be meant.
+
+    Raises:
+      ValueError: naming the option, its value and what was expected.
+    """
+    choices = (
+      ("preset", self.preset, tuple(PRESETS)),
+      ("output_gate", self.output_gate, OUTPUT_GATES),
+      ("from_conv_order", self.from_conv_order, CONV_ORDERS),
+      ("to_conv_order", self.to_conv_order, CONV_ORDERS),
+      ("dtype", self.dtype, DTYPES),
+      ("from", source, ALL_DIALECTS),
+      ("to", target, ALL_DIALECTS),
+    )
+    for name, value, allowed in choices:
+      if value is None and name not in ("from", "to"):
+        continue
+      if value not in allowed:
+        raise ValueError(
+          f"--{name}={value}: expected one of {', '.join(allowed)}"
+        )
+    if self.preset and self.config:
+      raise ValueError("--preset and --config: expected one of the two")
+    if self.preset and source != "official":
+      raise ValueError(f"--preset={self.preset}: goes with --from=official")
+    if self.step is not None and source != OURS:
+      raise ValueError(f"--step={self.step}: goes with --from={OURS}")
+    if source == OURS:
+      for name in (
+        "config",
+        "values",
+        "ignored",
+        "from_conv_order",
+        "strip_prefix",
+      ):
+        if getattr(self, name):
+          flag = {"values": "set", "ignored": "ignore_config"}.get(name, name)
+          raise ValueError(f"--{flag}: does not go with --from={OURS}")
+    if target == OURS and self.to_conv_order:
+      raise ValueError(f"--to_conv_order: does not go with --to={OURS}")

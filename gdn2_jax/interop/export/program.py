@@ -1,0 +1,261 @@
+"""Prefill and decode as programs that need JAX alone.
+
+  prefill(params, tokens [b, C], lengths [b], state) -> (logits, state)
+  decode(params, token [b], state) -> (logits, state)
+
+for any batch size b, in StableHLO as `jax.export` serialises it. params and
+state are dicts of arrays whose names, shapes and dtypes are in program.json;
+the weights themselves stay in their safetensors. The ops are those of XLA: what
+the GPU kernels compile to has no form that another version of JAX must accept.
+"""
+
+import copy
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export, lax
+
+import gdn2_jax
+from gdn2_jax.inference.state import State, advance, init_state, read_chunk
+from gdn2_jax.interop.tree import leaf_sources, param_specs
+from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.ops.kernels.backend import traced_for
+
+FORMAT = "gdn2_jax-program"
+FORMAT_VERSION = 1
+CHUNK_SIZE = 128
+PLATFORMS = ("cpu", "cuda")
+SPEC, PREFILL, DECODE = "program.json", "prefill.jax", "decode.jax"
+RUN = "run.py"
+
+_BACKENDS = {"cpu": "cpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
+
+
+def export_programs(
+  config: ModelConfig,
+  *,
+  chunk_size: int = CHUNK_SIZE,
+  platforms: Sequence[str] = PLATFORMS,
+  max_length: int | None = None,
+  eos_id: int | None = None,
+) -> dict[str, bytes]:
+  """The files that let JAX alone run a model, by name; compiles nothing.
+
+  Args:
+    config: of the model; named implementations of its ops become "xla".
+    chunk_size: tokens C that one call of prefill takes per row, a power of two
+      from 16.
+    platforms: that the programs can run on, of "cpu", "cuda", "rocm", "tpu".
+    max_length: tokens that a sequence may have, for patterns that need it.
+    eos_id: of the tokenizer, noted down for those who generate.
+
+  Raises:
+    ValueError: a chunk size, platform or config of another kind.
+  """
+  check_request(chunk_size, platforms)
+  platforms = tuple(dict.fromkeys(platforms))
+  config = portable(config)
+  config.validate()
+  (b,) = export.symbolic_shape("b")
+  params = _abstract_params(config)
+  state = _abstract_state(config, b, max_length)
+  tokens = jax.ShapeDtypeStruct((b, chunk_size), jnp.int32)
+  row = jax.ShapeDtypeStruct((b,), jnp.int32)
+
+  def prefill(params, tokens, lengths, state):
+    none = jnp.zeros((tokens.shape[0], config.vocab_size), jnp.float32)
+    tree = _nest(params), tokens, lengths, _restore(state, config, max_length)
+    logits, new = read_chunk(*tree, none)
+    return logits, named_leaves(new)
+
+  def decode(params, token, state):
+    tree = _nest(params), token, _restore(state, config, max_length)
+    logits, new = advance(*tree)
+    return logits, named_leaves(new)
+
+  serialise = functools.partial(_serialise, platforms=platforms)
+  spec = {
+    "format": FORMAT,
+    "format_version": FORMAT_VERSION,
+    "library_version": gdn2_jax.__version__,
+    "jax_version": jax.__version__,
+    "platforms": platforms,
+    "vocab_size": config.vocab_size,
+    "chunk_size": chunk_size,
+    "max_length": max_length,
+    "eos_id": eos_id,
+    "params": _describe_params(config),
+    "state": _describe_state(config, max_length),
+    "prefill": {
+      "file": PREFILL,
+      "arguments": [
+        "params",
+        f"tokens int32[b, {chunk_size}]",
+        f"lengths int32[b], 0 to {chunk_size}",
+        "state",
+      ],
+      "results": [
+        f"logits float32[b, {config.vocab_size}], 0 where the length is 0",
+        "state",
+      ],
+    },
+    "decode": {
+      "file": DECODE,
+      "arguments": ["params", "token int32[b]", "state"],
+      "results": [f"logits float32[b, {config.vocab_size}]", "state"],
+    },
+  }
+  return {
+    PREFILL: serialise(prefill, params, tokens, row, state),
+    DECODE: serialise(decode, params, row, state),
+    SPEC: (json.dumps(spec, indent=2) + "\n").encode(),
+    RUN: pathlib.Path(__file__).with_name(RUN).read_bytes(),
+  }
+
+
+def check_request(chunk_size: int, platforms: Sequence[str]) -> None:
+  """Raises ValueError for values that `export_programs` does not take."""
+  if chunk_size < 16 or chunk_size & (chunk_size - 1):
+    raise ValueError(
+      f"chunk_size={chunk_size}: expected a power of two, 16 or more"
+    )
+  if not platforms or set(platforms) - set(_BACKENDS):
+    raise ValueError(
+      f"platforms={','.join(platforms)}: expected some of "
+      + ", ".join(_BACKENDS)
+    )
+
+
+def portable(config: ModelConfig) -> ModelConfig:
+  """The same model on ops that every device and JAX version has."""
+  config = copy.deepcopy(config)
+  config.gdn2.implementation = "xla"
+  config.attention.implementation = "xla"
+  config.remat, config.scan_unroll = "none", 1
+  return config
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+  """The leaves of a pytree by their path, as in "cache.0.conv_q"."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="."): leaf
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+  }
+
+
+def _serialise(f: Callable[..., Any], *args: Any, platforms) -> bytes:
+  backends = {name: _BACKENDS[name] for name in platforms}
+
+  def traced(backend, *args):
+    with traced_for(backend):
+      return f(*args)
+
+  def program(*args):
+    if len(set(backends.values())) == 1:
+      return traced(next(iter(backends.values())), *args)
+    # Each platform gets the sums in the pieces that suit it.
+    branches = {
+      name: functools.partial(traced, backend)
+      for name, backend in backends.items()
+    }
+    return lax.platform_dependent(*args, **branches)
+
+  program.__name__ = f.__name__
+  return bytes(
+    export.export(jax.jit(program), platforms=platforms)(*args).serialize()
+  )
+
+
+def _nest(params: Mapping[str, Any]) -> dict[str, Any]:
+  """{"a.b": x} as {"a": {"b": x}}."""
+  tree: dict[str, Any] = {}
+  for name, value in params.items():
+    *path, last = name.split(".")
+    owner = tree
+    for key in path:
+      owner = owner.setdefault(key, {})
+    owner[last] = value
+  return tree
+
+
+def _abstract_params(config: ModelConfig) -> dict[str, Any]:
+  specs, found = param_specs(config), {}
+  for leaf in leaf_sources(config):
+    spec = specs[leaf.names[0]]
+    shape = (len(leaf.names),) * leaf.stacked + spec.shape
+    found[".".join(leaf.path)] = jax.ShapeDtypeStruct(shape, spec.dtype)
+  return found
+
+
+def _describe_params(config: ModelConfig) -> list[dict[str, Any]]:
+  abstract = _abstract_params(config)
+  return [
+    {
+      "name": name,
+      "shape": abstract[name].shape,
+      "dtype": str(abstract[name].dtype),
+      "tensors": leaf.names,
+      "stacked": leaf.stacked,
+    }
+    for leaf in leaf_sources(config)
+    for name in [".".join(leaf.path)]
+  ]
+
+
+def _state_of(config, batch_size, max_length) -> dict[str, Any]:
+  return named_leaves(
+    jax.eval_shape(lambda: init_state(config, batch_size, max_length))
+  )
+
+
+def _batch_axes(config, max_length) -> dict[str, int]:
+  """Axis of the batch in every leaf: the one whose size follows it."""
+  two, three = (_state_of(config, n, max_length) for n in (2, 3))
+  axes = {}
+  for name, leaf in two.items():
+    sizes = zip(leaf.shape, three[name].shape, strict=True)
+    (axes[name],) = [i for i, (a, b) in enumerate(sizes) if a != b]
+  return axes
+
+
+def _abstract_state(config, b, max_length) -> dict[str, Any]:
+  axes = _batch_axes(config, max_length)
+  return {
+    name: jax.ShapeDtypeStruct(
+      (*leaf.shape[: axes[name]], b, *leaf.shape[axes[name] + 1 :]), leaf.dtype
+    )
+    for name, leaf in _state_of(config, 1, max_length).items()
+  }
+
+
+def _describe_state(config, max_length) -> list[dict[str, Any]]:
+  """Names, shapes with "b", dtypes, and the number each leaf starts from."""
+  axes, found = _batch_axes(config, max_length), []
+  for name, leaf in named_leaves(init_state(config, 1, max_length)).items():
+    value = np.asarray(leaf)
+    initial = value.flat[0].item()
+    assert (value == initial).all(), name
+    axis = axes[name]
+    found.append(
+      {
+        "name": name,
+        "shape": [*value.shape[:axis], "b", *value.shape[axis + 1 :]],
+        "batch_axis": axis,
+        "dtype": str(value.dtype),
+        "initial": initial,
+      }
+    )
+  return found
+
+
+def _restore(leaves, config, max_length) -> State:
+  """The inverse of `named_leaves` of a state."""
+  shape = jax.eval_shape(lambda: init_state(config, 1, max_length))
+  order = [leaves[name] for name in named_leaves(shape)]
+  return jax.tree.unflatten(jax.tree.structure(shape), order)

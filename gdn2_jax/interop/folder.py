@@ -1,0 +1,361 @@
+"""A published model: one folder with all that is needed to run it.
+
+  config.json         format, versions, and the fields of ModelConfig
+  model.safetensors   parameters under the names of `tree`; above 5 GB several
+                      files and model.safetensors.index.json
+  tokenizer.json      if there is one
+  README.md           model card; people may edit it
+  manifest.json       size and SHA-256 of all the others but README.md
+
+The manifest is written last: a folder without it was not finished. Files that
+it does not list, such as those that hubs add, are left alone.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+import gdn2_jax
+from gdn2_jax import config_json
+from gdn2_jax.data.files import sha256_file, sync_folder, write_atomic
+from gdn2_jax.data.tokenizer.api import load_tokenizer
+from gdn2_jax.interop.card import Card, render_card
+from gdn2_jax.interop.disk import is_plain_name, read_json, regular_size
+from gdn2_jax.interop.tensors import (
+  SHARD_BYTES,
+  find_weights,
+  open_tensors,
+  save_shards,
+)
+from gdn2_jax.interop.tree import flatten_params, unflatten_params
+from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.model.lm import LM
+from gdn2_jax.sharding import shardings_of
+
+FORMAT = "gdn2_jax"
+FORMAT_VERSION = 1
+CONFIG, MANIFEST, CARD = "config.json", "manifest.json", "README.md"
+TOKENIZER = "tokenizer.json"
+
+_STAGING = ".incoming-"
+_CONFIG_FIELDS = {"format", "format_version", "library_version", "model"}
+_MANIFEST_FIELDS = {"format", "format_version", "files"}
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_METADATA = {"format": "np"}  # hubs expect to be told a framework
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model as `load_model` finds it.
+
+  Attributes:
+    config: what LM is built from.
+    params: unboxed parameters of LM(config).
+    tokenizer: with encode, decode, vocab_size and eos_id; None without one.
+  """
+
+  config: ModelConfig
+  params: Any
+  tokenizer: Any = None
+
+
+def save_model(
+  folder: str | os.PathLike,
+  params: Any,
+  config: ModelConfig,
+  tokenizer: Any = None,
+  *,
+  card: Card = Card(),  # noqa: B008, frozen
+  extra: Mapping[str, bytes] | None = None,
+  overwrite: bool = False,
+  max_shard_bytes: int = SHARD_BYTES,
+) -> None:
+  """Writes a published-model folder; nothing outside of it.
+
+  All files are written beside their places first, so that an interrupted or
+  failed save leaves what was there before.
+
+  Args:
+    folder: made if it does not exist.
+    params: unboxed parameters of LM(config), on devices of this process.
+    config: of the model.
+    tokenizer: one of `gdn2_jax.data.tokenizer`, or None.
+    card: what the model card should say.
+    extra: further files by name.
+    overwrite: replace the model in this folder, if it holds one.
+    max_shard_bytes: of one weights file.
+
+  Raises:
+    ValueError: the folder holds something else, or a model without
+      `overwrite`; parameters of another model; a tokenizer with more ids than
+      the model.
+  """
+  folder = pathlib.Path(folder)
+  replaced = check_target(folder, overwrite)
+  tensors = flatten_params(params, config)
+  if tokenizer is not None:
+    _check_vocabulary(tokenizer, config)
+  for name in extra or {}:
+    if not is_plain_name(name) or name in (CONFIG, MANIFEST, CARD, TOKENIZER):
+      raise ValueError(f"extra[{name!r}]: not a name for a further file")
+  folder.mkdir(parents=True, exist_ok=True)
+  for abandoned in folder.glob(f"{_STAGING}*"):
+    shutil.rmtree(abandoned)
+  staging = folder / f"{_STAGING}{uuid.uuid4().hex[:8]}"
+  staging.mkdir()
+  try:
+    names = [CONFIG]
+    write_atomic(staging / CONFIG, _config_bytes(config))
+    names += save_shards(staging, tensors, _METADATA, max_bytes=max_shard_bytes)
+    if tokenizer is not None:
+      write_atomic(staging / TOKENIZER, tokenizer.to_json().encode())
+      names.append(TOKENIZER)
+    for name, data in (extra or {}).items():
+      write_atomic(staging / name, data)
+      names.append(name)
+    text = render_card(card, config, name=folder.absolute().name, files=names)
+    write_atomic(staging / CARD, text.encode())
+    write_atomic(staging / MANIFEST, _manifest_bytes(staging, names))
+    _move_in(staging, folder, [*names, CARD], replaced)
+  finally:
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def load_model(folder: str | os.PathLike, *, mesh: Mesh | None = None) -> Model:
+  """Reads a published-model folder, all of it or nothing.
+
+  Args:
+    folder: as `save_model` wrote it.
+    mesh: devices to shard the parameters over by the rules of
+      `gdn2_jax.sharding`; None puts them on the default device.
+
+  Raises:
+    FileNotFoundError: no such folder.
+    ValueError: not such a folder, an unfinished or damaged one, one of a newer
+      format, or parameters that do not fit the config.
+  """
+  folder = pathlib.Path(folder)
+  listed = read_manifest(folder)
+  verify(folder, listed)
+  config = read_config(folder / CONFIG)
+  weights = find_weights(folder)
+  tensors = open_tensors(weights)
+  for path in {weights, *(entry.path for entry in tensors.values())}:
+    if path.name not in listed:
+      raise ValueError(f"{path}: not in {MANIFEST}")
+  try:
+    params = _read_params(tensors, config, mesh)
+  except ValueError as e:
+    raise ValueError(f"{weights}: {e}") from e
+  tokenizer = None
+  if TOKENIZER in listed:
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    _check_vocabulary(tokenizer, config)
+  return Model(config, params, tokenizer)
+
+
+def _read_params(tensors: Any, config: ModelConfig, mesh: Mesh | None) -> Any:
+  if mesh is None:
+    return unflatten_params(tensors, config)
+  params = unflatten_params(tensors, config, place=np.asarray)
+  tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  boxed = jax.eval_shape(LM(config).init, jax.random.key(0), tokens)
+  return jax.tree.map(
+    jax.device_put, params, shardings_of(boxed["params"], mesh)
+  )
+
+
+def check_target(folder: str | os.PathLike, overwrite: bool) -> bool:
+  """Whether the folder holds a model that will be replaced.
+
+  Raises:
+    ValueError: it holds something else, or a model without `overwrite`.
+  """
+  folder = pathlib.Path(folder)
+  if not folder.exists():
+    return False
+  if not folder.is_dir():
+    raise ValueError(f"{folder}: a file, expected a folder")
+  entries = [e for e in folder.iterdir() if not e.name.startswith(_STAGING)]
+  if not entries:
+    return False
+  if not is_model_folder(folder):
+    raise ValueError(f"{folder}: not empty, and not a folder with a model")
+  if not overwrite:
+    raise ValueError(f"{folder}: holds a model; only overwrite replaces it")
+  return True
+
+
+def is_model_folder(folder: str | os.PathLike) -> bool:
+  """Whether this looks like a published-model folder, finished or not."""
+  for name in (MANIFEST, CONFIG):
+    try:
+      if read_json(pathlib.Path(folder) / name).get("format") == FORMAT:
+        return True
+    except (OSError, ValueError):
+      continue
+  return False
+
+
+def read_config(path: str | os.PathLike) -> ModelConfig:
+  """The ModelConfig of a config.json.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: not ours, of another version, or with fields of other names,
+      types or values than ours.
+  """
+  tree = read_json(path)
+  _check_format(path, tree, _CONFIG_FIELDS)
+  try:
+    config = config_json.from_dict(ModelConfig, tree["model"], "model")
+    config.validate()
+  except ValueError as e:
+    raise ValueError(f"{path}: {e}") from e
+  return config
+
+
+def read_manifest(folder: str | os.PathLike) -> dict[str, tuple[int, str]]:
+  """{name: (bytes, SHA-256)} of the files of a folder.
+
+  Raises:
+    FileNotFoundError: no such folder.
+    ValueError: there is no manifest, or it is not one of ours.
+  """
+  folder = pathlib.Path(folder)
+  if not folder.is_dir():
+    raise FileNotFoundError(f"{folder}: no such folder")
+  path = folder / MANIFEST
+  if not path.is_file():
+    raise ValueError(
+      f"{folder}: no {MANIFEST}: not a folder with a published model, or one "
+      "whose writing was interrupted"
+    )
+  tree = read_json(path)
+  _check_format(path, tree, _MANIFEST_FIELDS)
+  files = tree["files"]
+  if not isinstance(files, dict):
+    raise ValueError(f"{path}: files={files!r}: expected an object")
+  found = {}
+  for name, spec in files.items():
+    ok = is_plain_name(name) and isinstance(spec, dict)
+    ok = ok and set(spec) == {"bytes", "sha256"} and type(spec["bytes"]) is int
+    ok = ok and isinstance(spec["sha256"], str)
+    if not ok or not _SHA256.fullmatch(spec["sha256"]):
+      raise ValueError(f"{path}: files[{name!r}]={spec!r}")
+    found[name] = (spec["bytes"], spec["sha256"])
+  if CONFIG not in found:
+    raise ValueError(f"{path}: {CONFIG} is not listed")
+  return found
+
+
+def verify(folder: pathlib.Path, listed: Mapping[str, tuple[int, str]]) -> None:
+  """Compares files with a manifest: all sizes first, then the hashes.
+
+  Raises:
+    ValueError: a file is missing, or is not what was written.
+  """
+  for name, (size, _) in listed.items():
+    if not (folder / name).exists():
+      raise ValueError(f"{folder / name}: missing, {MANIFEST} lists it")
+    found = regular_size(folder / name)
+    if found != size:
+      raise ValueError(
+        f"{folder / name}: {found:,} bytes, {MANIFEST} says {size:,}"
+      )
+  for name in sorted(_model_files(folder) - set(listed)):
+    raise ValueError(f"{folder / name}: not in {MANIFEST}")
+  for name, (_, sha256) in listed.items():
+    if sha256_file(folder / name) != sha256:
+      raise ValueError(
+        f"{folder / name}: damaged or altered, its SHA-256 is not the one in "
+        f"{MANIFEST}"
+      )
+
+
+def _model_files(folder: pathlib.Path) -> set[str]:
+  """Names of weights and tokenizer, whoever put them there."""
+  names = {entry.name for entry in folder.iterdir()}
+  return {n for n in names if n == TOKENIZER or _WEIGHTS.fullmatch(n)}
+
+
+def _check_format(path: Any, tree: dict[str, Any], fields: set[str]) -> None:
+  if tree.get("format") != FORMAT:
+    raise ValueError(
+      f"{path}: format={tree.get('format')!r}, expected {FORMAT!r}: not one of "
+      "our model folders"
+    )
+  version = tree.get("format_version")
+  if type(version) is not int or version != FORMAT_VERSION:
+    raise ValueError(
+      f"{path}: format_version={version!r}, this version of gdn2_jax reads "
+      f"{FORMAT_VERSION}"
+    )
+  if wrong := sorted(set(tree) ^ fields):
+    kind = "unknown" if wrong[0] in tree else "missing"
+    raise ValueError(f"{path}: {wrong[0]}: {kind} field")
+
+
+def _check_vocabulary(tokenizer: Any, config: ModelConfig) -> None:
+  if tokenizer.vocab_size > config.vocab_size:
+    raise ValueError(
+      f"tokenizer: {tokenizer.vocab_size} ids, the model has only "
+      f"model.vocab_size={config.vocab_size}"
+    )
+
+
+def _config_bytes(config: ModelConfig) -> bytes:
+  tree = {
+    "format": FORMAT,
+    "format_version": FORMAT_VERSION,
+    "library_version": gdn2_jax.__version__,
+    "model": json.loads(config_json.to_json(config)),
+  }
+  return (json.dumps(tree, indent=2) + "\n").encode()
+
+
+def _manifest_bytes(staging: pathlib.Path, names: list[str]) -> bytes:
+  files = {
+    name: {
+      "bytes": (staging / name).stat().st_size,
+      "sha256": sha256_file(staging / name),
+    }
+    for name in names
+  }
+  tree = {
+    "format": FORMAT,
+    "format_version": FORMAT_VERSION,
+    "files": files,
+  }
+  return (json.dumps(tree, indent=2) + "\n").encode()
+
+
+def _move_in(
+  staging: pathlib.Path, folder: pathlib.Path, names: list[str], replaced: bool
+) -> None:
+  """Renames all files to their places; the manifest goes first and last."""
+  if replaced:
+    stale = _model_files(folder)
+    # After a move that was interrupted there is no manifest.
+    if (folder / MANIFEST).is_file():
+      with contextlib.suppress(ValueError):
+        stale |= set(read_manifest(folder))
+      (folder / MANIFEST).unlink()
+    for name in stale - set(names):
+      (folder / name).unlink(missing_ok=True)
+  for name in [*names, MANIFEST]:
+    os.replace(staging / name, folder / name)
+  sync_folder(folder)

@@ -1,0 +1,232 @@
+"""Parameter names of each dialect for `gdn2_jax.interop.tree`.
+
+A dialect is a table: for every part of the model its prefix, and rows
+
+  (names of ours, names of theirs, layout)
+
+relative to it. The names of a GDN-2 layer are the same in both.
+"""
+
+import dataclasses
+import re
+from collections.abc import Collection
+
+from gdn2_jax.interop import layouts
+from gdn2_jax.model.config import ModelConfig
+
+Row = tuple[str, str, layouts.Layout]
+
+_SAME, _FLAT, _LINEAR = layouts.Same(), layouts.Flat(), layouts.Linear()
+_FROM_HEADS = layouts.Linear(in_axes=2)
+_CONV = layouts.Conv()
+
+GDN2: tuple[Row, ...] = (
+  ("q_proj.kernel", "q_proj.weight", _LINEAR),
+  ("k_proj.kernel", "k_proj.weight", _LINEAR),
+  ("v_proj.kernel", "v_proj.weight", _LINEAR),
+  ("q_conv", "q_conv1d.weight", _CONV),
+  ("k_conv", "k_conv1d.weight", _CONV),
+  ("v_conv", "v_conv1d.weight", _CONV),
+  ("f_down.kernel", "f_proj.0.weight", _LINEAR),
+  ("f_up.kernel", "f_proj.1.weight", _LINEAR),
+  ("b_proj.kernel", "b_proj.weight", _LINEAR),
+  ("w_proj.kernel", "w_proj.weight", _LINEAR),
+  ("A_log", "A_log", _SAME),
+  ("dt_bias", "dt_bias", _FLAT),
+  ("g_down.kernel", "g_proj.0.weight", _LINEAR),
+  ("g_up.kernel", "g_proj.1.weight", _LINEAR),
+  ("g_up.bias", "g_proj.1.bias", _FLAT),
+  ("o_norm", "o_norm.weight", _SAME),
+  ("o_proj.kernel", "o_proj.weight", _FROM_HEADS),
+)
+FLOAT32 = ("A_log", "dt_bias")
+
+# Rows that differ where the layer is Kimi Delta Attention.
+_KDA_GATES: Row = (
+  "b_proj.kernel w_proj.kernel",
+  "b_proj.weight",
+  layouts.TiedGates(),
+)
+_OF_KEY_HEADS = (
+  "q_proj.weight",
+  "k_proj.weight",
+  "q_conv1d.weight",
+  "k_conv1d.weight",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+  """Names of one program.
+
+  Attributes:
+    name: of the dialect.
+    output_gate: activation of the output gate, which the names do not tell.
+    model: rows of the whole model.
+    layer: prefix of a layer, with {} for its number.
+    block: rows of every layer.
+    mixer: prefix of the mixer in a layer.
+    attention: rows of a softmax attention mixer.
+  """
+
+  name: str
+  output_gate: str
+  model: tuple[Row, ...]
+  layer: str
+  block: tuple[Row, ...]
+  mixer: str
+  attention: tuple[Row, ...]
+
+  def layer_names(self, names: Collection[str]) -> dict[int, set[str]]:
+    """Names by number of the layer, without their prefix."""
+    prefix = re.escape(self.layer).replace(r"\{\}", r"(0|[1-9]\d{0,5})")
+    found: dict[int, set[str]] = {}
+    for name in names:
+      if match := re.fullmatch(prefix + "(.+)", name):
+        found.setdefault(int(match[1]), set()).add(match[2])
+    return found
+
+  def recognises(self, names: Collection[str]) -> bool:
+    """Whether these look like names of this dialect."""
+    tops = {theirs for _, theirs, _ in self.model} - {"lm_head.weight"}
+    return bool(tops & set(names)) or bool(self.layer_names(names))
+
+
+OFFICIAL = Dialect(
+  name="official",
+  output_gate="silu",
+  model=(
+    ("embedding.table", "transformer.wte.weight", _SAME),
+    ("final_norm.weight", "transformer.ln_f.weight", _SAME),
+    ("head", "lm_head.weight", _LINEAR),
+  ),
+  layer="transformer.h.{}.",
+  block=(
+    ("mixer_norm.weight", "norm_1.weight", _SAME),
+    ("mlp_norm.weight", "norm_2.weight", _SAME),
+    ("mlp.gate.kernel", "mlp.swiglu.w1.weight", _LINEAR),
+    ("mlp.up.kernel", "mlp.swiglu.w2.weight", _LINEAR),
+    ("mlp.down.kernel", "mlp.swiglu.w3.weight", _LINEAR),
+  ),
+  mixer="attn.",
+  attention=(
+    (
+      "q_proj.kernel k_proj.kernel v_proj.kernel",
+      "attn.weight",
+      layouts.FusedQKV(),
+    ),
+    ("o_proj.kernel", "proj.weight", _FROM_HEADS),
+  ),
+)
+
+FLA = Dialect(
+  name="fla",
+  output_gate="sigmoid",
+  model=(
+    ("embedding.table", "model.embeddings.weight", _SAME),
+    ("final_norm.weight", "model.norm.weight", _SAME),
+    ("head", "lm_head.weight", _LINEAR),
+  ),
+  layer="model.layers.{}.",
+  block=(
+    ("mixer_norm.weight", "attn_norm.weight", _SAME),
+    ("mlp_norm.weight", "mlp_norm.weight", _SAME),
+    ("mlp.gate.kernel", "mlp.gate_proj.weight", _LINEAR),
+    ("mlp.up.kernel", "mlp.up_proj.weight", _LINEAR),
+    ("mlp.down.kernel", "mlp.down_proj.weight", _LINEAR),
+  ),
+  mixer="attn.",
+  attention=(
+    ("q_proj.kernel", "q_proj.weight", _LINEAR),
+    ("k_proj.kernel", "k_proj.weight", _LINEAR),
+    ("v_proj.kernel", "v_proj.weight", _LINEAR),
+    ("o_proj.kernel", "o_proj.weight", _FROM_HEADS),
+  ),
+)
+
+DIALECTS = {dialect.name: dialect for dialect in (OFFICIAL, FLA)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+  """Tensors of ours and of theirs that hold the same numbers.
+
+  Attributes:
+    ours, theirs: full names.
+    layout: how one becomes the other.
+    derived: why ours hold more than theirs; "" where they hold the same.
+  """
+
+  ours: tuple[str, ...]
+  theirs: tuple[str, ...]
+  layout: layouts.Layout
+  derived: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class KDA:
+  """That the recurrent layers are Kimi Delta Attention.
+
+  Attributes:
+    key_heads: heads of q and k; ours have as many as there are value heads.
+  """
+
+  key_heads: int
+
+
+def moves(
+  dialect: Dialect,
+  config: ModelConfig,
+  *,
+  conv_order: str = "oldest_first",
+  kda: KDA | None = None,
+) -> list[Move]:
+  """The whole model's, each parameter of ours and tensor of theirs once.
+
+  Args:
+    dialect: of theirs.
+    config: of ours.
+    conv_order: of theirs, one of `layouts.CONV_ORDERS`.
+    kda: where the layers of theirs are KDA's.
+  """
+  recurrent = tuple(
+    (ours, theirs, layouts.Conv(conv_order) if layout is _CONV else layout)
+    for ours, theirs, layout in GDN2
+  )
+  if kda is not None:
+    recurrent = _as_kda(recurrent, config.gdn2.num_heads // kda.key_heads)
+  found = [_move("", "", row) for row in dialect.model]
+  for n in range(config.num_layers):
+    kind = config.pattern[n % len(config.pattern)]
+    ours, theirs = f"layers.{n}.", dialect.layer.format(n)
+    found += [_move(ours, theirs, row) for row in dialect.block]
+    rows = recurrent if kind == "G" else dialect.attention
+    found += [
+      _move(f"{ours}mixer.", f"{theirs}{dialect.mixer}", row) for row in rows
+    ]
+  return found
+
+
+def _as_kda(rows: tuple[Row, ...], group: int) -> tuple[Row, ...]:
+  replaced = []
+  for ours, theirs, layout in rows:
+    if theirs == "b_proj.weight":
+      replaced.append(_KDA_GATES)
+    elif theirs in _OF_KEY_HEADS and group > 1:
+      replaced.append((ours, theirs, layouts.RepeatedHeads(layout, group)))
+    elif theirs != "w_proj.weight":
+      replaced.append((ours, theirs, layout))
+  return tuple(replaced)
+
+
+def _move(ours: str, theirs: str, row: Row) -> Move:
+  derived = {
+    layouts.TiedGates: "one gate of a head, tied over its channels",
+    layouts.RepeatedHeads: "a key head, repeated for each of its value heads",
+  }
+  return Move(
+    tuple(ours + name for name in row[0].split()),
+    tuple(theirs + name for name in row[1].split()),
+    row[2],
+    derived.get(type(row[2]), ""),
+  )

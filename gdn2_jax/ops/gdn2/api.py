@@ -1,0 +1,150 @@
+"""The public op: Gated DeltaNet-2 over a sequence, and over one token.
+
+Equivalent, for every batch row and head, to (Eq. 10)
+
+  S = exp(g_t)[:, None] * S
+  S = S + outer(k_t, w_t * v_t - S.T @ (b_t * k_t))
+  o_t = scale * S.T @ q_t
+
+gdn2_inputs.py validates; gdn2_dispatch.py chooses an implementation. The
+mathematics is in gdn2_reference.py (tokens) and gdn2_xla.py (chunks).
+"""
+
+from typing import no_type_check
+
+from jaxtyping import Array, Float, Int
+
+from gdn2_jax.ops.gdn2 import dispatch as gdn2_dispatch
+from gdn2_jax.ops.gdn2.dispatch import (
+  IMPLEMENTATIONS,
+  Implementation,
+  select_implementation,
+  unsupported_reason,
+)
+from gdn2_jax.ops.gdn2.inputs import (
+  MIN_HEAD_DIM,
+  check_inputs,
+  check_scale,
+  check_segment_ids,
+  check_state,
+  dtype_of,
+  vary_together,
+)
+
+__all__ = [
+  "IMPLEMENTATIONS",
+  "MIN_HEAD_DIM",
+  "Implementation",
+  "gdn2",
+  "gdn2_step",
+  "select_implementation",
+  "unsupported_reason",
+]
+
+
+# The annotations are for the reader: a wrong shape must reach check_inputs,
+# which names the argument, and not a type checker.
+@no_type_check
+def gdn2(
+  q: Float[Array, "B T H K"],
+  k: Float[Array, "B T H K"],
+  v: Float[Array, "B T HV V"],
+  g: Float[Array, "B T H K"],
+  b: Float[Array, "B T H K"],
+  w: Float[Array, "B T HV V"],
+  *,
+  scale: float | None = None,
+  state: Float[Array, "B HV K V"] | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+  implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV K V"]]:
+  """Gated DeltaNet-2 (Eq. 10) over a sequence.
+
+  Value head j reads key head j // (HV // H). All arithmetic is float32
+  (float64 where an input is float64).
+
+  Args:
+    q: Queries [B, T, H, K], bfloat16, float16, float32 or float64.
+    k: Keys [B, T, H, K].
+    v: Values [B, T, HV, V], HV a multiple of H.
+    g: Log-decay [B, T, H, K], <= 0, taken in float32. A positive entry raises
+      where values can be seen; under jit it is outside the contract.
+    b: Erase gate [B, T, H, K], in [0, 1], or [0, 2] for negative eigenvalues.
+    w: Write gate [B, T, HV, V], in [0, 1].
+    scale: Factor on the output; None is K**-0.5.
+    state: Incoming state [B, HV, K, V], float32; None is zeros.
+    segment_ids: [B, T] integers. The state restarts from zero where the id
+      changes; 0 is padding, which neither reads nor changes the state and
+      whose output is 0. The first segment continues `state`.
+    implementation: "reference" (token by token) or "xla" (chunkwise), both
+      compiled by XLA (its TPU compiler fails on the gradient of "xla" for
+      v5e, docs/scale.md), "mosaic_gpu" (kernels for an NVIDIA GPU of compute
+      capability 9.0) or "triton" (forward of a short sequence on other NVIDIA
+      GPUs); a named one runs or raises, unsupported_reason says why. None
+      lets select_implementation choose.
+
+  Returns:
+    o [B, T, HV, V] in the dtype of v, and the final state [B, HV, K, V].
+
+  Raises:
+    ValueError: naming the argument whose shape, dtype or value is wrong.
+    NotImplementedError: the named implementation cannot run this call.
+  """
+  q, k, v, g, b, w = check_inputs(q, k, v, g, b, w, time_axis=True)
+  name = gdn2_dispatch.resolve(implementation, q, k, v, g, b, w, step=False)
+  scale = check_scale(scale, q.shape[-1])
+  compute_dtype = dtype_of(q, k, v, g, b, w)
+  state = check_state(state, q, v, compute_dtype)
+  segment_ids = check_segment_ids(segment_ids, q.shape[:2])
+  q, k, v, g, b, w, state, segment_ids = vary_together(
+    (q, k, v, g, b, w, state, segment_ids)
+  )
+  v_shape, state_shape, H = v.shape, state.shape, q.shape[2]
+  v, w = gdn2_dispatch.fold_values(v, H), gdn2_dispatch.fold_values(w, H)
+  state = gdn2_dispatch.fold_state(state, H)
+  run = gdn2_dispatch.sequence_of(name)
+  o, state = run(q, k, v, g, b, w, state, segment_ids, scale)
+  return o.reshape(v_shape), gdn2_dispatch.unfold_state(state, state_shape)
+
+
+@no_type_check
+def gdn2_step(
+  q: Float[Array, "B H K"],
+  k: Float[Array, "B H K"],
+  v: Float[Array, "B HV V"],
+  g: Float[Array, "B H K"],
+  b: Float[Array, "B H K"],
+  w: Float[Array, "B HV V"],
+  state: Float[Array, "B HV K V"],
+  *,
+  scale: float | None = None,
+  implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B HV V"], Float[Array, "B HV K V"]]:
+  """One token of Gated DeltaNet-2 (Eq. 10); `state` may be donated.
+
+  Args:
+    q: Query [B, H, K]; the arguments are those of gdn2 without the T axis.
+    k: Key [B, H, K].
+    v: Value [B, HV, V].
+    g: Log-decay [B, H, K], <= 0.
+    b: Erase gate [B, H, K].
+    w: Write gate [B, HV, V].
+    state: [B, HV, K, V], float32.
+    scale: Factor on the output; None is K**-0.5.
+    implementation: As in gdn2.
+
+  Returns:
+    o [B, HV, V] in the dtype of v, and the new state [B, HV, K, V].
+
+  Raises:
+    ValueError: naming the argument whose shape, dtype or value is wrong.
+    NotImplementedError: the named implementation cannot run this call.
+  """
+  q, k, v, g, b, w = check_inputs(q, k, v, g, b, w, time_axis=False)
+  name = gdn2_dispatch.resolve(implementation, q, k, v, g, b, w, step=True)
+  scale = check_scale(scale, q.shape[-1])
+  if state is None:
+    raise ValueError("gdn2_step: state: got None, expected [B, HV, K, V]")
+  state = check_state(state, q, v, dtype_of(q, k, v, g, b, w))
+  q, k, v, g, b, w, state = vary_together((q, k, v, g, b, w, state))
+  return gdn2_dispatch.step_of(name)(q, k, v, g, b, w, state, scale)

@@ -1,0 +1,166 @@
+"""The op on what the layer's maps put out, norms and gates included.
+
+  q / |q|, k / |k|      b = erase_scale sigmoid(b)      w = sigmoid(w)
+  g = -exp(A_log) softplus(f + dt_bias), float32            (section 3.5)
+
+The kernels for Hopper compute these while they load, so that normalised keys,
+gates and decays are never in memory; elsewhere they are arrays like any other.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gdn2_jax.ops.gdn2 import dispatch
+from gdn2_jax.ops.gdn2.api import gdn2
+from gdn2_jax.ops.gdn2.inputs import (
+  check_segment_ids,
+  check_state,
+  vary_together,
+)
+from gdn2_jax.ops.kernels import cases, choice
+from gdn2_jax.ops.norm import l2_norm
+
+
+class Projections(NamedTuple):
+  """What the gates and norms of the layer are applied to.
+
+  Attributes:
+    q: [B, T, H, K], before the norm.
+    k: [B, T, H, K], before the norm.
+    v: [B, T, HV, V].
+    f: [B, T, H, K], before softplus.
+    b: [B, T, H, K], before the sigmoid.
+    w: [B, T, HV, V], before the sigmoid.
+    a_log: [H], float32.
+    dt_bias: [H, K], float32.
+  """
+
+  q: Any
+  k: Any
+  v: Any
+  f: Any
+  b: Any
+  w: Any
+  a_log: Any
+  dt_bias: Any
+
+
+def activate(p: Projections, *, erase_scale: float = 1.0) -> tuple[Any, ...]:
+  """q, k, v, g, b and w of the op; g in float32, the others in their dtypes.
+
+  Args:
+    p: The projections.
+    erase_scale: 1, or 2 for negative eigenvalues.
+  """
+  b, w = jax.nn.sigmoid(p.b), jax.nn.sigmoid(p.w)
+  if erase_scale != 1:
+    b = erase_scale * b
+  dt = jax.nn.softplus(p.f.astype(jnp.float32) + p.dt_bias[None, None])
+  g = -jnp.exp(p.a_log)[None, None, :, None] * dt
+  return l2_norm(p.q), l2_norm(p.k), p.v, g, b, w
+
+
+def gdn2_fused_gates(
+  p: Projections,
+  *,
+  erase_scale: float = 1.0,
+  state: Any = None,
+  segment_ids: Any = None,
+  implementation: str | None = None,
+) -> tuple[Any, Any]:
+  """gdn2(*activate(p)), in the kernels where they can.
+
+  Args:
+    p: The projections.
+    erase_scale: 1, or 2 for negative eigenvalues.
+    state: As in gdn2, [B, HV, K, V].
+    segment_ids: As in gdn2, [B, T].
+    implementation: As in gdn2.
+
+  Returns:
+    o [B, T, HV, V] in the dtype of v, and the final state.
+
+  Raises:
+    ValueError: state or segment_ids do not fit.
+    NotImplementedError: the named implementation cannot run this call.
+  """
+  if not _in_kernels(p, implementation):
+    return gdn2(
+      *activate(p, erase_scale=erase_scale),
+      state=state,
+      segment_ids=segment_ids,
+      implementation=implementation,
+    )
+  state = check_state(state, p.q, p.v, jnp.dtype(jnp.float32))
+  segment_ids = check_segment_ids(segment_ids, p.q.shape[:2])
+  *p, state, segment_ids = vary_together((*p, state, segment_ids))
+  p = Projections(*p)
+  H, v_shape, state_shape = p.q.shape[2], p.v.shape, state.shape
+  p = p._replace(v=dispatch.fold_values(p.v, H), w=dispatch.fold_values(p.w, H))
+  state = dispatch.fold_state(state, H)
+  o, state = _run_kernels(p, state, segment_ids, erase_scale)
+  return o.reshape(v_shape), dispatch.unfold_state(state, state_shape)
+
+
+def _in_kernels(p, implementation):
+  """Whether the kernels run this call and compute norms and gates as well."""
+  inputs = jax.eval_shape(activate, p)
+  name = dispatch.resolve(implementation, *inputs, step=False)
+  # The kernels load all six in one dtype.
+  if name != "mosaic_gpu" or p.f.dtype != p.q.dtype:
+    return False
+  # None chooses what has proved right; a named implementation is not checked.
+  return implementation is not None or choice.is_right_here(
+    "mosaic_gpu gates",
+    _check_kernels,
+    _check_reference,
+    cases.sequence,
+    p.q,
+  )
+
+
+def _run_kernels(p, state, segment_ids, erase_scale, scale=None):
+  from gdn2_jax.pallas.gdn2.api import gdn2_mosaic_gpu
+
+  B, K = p.q.shape[0], p.q.shape[-1]
+  rate = jnp.broadcast_to(-jnp.exp(p.a_log)[:, None], p.dt_bias.shape)
+  rates = jnp.stack([rate, p.dt_bias], axis=1)
+  return gdn2_mosaic_gpu(
+    p.q,
+    p.k,
+    p.v,
+    p.f,
+    p.b,
+    p.w,
+    state,
+    dispatch.token_kinds(segment_ids),
+    K**-0.5 if scale is None else scale,
+    rates=jnp.broadcast_to(rates[None], (B, *rates.shape)),
+    erase_scale=erase_scale,
+  )
+
+
+def as_projections(
+  q: Any, k: Any, v: Any, g: Any, b: Any, w: Any, state: Any
+) -> Projections:
+  """Inputs of gdn2 taken for projections, to try kernels on.
+
+  A_log and dt_bias are parts of the state, whose gradient then shows theirs.
+  f is rounded to what any dtype of q holds.
+  """
+  f = g.astype(jnp.bfloat16).astype(q.dtype)
+  a_log, dt_bias = 0.1 * state[0, :, 0, 0], state[0, :, :, 0]
+  return Projections(q, k, v, f, b, w, a_log, dt_bias)
+
+
+def _check_kernels(q, k, v, g, b, w, state, segment_ids, scale):
+  p = as_projections(q, k, v, g, b, w, state)
+  return _run_kernels(p, state, segment_ids, 1.0, scale)
+
+
+def _check_reference(q, k, v, g, b, w, state, segment_ids, scale):
+  p = as_projections(q, k, v, g, b, w, state)
+  run = dispatch.sequence_of("xla")
+  return run(*activate(p), state, segment_ids, scale)

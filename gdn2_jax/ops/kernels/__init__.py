@@ -1,0 +1,1 @@
+"""Choice among GPU kernels: device, call, and a self-check."""

@@ -1,0 +1,1 @@
+"""Kernels of windowed attention with segments."""

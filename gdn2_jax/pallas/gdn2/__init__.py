@@ -1,0 +1,1 @@
+"""Kernels of the GDN-2 op: chunks, scan over chunks, one token."""

@@ -1,0 +1,281 @@
+"""Metadata of a checkpoint, checked before any array is read.
+
+Everything here treats the files as somebody else's: sizes are compared before
+anything is allocated, links are not followed, and nothing is executed.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import stat
+from typing import Any
+
+import jax
+
+from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.train.config import TrainConfig, differences
+
+# Format 1 had no digests.
+FORMAT = 2
+READABLE = (1, 2)
+COMMITTED = "commit_success.txt"
+
+# Fields of ModelConfig that change how, not what, is computed.
+_NOT_ARCHITECTURE = (
+  "dtype",
+  "remat",
+  "scan_unroll",
+  "loss_chunk",
+  "implementation",
+)
+
+_ENTRIES = {
+  "params",
+  "optimizer",
+  "meta",
+  "_CHECKPOINT_METADATA",
+  COMMITTED,
+}
+_DTYPES = {
+  f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
+}
+_DTYPES |= {"float16", "bfloat16", "float32", "float64", "bool"}
+_PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
+_MAX_META_BYTES = 64 << 20
+
+# Weights hardly compress. A file that claims to expand further than this is
+# made up.
+_MAX_EXPANSION = 1000
+_SMALL_BYTES = 64 << 20
+
+
+class CheckpointError(ValueError):
+  """A checkpoint is missing, or does not fit what is asked of it."""
+
+
+class DamagedError(CheckpointError):
+  """A checkpoint is incomplete, altered, or not one of ours."""
+
+
+class SaveError(RuntimeError):
+  """A checkpoint could not be written."""
+
+
+def is_step(path: pathlib.Path) -> bool:
+  """Whether a path is named like a step and is a directory."""
+  return path.name.isascii() and path.name.isdigit() and path.is_dir()
+
+
+def numbered_steps(directory: str | os.PathLike) -> list[int]:
+  """Steps that have a directory, complete or not, in ascending order."""
+  root = pathlib.Path(directory)
+  if not root.is_dir():
+    return []
+  return sorted(int(path.name) for path in root.iterdir() if is_step(path))
+
+
+def committed_steps(directory: str | os.PathLike) -> list[int]:
+  """Steps whose checkpoint is complete, in ascending order."""
+  root = pathlib.Path(directory)
+  return [
+    step
+    for step in numbered_steps(root)
+    if (root / str(step) / COMMITTED).is_file()
+  ]
+
+
+def tree_spec(tree: Any) -> dict[str, list]:
+  """{path: [shape, dtype]} of every leaf, as it is stored in the meta data."""
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): [
+      list(leaf.shape),
+      str(leaf.dtype),
+    ]
+    for path, leaf in leaves
+  }
+
+
+def make_meta(
+  config: TrainConfig, fingerprint: str, versions: dict[str, str], state: Any
+) -> dict[str, Any]:
+  """The JSON stored with every checkpoint, but for its step and digests."""
+  return {
+    "format": FORMAT,
+    "config": dataclasses.asdict(config),
+    "data_fingerprint": fingerprint,
+    "versions": versions,
+    "tree": tree_spec(state),
+  }
+
+
+def seal(meta: dict[str, Any]) -> dict[str, Any]:
+  """As JSON will give it back, with a hash of all of it."""
+  meta = json.loads(json.dumps(meta))
+  return meta | {"sha256": _hash(meta)}
+
+
+def _hash(meta: dict[str, Any]) -> str:
+  text = json.dumps(meta, sort_keys=True, separators=(",", ":"))
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_meta(directory: str | os.PathLike, step: int) -> dict[str, Any]:
+  """Meta data of a committed checkpoint.
+
+  Raises:
+    DamagedError: it is missing, damaged, or of another step.
+    CheckpointError: a format that this version does not read.
+  """
+  path = pathlib.Path(directory) / str(step) / "meta" / "metadata"
+  try:
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+      raise DamagedError(f"{path}: a link or a special file")
+    if found.st_size > _MAX_META_BYTES:
+      raise DamagedError(f"{path}: {found.st_size:,} bytes of meta data")
+    meta = json.loads(path.read_text(encoding="utf-8"))
+  except DamagedError:
+    raise
+  except (OSError, ValueError, RecursionError) as e:
+    raise DamagedError(f"{path}: unreadable meta data: {e}") from e
+  if not isinstance(meta, dict):
+    raise DamagedError(f"{path}: expected a JSON object")
+  sealed = meta.pop("sha256", None)
+  if sealed is not None and sealed != _hash(meta):
+    raise DamagedError(f"{path}: the meta data was altered (sha256)")
+  if meta.get("format") not in READABLE:
+    raise CheckpointError(
+      f"{path}: checkpoint format {meta.get('format')!r}, this version reads "
+      + " and ".join(map(str, READABLE))
+    )
+  if sealed is None and meta["format"] > 1:
+    raise DamagedError(f"{path}: the hash of the meta data is missing")
+  if meta.get("step") != step:
+    raise DamagedError(f"{path}: the meta data is of step {meta.get('step')!r}")
+  return meta
+
+
+def check_meta(
+  saved: dict[str, Any], wanted: dict[str, Any], *, allow_data_change: bool
+) -> None:
+  """Refuses a checkpoint that another experiment wrote.
+
+  Orbax itself casts dtypes silently and knows nothing of architectures.
+
+  Args:
+    saved: meta data of the checkpoint.
+    wanted: `make_meta` of the run that wants to resume from it.
+    allow_data_change: accept another data fingerprint.
+
+  Raises:
+    CheckpointError: showing the checkpoint's value and the run's value.
+  """
+  check_fields(saved)
+  changes = list(
+    differences(
+      _architecture(_filled(saved["config"]["model"])),
+      _architecture(wanted["config"]["model"]),
+      "--config.model",
+    )
+  )
+  changes += list(differences(saved["tree"], wanted["tree"]))
+  if changes:
+    shown = "\n  ".join(changes[:10])
+    more = f"\n  and {len(changes) - 10} more" if len(changes) > 10 else ""
+    raise CheckpointError(
+      "the checkpoint holds another model (checkpoint -> this run):\n"
+      f"  {shown}{more}\nuse another --workdir, or the checkpoint's config"
+    )
+  old, new = saved["data_fingerprint"], wanted["data_fingerprint"]
+  if old != new and not allow_data_change:
+    data = list(
+      differences(
+        saved["config"]["data"], wanted["config"]["data"], "--config.data"
+      )
+    )
+    raise CheckpointError(
+      "the data is not what the checkpoint was trained on: fingerprint "
+      f"{old} in the checkpoint, {new} now"
+      + "".join(f"\n  {line}" for line in data)
+      + "\npass --config.checkpoint.allow_data_change to resume anyway"
+    )
+
+
+def check_fields(meta: dict[str, Any]) -> None:
+  """Raises DamagedError unless every field is there and of its type."""
+  config = meta.get("config")
+  ok = isinstance(config, dict)
+  ok = ok and all(isinstance(config.get(k), dict) for k in ("model", "data"))
+  ok = ok and isinstance(meta.get("data_fingerprint"), str)
+  tree = meta.get("tree")
+  ok = ok and isinstance(tree, dict) and all(map(_is_spec, tree.values()))
+  if not ok:
+    raise DamagedError("the meta data lacks fields, or they have other types")
+
+
+def _is_spec(value: Any) -> bool:
+  return (
+    isinstance(value, list)
+    and len(value) == 2
+    and isinstance(value[0], list)
+    and all(type(size) is int and size >= 0 for size in value[0])
+    and value[1] in _DTYPES
+  )
+
+
+def _filled(model: dict[str, Any]) -> dict[str, Any]:
+  """The model of a config, with the fields that older versions did not have."""
+  default = dataclasses.asdict(ModelConfig())
+  parts = {
+    name: {**default.get(name, {}), **value}
+    for name, value in model.items()
+    if isinstance(value, dict)
+  }
+  return default | model | parts
+
+
+def _architecture(model: dict[str, Any]) -> dict[str, Any]:
+  return {
+    name: _architecture(value) if isinstance(value, dict) else value
+    for name, value in model.items()
+    if name not in _NOT_ARCHITECTURE
+  }
+
+
+def check_files(step_dir: pathlib.Path, claimed_bytes: int = 0) -> None:
+  """Refuses a checkpoint whose files are not what a run of ours writes.
+
+  Args:
+    step_dir: of one step.
+    claimed_bytes: what the arrays will take in memory, 0 if that is known
+      from elsewhere.
+
+  Raises:
+    DamagedError: a link, a pickle, an unknown entry, or arrays far larger
+      than their files.
+  """
+  if step_dir.is_symlink():
+    raise DamagedError(f"{step_dir}: a link, not a directory")
+  if not step_dir.is_dir():
+    raise DamagedError(f"{step_dir}: not a directory")
+  unknown = sorted({entry.name for entry in step_dir.iterdir()} - _ENTRIES)
+  if unknown:
+    raise DamagedError(f"{step_dir / unknown[0]}: not part of a checkpoint")
+  on_disk = 0
+  for folder, names, files in os.walk(step_dir, followlinks=False):
+    for name in names + files:
+      path = pathlib.Path(folder, name)
+      found = path.lstat()
+      if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise DamagedError(f"{path}: a link or a special file")
+      if path.suffix.lower() in _PICKLES:
+        raise DamagedError(f"{path}: this kind of file may run code, refused")
+      on_disk += found.st_size
+  if claimed_bytes > max(_SMALL_BYTES, _MAX_EXPANSION * on_disk):
+    raise DamagedError(
+      f"{step_dir}: {on_disk:,} bytes of files claim to hold arrays of "
+      f"{claimed_bytes:,} bytes"
+    )

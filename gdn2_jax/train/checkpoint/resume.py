@@ -1,0 +1,127 @@
+"""Choice of the checkpoint that a run starts from.
+
+The policy, so that relaunching the same command always does the right thing:
+ 1. The newest complete and undamaged checkpoint of the workdir wins. Damaged
+    ones are passed over with a warning and moved to checkpoints/.set_aside.
+ 2. It must hold the same architecture, shapes and dtypes, and come from the
+    same data in the same order; else the run is refused, never restarted.
+ 3. Other fields (learning rate, steps, mesh, microbatches) may change; the
+    changes are printed.
+ 4. checkpoint.restore_step names one step: that one or none.
+ 5. Without any checkpoint the run starts from the seed. If there are some and
+    none is usable it is refused, unless checkpoint.allow_fresh_start is set.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from gdn2_jax.train.checkpoint.manager import (
+  Checkpointer,
+  CheckpointError,
+  DamagedError,
+  check_meta,
+  committed_steps,
+  read_meta,
+)
+from gdn2_jax.train.checkpoint.meta import numbered_steps
+from gdn2_jax.train.config import CheckpointConfig, differences
+from gdn2_jax.train.state import TrainState
+
+Say = Callable[[str], None]
+
+
+def resume(
+  config: CheckpointConfig,
+  checkpointer: Checkpointer,
+  abstract: TrainState,
+  meta: dict[str, Any],
+  say: Say,
+) -> tuple[TrainState, int] | None:
+  """The state to go on from and its step; None to start from the seed.
+
+  Args:
+    config: what a resume may do.
+    checkpointer: of the workdir; nothing was saved with it yet.
+    abstract: the state of this run.
+    meta: `make_meta` of this run.
+    say: prints a line.
+
+  Raises:
+    CheckpointError: the run must not start, see above; nothing was moved.
+  """
+  present = numbered_steps(checkpointer.directory)
+  complete = committed_steps(checkpointer.directory)
+  if config.restore_step:
+    candidates = [config.restore_step]
+    if config.restore_step not in complete:
+      raise CheckpointError(
+        f"--config.checkpoint.restore_step={config.restore_step}: no such "
+        f"checkpoint; have {', '.join(map(str, complete)) or 'none'}"
+      )
+  else:
+    candidates = complete[::-1]
+  damage = {
+    step: DamagedError("incomplete") for step in set(present) - set(complete)
+  }
+  for step in candidates:
+    try:
+      state, saved = _restore(config, checkpointer, step, abstract, meta)
+    except DamagedError as e:
+      if config.restore_step:
+        raise DamagedError(
+          f"--config.checkpoint.restore_step={step}: {e}"
+        ) from e
+      damage[step] = e
+      continue
+    for older in sorted(damage, reverse=True):
+      say(
+        "WARNING: damaged checkpoint passed over: step "
+        f"{older}: {damage[older]}"
+      )
+    checkpointer.set_aside(s for s in present if s > step or s in damage)
+    for line in differences(saved["config"], meta["config"], "--config"):
+      say(f"changed since the checkpoint: {line}")
+    if saved["format"] == 1:
+      say(f"step {step}: written without digests, it could not be verified")
+    say(f"resumed from step {step}")
+    return state, step
+  if damage:
+    _refuse_or_warn(config, checkpointer, damage, say)
+  return None
+
+
+def _restore(
+  config: CheckpointConfig,
+  checkpointer: Checkpointer,
+  step: int,
+  abstract: TrainState,
+  meta: dict[str, Any],
+) -> tuple[TrainState, dict[str, Any]]:
+  saved = read_meta(checkpointer.directory, step)
+  check_meta(saved, meta, allow_data_change=config.allow_data_change)
+  state = checkpointer.restore(step, abstract, saved)
+  if int(jax.device_get(state.step)) != step:
+    raise DamagedError("it holds the state of another step")
+  return state, saved
+
+
+def _refuse_or_warn(
+  config: CheckpointConfig,
+  checkpointer: Checkpointer,
+  damage: dict[int, DamagedError],
+  say: Say,
+) -> None:
+  reasons = [f"step {s}: {damage[s]}" for s in sorted(damage, reverse=True)]
+  if not config.allow_fresh_start:
+    raise CheckpointError(
+      f"{checkpointer.directory}: no checkpoint is usable:\n  "
+      + "\n  ".join(reasons)
+      + "\npass --config.checkpoint.allow_fresh_start to move them to "
+      ".set_aside and start from step 0"
+    )
+  for reason in reasons:
+    say(f"WARNING: damaged checkpoint: {reason}")
+  say("WARNING: starting from step 0 (--config.checkpoint.allow_fresh_start)")
+  checkpointer.set_aside(damage)

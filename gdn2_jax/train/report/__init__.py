@@ -1,0 +1,1 @@
+"""Records of a run: metrics, skipped batches, plot, final table."""

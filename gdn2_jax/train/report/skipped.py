@@ -1,0 +1,99 @@
+"""Rows of the data in batches that made no update.
+
+WORKDIR/skipped.jsonl has one line per such batch: step, loss, gradient norm,
+and the rows by source and number, so that they can be looked at:
+
+    dataset.train_rows(source)[row]
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+
+from gdn2_jax.data.batches import TrainBatches
+from gdn2_jax.data.packed.rows import PackedRows
+
+_SHOWN = 8
+_STRIDE = 10**12
+
+
+@dataclasses.dataclass(frozen=True)
+class _RowNumbers(PackedRows):
+  """Rows that consist of their own number, and that of their source."""
+
+  source: int = 0
+
+  def __getitem__(self, index: int) -> dict[str, int]:
+    return {"row": self.source * _STRIDE + index}
+
+
+def rows_of(dataset: Any, step: int) -> list[tuple[int, int]]:
+  """(source, row) of every row of a global batch, in the order of the batch.
+
+  Args:
+    dataset: what `open_dataset` returns.
+    step: from 0, as `train_batches` counts.
+
+  Returns:
+    An empty list where rows have no numbers: text packed while training.
+  """
+  if getattr(dataset, "texts", None) is not None:
+    return []
+  sources = []
+  for number in range(len(dataset.parts)):
+    rows = dataset.train_rows(number)
+    sources.append(
+      _RowNumbers(rows.tokens, rows.offsets, rows.seq_len, source=number)
+    )
+  batches = TrainBatches(
+    sources,
+    dataset.weights,
+    seed=dataset.config.seed,
+    batch_size=dataset.config.batch_size,
+    start_step=step,
+  )
+  found = [divmod(int(row), _STRIDE) for row in next(batches)["row"]]
+  batches.close()
+  return found
+
+
+class SkippedBatches:
+  """Writes skipped.jsonl; on process 0 only.
+
+  Args:
+    path: of the file.
+    dataset: of the run.
+  """
+
+  def __init__(self, path: pathlib.Path, dataset: Any):
+    self._path = path
+    self._dataset = dataset
+
+  def note(self, step: int, loss: float, grad_norm: float) -> str:
+    """Appends a line about the batch of `step`, counted from 1.
+
+    Returns:
+      A few words about its rows.
+    """
+    rows = rows_of(self._dataset, step - 1)
+    line = {
+      "step": step,
+      "loss": loss if math.isfinite(loss) else str(loss),
+      "grad_norm": grad_norm if math.isfinite(grad_norm) else str(grad_norm),
+      "data_seed": self._dataset.config.seed,
+      "rows": rows,
+    }
+    if jax.process_index() == 0:
+      with open(self._path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    if not rows:
+      return "text packed while training"
+    shown = ", ".join(
+      f"{source}:{row}" if source else str(row) for source, row in rows[:_SHOWN]
+    )
+    more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+    return f"rows {shown}{more}"

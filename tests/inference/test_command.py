@@ -1,0 +1,263 @@
+"""`python -m gdn2_jax.generate`: what it prints, keeps, and how it refuses."""
+
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from gdn2_jax.inference.files.session import Session, load_session, save_session
+from gdn2_jax.inference.identity import identify
+from gdn2_jax.inference.state import init_state, prefill
+from gdn2_jax.interop.folder import save_model
+from gdn2_jax.train.checkpoint.manager import load_run
+from tests.inference.conftest import damage_params, damage_state
+from tests.tiny_run import make_run, run_many, run_module
+
+MODULE = "gdn2_jax.inference.__main__"
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  return make_run(tmp_path_factory.mktemp("generate"))
+
+
+@pytest.fixture(scope="module")
+def run(workdir):
+  return load_run(workdir)
+
+
+@pytest.fixture(scope="module")
+def published(run, tmp_path_factory):
+  """The model of the workdir as a published folder."""
+  folder = tmp_path_factory.mktemp("published") / "model"
+  save_model(folder, run.params, run.config.model, run.tokenizer)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def belongs(run):
+  return identify(run.params, run.config.model, run.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory) -> pathlib.Path:
+  """Where the sessions are."""
+  return tmp_path_factory.mktemp("talks")
+
+
+@pytest.fixture(scope="module")
+def done(workdir, run, published, belongs, talks):
+  """What the calls gave that succeed, by name: one process for all."""
+  ended = Session(
+    state=init_state(run.config.model, 1),
+    pending=None,
+    draws=5,
+    seed=0,
+    tail=(0xE2, 0x82),  # two of three bytes
+  )
+  save_session(talks / "ended", ended, belongs)
+  source = f"--workdir={workdir}"
+
+  def call(tokens, *more, source=source):
+    return [source, f"--max_new_tokens={tokens}", *more]
+
+  def talk(file, tokens, *more, source=source):
+    return call(tokens, f"--session={talks / file}", *more, source=source)
+
+  prompt, greedy = "--prompt=de f", "--greedy"
+  calls = {
+    "seed 1": call(12, prompt, "--seed=1"),
+    "seed 1 again": call(12, prompt, "--seed=1"),
+    "seed 2": call(12, prompt, "--seed=2"),
+    "greedy": call(12, prompt, greedy, "--seed=1"),
+    "cold": call(12, prompt, "--temperature=0", "--seed=2", "--step=3"),
+    "short": call(3, prompt, greedy),
+    "long": talk("long", 24, prompt, greedy),
+    "part 1": talk("parts", 11, prompt, greedy),
+    "part 2": talk("parts", 1, greedy),
+    "part 3": talk("parts", 12, greedy, source=f"--model={published}"),
+    "drawn": talk("drawn", 24, prompt, "--seed=7"),
+    "drawn 1": talk("drawn_parts", 9, prompt, "--seed=7"),
+    "drawn 2": talk("drawn_parts", 15),
+    "more": talk("parts", 5, "--prompt= x = ", greedy),
+    "ended": talk("ended", 3, "--prompt=x", greedy),
+    "help": ["--help"],
+  }
+  results = dict(zip(calls, run_many(MODULE, [*calls.values()]), strict=True))
+  shown = results.pop("help")
+  assert {got["code"] for got in results.values()} == {0}, results
+  return {**results, "help": shown}
+
+
+def test_text_goes_to_stdout_and_speed_to_stderr(workdir):
+  done = run_module(
+    MODULE, f"--workdir={workdir}", "--prompt=Return", "--max_new_tokens=30"
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.startswith("Return")
+  # Bytes of random weights: 30 of them are 30 characters at most.
+  assert len("Return") < len(done.stdout.rstrip("\n")) <= len("Return") + 30
+  assert re.search(
+    r"\[step 3, 6 prompt tokens, first token after \d+\.\d\d s with "
+    r"compilation, then \d+\.\d tokens/s, 30 tokens\]",
+    done.stderr,
+  )
+  assert "Traceback" not in done.stderr
+
+
+def test_seeds_repeat_and_greedy_needs_none(done):
+  text = {name: got["out"] for name, got in done.items()}
+  assert text["seed 1"] == text["seed 1 again"] != text["seed 2"]
+  assert text["greedy"] == text["cold"]
+  short = done["short"]
+  assert "3 tokens]" in short["err"] and "/s" not in short["err"]
+  # Three bytes may end inside a character; the first two never change again.
+  assert text["greedy"].startswith(short["out"].rstrip("\n\ufffd"))
+
+
+def test_a_session_goes_on_where_it_stopped(done, talks, belongs):
+  # A line ends each call, not the text.
+  text = {name: got["out"].removesuffix("\n") for name, got in done.items()}
+  assert text["long"] == text["part 1"] + text["part 2"] + text["part 3"]
+  assert text["long"].startswith(text["greedy"].rstrip("\ufffd"))
+  assert text["drawn"] == text["drawn 1"] + text["drawn 2"] != text["long"]
+  drawn, parts = talks / "drawn", talks / "drawn_parts"
+  assert drawn.read_bytes() == parts.read_bytes()
+  assert load_session(drawn, belongs).seed == 7
+  # Four bytes are read; of the 24 that were chosen all but the last.
+  session = load_session(talks / "long", belongs)
+  assert session.state.position.tolist() == [4 + 24 - 1]
+  assert session.tail[-1] == session.pending
+  assert (session.draws, session.seed) == (24, 0)
+  assert "[model, 0 prompt tokens" in done["part 3"]["err"]
+
+
+def test_a_session_takes_more_text(done, talks, belongs):
+  assert done["more"]["out"].lstrip("\ufffd").startswith(" x = ")
+  assert f"parts: {4 + 24 + 5 + 5} tokens so far]" in done["more"]["err"]
+  session = load_session(talks / "parts", belongs)
+  assert session.state.position.tolist() == [4 + 24 + 5 + 5 - 1]
+  assert session.tail[:-5][-5:] == tuple(b" x = ")
+  # A character that stays unfinished, and the prompt; the document had ended.
+  assert done["ended"]["out"].startswith("\ufffdx")
+  assert "ended: 4 tokens so far]" in done["ended"]["err"]
+  assert load_session(talks / "ended", belongs).draws == 5 + 3
+
+
+def test_help_teaches_by_example(done):
+  for taught in ("--prompt=", "--top_p=0.9", "--session=talk.", "--model="):
+    assert taught in done["help"]["out"]
+
+
+def test_refusals_are_one_line_and_exit_with_one(
+  workdir, run, published, belongs, tmp_path
+):
+  (tmp_path / "empty").mkdir()
+  model, other = run.config.model, tmp_path / "other"
+  params = jax.tree.map(lambda x: x * 2, run.params)
+  save_model(other, params, model, run.tokenizer)
+  save_model(tmp_path / "mute", params, model)
+  (tmp_path / "text").write_text("no session at all")
+  save_session(
+    tmp_path / "talk",
+    Session(state=init_state(model, 1), pending=None, draws=0, seed=0),
+    belongs,
+  )
+  before = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+  ok = [f"--workdir={workdir}", "--prompt=x"]
+  talk = f"--session={tmp_path / 'talk'}"
+  cases = [
+    (["--prompt=x"], "--workdir is missing"),
+    ([f"--workdir={tmp_path}/none", "--prompt=x"], "no such directory"),
+    ([f"--workdir={tmp_path}/empty", "--prompt=x"], "no complete checkpoint"),
+    ([f"--workdir={workdir}"], "--prompt is missing"),
+    ([f"--workdir={workdir}", "--prompt="], "--prompt is missing or empty"),
+    ([*ok, "--step=7"], "--step=7: no such checkpoint; have 3"),
+    ([*ok, "--max_new_tokens=0"], "--max_new_tokens=0"),
+    ([*ok, "--temperature=-1"], "temperature: expected 0"),
+    ([*ok, "--top_p=1.5"], "top_p: expected"),
+    ([*ok, "--top_k=-2"], "top_k: expected"),
+    ([*ok, "--top_k=300"], "top_k: expected at most the vocabulary size 259"),
+    ([*ok, "--seed=-1"], "--seed=-1"),
+    ([*ok, f"--model={published}"], "expected one of them, got both"),
+    ([f"--model={published}", "--step=3", ok[1]], "--step=3: only a --workdir"),
+    ([f"--model={tmp_path / 'none'}", ok[1]], "none: no such folder"),
+    ([f"--model={workdir}", ok[1]], "not a folder with a published model"),
+    ([f"--model={tmp_path / 'mute'}", ok[1]], "has no tokenizer.json"),
+    ([ok[0], f"{talk}x"], "no such file; a new conversation needs --prompt"),
+    ([*ok, f"--session={tmp_path}"], "expected a file"),
+    ([*ok, f"--session={tmp_path / 'no' / 'talk'}"], "no such folder"),
+    ([*ok, f"--session={tmp_path / 'text'}"], "not a safetensors file"),
+    ([f"--model={other}", ok[1], talk], "talk: weights: the file has '"),
+    ([ok[0], talk], "its text has ended; give a --prompt to go on"),
+    ([*ok, talk, "--top_k=300"], "top_k: expected at most the vocabulary"),
+  ]
+  misspelt = [f"--workdir={workdir}", "--promt=x"]
+  positional = [f"--workdir={workdir}", "Return", "the"]
+  *done, unknown, words = run_many(
+    MODULE, [*(argv for argv, _ in cases), misspelt, positional]
+  )
+  for (argv, message), got in zip(cases, done, strict=True):
+    assert got["code"] == 1, (argv, got)
+    assert got["err"].startswith("error: ") and message in got["err"], got
+    assert got["err"].count("\n") == 1 and got["out"] == "", got
+  # No file is written, and none of what is there.
+  after = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+  assert after == before
+
+  assert unknown["code"] == 1 and "promt" in unknown["err"]
+  assert words["code"] == 1
+  assert "unexpected argument 'Return'" in words["err"] + words["out"]
+  assert "Traceback" not in unknown["err"] + words["err"]
+
+
+def test_logits_that_are_not_finite_are_an_error(
+  published, run, belongs, tmp_path
+):
+  """After the text so far, and with no word in a session."""
+  config, tokenizer, ids = run.config.model, run.tokenizer, list(b"de f")
+  logits, _ = prefill(
+    run.params, np.array([ids]), np.array([4]), init_state(config, 1)
+  )
+  first = int(logits[0, : tokenizer.vocab_size].argmax())
+  assert first not in [*ids, tokenizer.eos_id]
+  for name, params in {
+    "norm": damage_params(run.params, "final_norm/weight"),
+    "word": damage_params(run.params, "embedding/table", first),
+  }.items():
+    save_model(tmp_path / name, params, config, tokenizer)
+  state = damage_state(init_state(config, 1), 0)
+  talk = Session(state=state, pending=None, draws=5, seed=0)
+  save_session(tmp_path / "talk", talk, belongs)
+  before = (tmp_path / "talk").read_bytes()
+
+  def call(model, *more):
+    return [f"--model={model}", "--prompt=de f", "--max_new_tokens=9", *more]
+
+  new = f"--session={tmp_path / 'new'}"
+  cases = [
+    (call(tmp_path / "norm"), "", 0, "params: NaN or infinity in final_norm"),
+    (call(tmp_path / "norm", new, "--greedy"), "", 0, "final_norm/weight"),
+    (
+      call(tmp_path / "word", "--greedy"),
+      tokenizer.decode([first]),
+      1,
+      "params: NaN or infinity in embedding/table",
+    ),
+    (
+      call(published, f"--session={tmp_path / 'talk'}"),
+      "",
+      5,
+      "state: NaN or infinity in this row, none in params",
+    ),
+  ]
+  done = run_many(MODULE, [argv for argv, *_ in cases])
+  for (_, text, index, cause), got in zip(cases, done, strict=True):
+    assert (got["code"], got["out"]) == (1, f"de f{text}\n"), got
+    assert got["err"].startswith("error: prompts[0]: non-finite logits"), got
+    assert f"at index {index} of the chosen tokens: " in got["err"]
+    assert cause in got["err"] and got["err"].count("\n") == 1, got
+  assert (tmp_path / "talk").read_bytes() == before
+  assert not (tmp_path / "new").exists()

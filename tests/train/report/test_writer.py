@@ -1,0 +1,116 @@
+"""metrics.jsonl across resumes, throughput, the loss curve, versions."""
+
+import json
+import os
+import struct
+
+import jax
+import numpy as np
+import pytest
+
+from gdn2_jax.train.report import writer as writer_lib
+from gdn2_jax.train.report.plot import plot_loss, smooth
+from gdn2_jax.train.report.throughput import Throughput, peak_flops
+from gdn2_jax.train.report.writer import Writer, read_rows
+
+
+def test_resume_drops_later_rows_and_the_final_one(tmp_path):
+  writer = Writer(tmp_path)
+  for step in range(1, 6):
+    writer.write(step, "train", {"loss": 1 / step})
+  writer.write(3, "eval", {"loss_1x": 0.5})
+  writer.write(3, "final", {"loss_1x": 0.5})
+  writer.close()
+  path = tmp_path / "metrics.jsonl"
+  with path.open("a") as file:
+    file.write('{"step": 6, "ki')  # cut by a kill
+  writer = Writer(tmp_path, first_step=3)
+  writer.write(4, "train", {"loss": 9.0})
+  writer.close()
+  rows = [(row["step"], row["kind"]) for row in read_rows(path)]
+  assert rows == [
+    (1, "train"),
+    (2, "train"),
+    (3, "train"),
+    (3, "eval"),
+    (4, "train"),
+  ]
+  assert read_rows(path)[-1]["loss"] == 9.0
+
+
+def test_every_row_is_on_disk_at_once_and_strict_json(tmp_path):
+  writer = Writer(tmp_path)
+  writer.write(1, "train", {"loss": float("nan"), "grad_norm": float("inf")})
+
+  def refuse(name):
+    raise AssertionError(name)
+
+  text = (tmp_path / "metrics.jsonl").read_text()
+  row = json.loads(text, parse_constant=refuse)
+  assert row == {"step": 1, "kind": "train", "loss": None, "grad_norm": None}
+  writer.close()
+  assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_probe_names_a_workdir_it_cannot_make(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ValueError, match=r"--workdir=.*/file/run: cannot write"):
+    writer_lib.probe(tmp_path / "file" / "run")
+  writer_lib.probe(tmp_path / "run")
+  assert not list((tmp_path / "run").iterdir())
+
+
+def test_atomic_write_leaves_the_old_file_on_failure(tmp_path, monkeypatch):
+  path = tmp_path / "file"
+  writer_lib.write_atomically(path, "old")
+
+  def fail(fd):
+    raise OSError("disk full")
+
+  monkeypatch.setattr(os, "fsync", fail)
+  with pytest.raises(OSError, match="disk full"):
+    writer_lib.write_atomically(path, "new")
+  assert path.read_text() == "old"
+
+
+def test_versions_name_what_produced_the_numbers():
+  versions = writer_lib.versions()
+  assert versions["jax"] == jax.__version__
+  assert versions["device"] == f"{jax.device_count()} x cpu"
+
+
+def test_throughput_counts_steps_and_restarts():
+  times = iter([0.0, 2.0, 10.0, 11.0, 11.0])
+  rates = Throughput(100, 6e6, jax.devices()[:2], clock=lambda: next(times))
+  rates.restart(0)
+  assert rates.read(4) == pytest.approx(
+    {"tokens_per_s": 200.0, "step_s": 0.5, "tflops_per_device": 6e-4}
+  )
+  rates.restart(4)  # 8 seconds of something else
+  assert rates.read(5)["tokens_per_s"] == pytest.approx(100.0)
+
+
+def test_peak_is_known_by_the_longest_prefix():
+  assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+  assert peak_flops("NVIDIA H100 PCIe") == 756e12
+  assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+  assert peak_flops("cpu") is None
+
+
+def test_smoothing_has_no_start_bias():
+  np.testing.assert_allclose(smooth(np.full(20, 3.0), 10.0), 3.0)
+  np.testing.assert_allclose(smooth(np.arange(5.0), 1.0), np.arange(5.0))
+
+
+def test_plot_is_a_png_with_or_without_points(tmp_path):
+  rows = [
+    {"step": step, "kind": "train", "loss": 8 / step} for step in range(1, 50)
+  ]
+  rows.append({"step": 3, "kind": "train", "loss": None})
+  rows.append({"step": 49, "kind": "final", "loss_1x": 1.0})
+  for name, points in (("full", rows), ("empty", [])):
+    path = tmp_path / f"{name}.png"
+    plot_loss(path, points, {"unigram": 5.0, "bigram": 3.0})
+    header = path.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">2I", header[16:]) == (1200, 675)
