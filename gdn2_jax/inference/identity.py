@@ -14,16 +14,7 @@ from typing import Any
 import numpy as np
 
 from gdn2_jax.interop.tree import flatten_params
-from gdn2_jax.model.config import ModelConfig
-
-# Fields of ModelConfig and its parts that leave the function as it is.
-_HOW_NOT_WHAT = (
-  "implementation",
-  "loss_chunk",
-  "remat",
-  "scan_layers",
-  "scan_unroll",
-)
+from gdn2_jax.model.config import EXECUTION, LAYOUT, ModelConfig, without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +67,7 @@ def identify(
 
 def function_of(config: ModelConfig) -> str:
   """What of a config decides the function, as canonical JSON."""
-
-  def keep(tree):
-    if not isinstance(tree, dict):
-      return tree
-    return {k: keep(v) for k, v in tree.items() if k not in _HOW_NOT_WHAT}
-
-  tree = keep(dataclasses.asdict(config))
+  tree = without(dataclasses.asdict(config), *LAYOUT, *EXECUTION)
   return json.dumps(tree, sort_keys=True, separators=(",", ":"))
 
 

@@ -1,6 +1,7 @@
 """ModelConfig: everything that decides the parameters and the function."""
 
 import dataclasses
+from typing import Any
 
 from gdn2_jax.config_class import config_class
 from gdn2_jax.model.attention import AttentionConfig
@@ -13,6 +14,22 @@ KINDS = {
 }
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _REMAT = ("none", "dots", "full")
+
+# Fields of ModelConfig and of its parts that do not decide the function. Any
+# other field does: a checkpoint and a state of another value are refused.
+# The function is the same but for rounding. A run may go on with another dtype;
+# a saved state may not, whose numbers were rounded on the way.
+NUMERICS = ("dtype",)
+# The same parameters, stacked or layer by layer: a checkpoint stores them as
+# they are, a state has none.
+LAYOUT = ("scan_layers",)
+# Neither parameters nor results, beyond the order of sums:
+EXECUTION = (
+  "implementation",  # which kernels compute the op
+  "loss_chunk",  # tokens whose logits exist at a time
+  "remat",  # what the backward pass computes again
+  "scan_unroll",  # groups of layers in a turn of the loop
+)
 
 
 @config_class
@@ -95,3 +112,12 @@ class ModelConfig:
         )
     self.gdn2.validate(f"{path}.gdn2")
     self.attention.validate(f"{path}.attention")
+
+
+def without(tree: dict[str, Any], *names: str) -> dict[str, Any]:
+  """A config as nested dicts, without the fields of these names."""
+  return {
+    name: without(value, *names) if isinstance(value, dict) else value
+    for name, value in tree.items()
+    if name not in names
+  }

@@ -14,22 +14,13 @@ from typing import Any
 
 import jax
 
-from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.model.config import EXECUTION, NUMERICS, ModelConfig, without
 from gdn2_jax.train.config import TrainConfig, differences
 
 # Format 1 had no digests.
 FORMAT = 2
 READABLE = (1, 2)
 COMMITTED = "commit_success.txt"
-
-# Fields of ModelConfig that change how, not what, is computed.
-_NOT_ARCHITECTURE = (
-  "dtype",
-  "remat",
-  "scan_unroll",
-  "loss_chunk",
-  "implementation",
-)
 
 _ENTRIES = {
   "params",
@@ -176,8 +167,8 @@ def check_meta(
   check_fields(saved)
   changes = list(
     differences(
-      _architecture(_filled(saved["config"]["model"])),
-      _architecture(wanted["config"]["model"]),
+      without(_filled(saved["config"]["model"]), *NUMERICS, *EXECUTION),
+      without(wanted["config"]["model"], *NUMERICS, *EXECUTION),
       "--config.model",
     )
   )
@@ -235,14 +226,6 @@ def _filled(model: dict[str, Any]) -> dict[str, Any]:
     if isinstance(value, dict)
   }
   return default | model | parts
-
-
-def _architecture(model: dict[str, Any]) -> dict[str, Any]:
-  return {
-    name: _architecture(value) if isinstance(value, dict) else value
-    for name, value in model.items()
-    if name not in _NOT_ARCHITECTURE
-  }
 
 
 def check_files(step_dir: pathlib.Path, claimed_bytes: int = 0) -> None:
