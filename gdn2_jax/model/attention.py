@@ -12,16 +12,19 @@ from gdn2_jax.model.kv_cache import (
   runs_and_positions,
 )
 from gdn2_jax.model.layers import Linear, fan_in_uniform
-from gdn2_jax.model.on_shards import length_axis, on_shards
+from gdn2_jax.model.on_shards import on_shards
 from gdn2_jax.ops.attention.api import IMPLEMENTATIONS, sliding_window_attention
 from gdn2_jax.ops.attention.rope import apply_rope
 from gdn2_jax.ops.context import borders
-from gdn2_jax.ops.context.api import attention_context
 from gdn2_jax.typing import Activations, SegmentIds
 
 # Logical names, for shards of tokens.
-_TOKENS = ("batch", "length", "heads", None)
-_KV_TOKENS = ("batch", "length", "kv_heads", None)
+_NAMES = {
+  "q": ("batch", "length", "heads", None),
+  "k": ("batch", "length", "kv_heads", None),
+  "v": ("batch", "length", "kv_heads", None),
+  "segment_ids": ("batch", "length"),
+}
 
 
 @config_class
@@ -103,13 +106,11 @@ class AttentionMixer(nn.Module):
     q = self._project("q_proj", c.num_heads, "heads")(x)
     k = self._project("k_proj", c.kv_heads, "kv_heads")(x)
     v = self._project("v_proj", c.kv_heads, "kv_heads")(x)
-    axis = None
     if cache is None:
-      axis = length_axis((q, _TOKENS), (k, _KV_TOKENS))
-    if axis is None:
-      o, cache = self._mix(q, k, v, segment_ids, cache)
+      attend = on_shards(self._attend, _NAMES, _NAMES["q"])
+      o = attend(q=q, k=k, v=v, segment_ids=segment_ids)
     else:
-      o = self._mix_on_shards(q, k, v, segment_ids, axis)
+      o, cache = self._attend_and_store(q, k, v, segment_ids, cache)
     y = Linear(
       (x.shape[-1],),
       ("heads", "head_dim", "embed"),
@@ -120,48 +121,37 @@ class AttentionMixer(nn.Module):
     )(o)
     return y, cache
 
-  def _mix(self, q, k, v, segment_ids, cache):
-    """Attention of whole rows; the new cache if there was one."""
-    c = self.config
-    first = jnp.zeros(q.shape[:1], jnp.int32)
-    if cache is not None:
-      first = cache.next_position
-    runs, positions = runs_and_positions(first, q.shape[1], segment_ids)
-    q = apply_rope(q, positions, base=c.rope_base)
-    k = apply_rope(k, positions, base=c.rope_base)
-    if cache is not None:
-      return attend_and_store(cache, q, k, v, runs, positions, self._window)
-    o = sliding_window_attention(
-      q,
-      k,
+  def _attend(self, q, k, v, segment_ids=None, *, axis_name):
+    """Attention of whole rows, or of this device's part of them."""
+    if axis_name is None:
+      first = jnp.zeros(q.shape[:1], jnp.int32)
+      runs, positions = runs_and_positions(first, q.shape[1], segment_ids)
+    else:
+      if segment_ids is None:
+        segment_ids = jnp.ones(q.shape[:2], jnp.int32)
+      runs, positions = borders.runs_and_positions(
+        segment_ids, axis_name=axis_name
+      )
+    return sliding_window_attention(
+      *self._rotate(q, k, positions),
       v,
       window=self._window,
       q_segment_ids=runs,
       kv_segment_ids=runs,
-      implementation=c.implementation or None,
+      implementation=self.config.implementation or None,
+      axis_name=axis_name,
     )
-    return o, None
 
-  def _mix_on_shards(self, q, k, v, segment_ids, axis):
-    """The same without a cache, on tokens that are split over devices."""
-    c = self.config
-    if segment_ids is None:
-      segment_ids = jnp.ones(q.shape[:2], jnp.int32)
+  def _attend_and_store(self, q, k, v, segment_ids, cache):
+    """Attention to the cache and the new tokens, and the new cache."""
+    first = cache.next_position
+    runs, positions = runs_and_positions(first, q.shape[1], segment_ids)
+    q, k = self._rotate(q, k, positions)
+    return attend_and_store(cache, q, k, v, runs, positions, self._window)
 
-    def run(q, k, v, segment_ids):
-      runs, positions = borders.runs_and_positions(segment_ids, axis_name=axis)
-      return attention_context(
-        apply_rope(q, positions, base=c.rope_base),
-        apply_rope(k, positions, base=c.rope_base),
-        v,
-        axis_name=axis,
-        window=self._window,
-        segment_ids=runs,
-        implementation=c.implementation or None,
-      )
-
-    into = (_TOKENS, _KV_TOKENS, _KV_TOKENS, ("batch", "length"))
-    return on_shards(run, into, _TOKENS)(q, k, v, segment_ids)
+  def _rotate(self, q, k, positions):
+    base = self.config.rope_base
+    return (apply_rope(x, positions, base=base) for x in (q, k))
 
   @property
   def _window(self):

@@ -7,32 +7,51 @@ o = gdn2(q, k, v, *gates(g, b, w))      gates: the identity, or a subclass's own
 y = (rms_norm(o) * act(x W_g1 W_g2 + bias)) W_o
 """
 
-import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float
 
 from gdn2_jax.config_class import config_class
-from gdn2_jax.model.gdn2_shards import TOKENS, convolve, gated_norm, recur
-from gdn2_jax.model.layers import Linear, fan_in_uniform, xavier_uniform
-from gdn2_jax.model.on_shards import length_axis
-from gdn2_jax.ops.gdn2.api import IMPLEMENTATIONS, gdn2_step
+from gdn2_jax.model import layers
+from gdn2_jax.model.on_shards import length_axis, on_shards
+from gdn2_jax.ops.gdn2.api import IMPLEMENTATIONS, gdn2, gdn2_step
 from gdn2_jax.ops.gdn2.fused_gates import (
   Projections,
   activate,
   gdn2_fused_gates,
 )
 from gdn2_jax.ops.gdn2.inputs import check_inputs
-from gdn2_jax.ops.short_conv import short_conv_step
+from gdn2_jax.ops.norm import gated_rms_norm
+from gdn2_jax.ops.short_conv import short_conv, short_conv_step
 from gdn2_jax.typing import Activations, SegmentIds
 
 _GAIN = 2.0**-2.5  # Xavier gain of the layer's linear maps
 _ACTIVATIONS = ("silu", "sigmoid")
 _GATES = ("channel", "scalar")
+
+# Logical names of the ops' arrays, for shards of tokens.
+_IDS = ("batch", "length")
+_TOKENS = (*_IDS, "heads", None)
+_CONV = {
+  "x": (*_IDS, "heads"),
+  "kernel": (None, "heads"),
+  "segment_ids": _IDS,
+  "state": ("batch", None, "heads"),
+}
+_OP = {
+  **dict.fromkeys("qkvgbw", _TOKENS),
+  "state": ("batch", "heads", None, None),
+  "segment_ids": _IDS,
+}
+_NORM = {
+  "x": _TOKENS,
+  "gate": _TOKENS,
+  "weight": (None,),
+  "bias": ("heads", None),
+}
 
 
 @config_class
@@ -130,8 +149,7 @@ class GDN2Cache:
 
 def init_gdn2_cache(config: GDN2Config, batch_size: int, dtype) -> GDN2Cache:
   """Zero state and empty convolution tails."""
-  c = config
-  taps = (batch_size, c.conv_width - 1)
+  c, taps = config, (batch_size, config.conv_width - 1)
   return GDN2Cache(
     state=jnp.zeros(
       (batch_size, c.value_heads, c.key_dim, c.value_dim), jnp.float32
@@ -140,18 +158,6 @@ def init_gdn2_cache(config: GDN2Config, batch_size: int, dtype) -> GDN2Cache:
     conv_k=jnp.zeros((*taps, c.num_heads * c.key_dim), dtype),
     conv_v=jnp.zeros((*taps, c.value_heads * c.value_dim), dtype),
   )
-
-
-def _init_a_log(key, shape, dtype):
-  return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
-
-
-def _init_dt_bias(key, shape, dtype):
-  """Inverse softplus of dt, log-uniform in [1e-3, 1e-1], at least 1e-4."""
-  low, high = math.log(1e-3), math.log(1e-1)
-  dt = jnp.exp(jax.random.uniform(key, shape, dtype, low, high))
-  dt = jnp.maximum(dt, 1e-4)
-  return dt + jnp.log(-jnp.expm1(-dt))
 
 
 class GDN2Mixer(nn.Module):
@@ -181,10 +187,13 @@ class GDN2Mixer(nn.Module):
     q, conv_q = self._short_conv("q", x, key_head, segment_ids, tails[0])
     k, conv_k = self._short_conv("k", x, key_head, segment_ids, tails[1])
     v, conv_v = self._short_conv("v", x, value_head, segment_ids, tails[2])
-    b, w = self._gate_logits(x)
+    b, w = (
+      self._linear(f"{name}_proj", (heads, size), ("embed", "heads", axis))(x)
+      for name, (heads, size, axis) in (("b", key_head), ("w", value_head))
+    )
     f, a_log, dt_bias = self._decay(x)
     p = Projections(q, k, v, f, b, w, a_log, dt_bias)
-    is_split = length_axis((q, TOKENS), (v, TOKENS)) is not None
+    is_split = length_axis((q, _TOKENS), (v, _TOKENS)) is not None
     is_token = cache is not None and segment_ids is None and x.shape[1] == 1
     # The kernels that start from the projections know the standard gates only.
     from_projections = not (is_token or is_split) and _are_standard(self)
@@ -212,8 +221,11 @@ class GDN2Mixer(nn.Module):
       o, state = gdn2_step(*token, state, implementation=implementation)
       o = o[:, None]
     else:
-      o, state = recur(
-        *inputs, state, segment_ids, implementation=implementation
+      o, state = on_shards(gdn2, _OP, [_TOKENS, _OP["state"]])(
+        **dict(zip("qkvgbw", inputs, strict=True)),
+        state=state,
+        segment_ids=segment_ids,
+        implementation=implementation,
       )
     self.sow("intermediates", "o", o)
     y = self._output(x, o)
@@ -253,10 +265,10 @@ class GDN2Mixer(nn.Module):
     return g, b, w
 
   def _linear(self, name, features, axes, in_dims=1, has_bias=False):
-    return Linear(
+    return layers.Linear(
       features,
       axes,
-      xavier_uniform(_GAIN, in_dims),
+      layers.xavier_uniform(_GAIN, in_dims),
       has_bias=has_bias,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
@@ -277,7 +289,7 @@ class GDN2Mixer(nn.Module):
     y = nn.with_logical_constraint(y, ("batch", "length", *axes))
     kernel = self.param(
       f"{name}_conv",
-      nn.with_logical_partitioning(fan_in_uniform(), ("taps", *axes)),
+      nn.with_logical_partitioning(layers.fan_in_uniform(), ("taps", *axes)),
       (self.config.conv_width, *shape),
       jnp.dtype(self.param_dtype),
     ).astype(self.dtype)
@@ -287,30 +299,22 @@ class GDN2Mixer(nn.Module):
       flat, tail = short_conv_step(flat[:, 0], kernel, tail, activation="silu")
       flat = flat[:, None]
     else:
-      flat, tail = convolve(
-        flat,
-        kernel,
-        segment_ids,
-        tail,
+      taps = kernel.shape[0] - 1
+      out = [_CONV["x"], _CONV["state"]]
+      flat, tail = on_shards(short_conv, _CONV, out, tokens=taps)(
+        x=flat,
+        kernel=kernel,
+        segment_ids=segment_ids,
+        state=tail,
         activation="silu",
         implementation=self._around_the_op,
       )
     return flat.reshape(y.shape), tail
 
-  def _gate_logits(self, x):
-    """b [B, T, H, K] and w [B, T, HV, V] before the sigmoid."""
-    c = self.config
-    key, value = (c.num_heads, c.key_dim), (c.value_heads, c.value_dim)
-    b = self._linear("b_proj", key, ("embed", "heads", "key_dim"))(x)
-    w = self._linear("w_proj", value, ("embed", "heads", "value_dim"))(x)
-    return b, w
-
   def _decay(self, x):
-    """f [B, T, H, K], A_log [H] and dt_bias [H, K], which make the log-decay.
-
-    A_log and dt_bias stay float32 whatever the model's dtype: rounded to
-    bfloat16 they change the decay of slow heads noticeably.
-    """
+    """f [B, T, H, K], A_log [H] and dt_bias [H, K] of the log-decay."""
+    # A_log and dt_bias stay float32 whatever the model's dtype: rounded to
+    # bfloat16 they change the decay of slow heads noticeably.
     c = self.config
     f = self._linear("f_down", (c.value_dim,), ("embed", "gate_rank"))(x)
     f = self._linear(
@@ -318,13 +322,13 @@ class GDN2Mixer(nn.Module):
     )(f)
     a_log = self.param(
       "A_log",
-      nn.with_logical_partitioning(_init_a_log, ("heads",)),
+      nn.with_logical_partitioning(layers.init_a_log, ("heads",)),
       (c.num_heads,),
       jnp.float32,
     )
     dt_bias = self.param(
       "dt_bias",
-      nn.with_logical_partitioning(_init_dt_bias, ("heads", "key_dim")),
+      nn.with_logical_partitioning(layers.init_dt_bias, ("heads", "key_dim")),
       (c.num_heads, c.key_dim),
       jnp.float32,
     )
@@ -346,11 +350,12 @@ class GDN2Mixer(nn.Module):
       (c.value_dim,),
       jnp.dtype(self.param_dtype),
     )
-    o = gated_norm(
-      o,
-      gate,
-      weight,
-      bias,
+    # Tokens are normalised one by one, but XLA cannot split a kernel's call.
+    o = on_shards(gated_rms_norm, _NORM, _TOKENS, exchanges=False)(
+      x=o,
+      gate=gate,
+      weight=weight,
+      bias=bias,
       activation=c.output_gate,
       eps=c.norm_eps,
       implementation=self._around_the_op,

@@ -156,13 +156,7 @@ def attend_and_store(
 
 
 def lost_tokens(cache: Any, segment_ids: Any, length: int) -> Any:
-  """Which of the next tokens a cache has no slot for: [B, T], None if none can.
-
-  Args:
-    cache: of all groups, a tuple over the pattern.
-    segment_ids: [B, T] or None.
-    length: T.
-  """
+  """Tokens of the next T that a cache has no slot for: [B, T]; None: none."""
   for part in cache:
     if isinstance(part, KVCache):
       first = part.next_position[0]
@@ -175,13 +169,7 @@ def lost_tokens(cache: Any, segment_ids: Any, length: int) -> Any:
 def runs_and_positions(
   first: Any, length: int, segment_ids: Any
 ) -> tuple[Any, Any]:
-  """Ids of runs [B, T] (from 1; 0 of padding) and positions [B, T].
-
-  Args:
-    first: [B] position of the first token, if it continues what came before.
-    length: T.
-    segment_ids: [B, T], or None, where the runs are None too.
-  """
+  """Runs [B, T] (from 1, 0 of padding, None without ids) and positions."""
   if segment_ids is None:
     return None, first[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
   runs = jnp.where(segment_ids != 0, reset_counts(segment_ids) + 1, 0)

@@ -7,6 +7,7 @@ here knows of a mesh.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,19 @@ def _variance_scaling(scale: float, mode: str, in_dims: int) -> Initializer:
   return init
 
 
+def init_a_log(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+  """Logarithm of U(1, 16)."""
+  return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
+
+
+def init_dt_bias(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+  """Inverse softplus of dt, log-uniform in [1e-3, 1e-1], at least 1e-4."""
+  low, high = math.log(1e-3), math.log(1e-1)
+  dt = jnp.exp(jax.random.uniform(key, shape, dtype, low, high))
+  dt = jnp.maximum(dt, 1e-4)
+  return dt + jnp.log(-jnp.expm1(-dt))
+
+
 class Linear(nn.Module):
   """x[..., in...] times kernel[in..., out...].
 
@@ -48,7 +62,7 @@ class Linear(nn.Module):
     axes: logical names of the kernel's axes, input axes first.
     kernel_init: initializer that knows the number of input axes.
     has_bias: whether to return a bias of shape `features`, zero at first,
-      beside the product: who reads the product adds it on the way.
+      beside the product: the caller adds it, fused into its own kernel.
     dtype: dtype of the product; the parameters are cast to it.
     param_dtype: dtype of the parameters.
   """

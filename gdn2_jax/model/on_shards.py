@@ -1,10 +1,11 @@
 """Layers on tokens that are split over devices.
 
 What mixes tokens cannot be left to XLA where the rules split the logical axis
-"length": it would gather whole sequences. Such layers ask `length_axis` whether
-this is so here, and then run on every device's own tokens, through `on_shards`,
-exchanging what gdn2_jax.ops.context exchanges. Arrays are described by logical
-names, as elsewhere in the model; None is an axis that is not split.
+"length": it would gather whole sequences. Such layers call their ops through
+`on_shards`: where `length_axis` says that tokens are split, every device runs
+the op on its own tokens, and the op exchanges what it needs along `axis_name`.
+Arrays are described by logical names, as elsewhere in the model; None is an
+axis that is not split.
 """
 
 import math
@@ -46,28 +47,53 @@ def length_axis(*arrays: tuple[Any, Names], tokens: int = 1) -> str | None:
 
 
 def on_shards(
-  fun: Callable[..., Any], into: Any, out: Any
+  op: Callable[..., Any],
+  names: dict[str, Names],
+  out: Names | list[Names],
+  *,
+  tokens: int = 1,
+  exchanges: bool = True,
 ) -> Callable[..., Any]:
-  """fun, run by every device on its own part of the arguments.
+  """The op, run by every device on its own tokens where these are split.
 
   Args:
-    fun: Of local arrays; inside, every mesh axis is one for collectives.
-    into: Logical names of each argument, a tuple of names for each; those of
-      an argument that is None do not matter.
+    op: Takes arrays, options and `axis_name`.
+    names: Logical names of each array of the op, by the argument's name.
     out: Logical names of the result, or a list of them for a tuple.
+    tokens: That a device must hold.
+    exchanges: Whether the op takes axis_name: one that mixes no tokens need
+      not.
 
   Returns:
-    The function of whole arrays.
+    The op of whole arrays; it takes all by keyword, None for an absent array.
   """
-  if isinstance(out, list):
-    out_specs = tuple(nn.logical_to_mesh_axes(names) for names in out)
-  else:
-    out_specs = nn.logical_to_mesh_axes(out)
-  in_specs = tuple(nn.logical_to_mesh_axes(names) for names in into)
-  # Pallas kernels cannot be traced with arguments that are marked as varying.
-  return jax.shard_map(
-    fun, in_specs=in_specs, out_specs=out_specs, check_vma=False
-  )
+
+  def call(**arguments):
+    arrays = {
+      k: x for k, x in arguments.items() if k in names and x is not None
+    }
+    options = {k: x for k, x in arguments.items() if k not in names}
+    axis = length_axis(
+      *((x, names[k]) for k, x in arrays.items()), tokens=tokens
+    )
+    if exchanges:
+      options["axis_name"] = axis
+    if axis is None:
+      return op(**arrays, **options)
+    # Pallas kernels cannot be traced with arguments that are marked as varying.
+    run = jax.shard_map(
+      lambda arrays: op(**arrays, **options),
+      in_specs=({k: nn.logical_to_mesh_axes(names[k]) for k in arrays},),
+      out_specs=(
+        tuple(map(nn.logical_to_mesh_axes, out))
+        if isinstance(out, list)
+        else nn.logical_to_mesh_axes(out)
+      ),
+      check_vma=False,
+    )
+    return run(arrays)
+
+  return call
 
 
 def shards_as_rows(

@@ -14,6 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.ops.context.borders import (
+  check_axis,
+  from_rank,
+  left_halo,
+  vary,
+  vary_together,
+)
 from gdn2_jax.ops.kernels import cases, choice
 
 ACTIVATIONS = (None, "silu")
@@ -132,6 +139,7 @@ def short_conv(
   segment_ids: Int[Array, "B T"] | None = None,
   state: Float[Array, "B W-1 C"] | None = None,
   implementation: str | None = None,
+  axis_name: str | None = None,
 ) -> tuple[Float[Array, "B T C"], Float[Array, "B W-1 C"]]:
   """Causal depthwise convolution with carried inputs and segment resets.
 
@@ -154,6 +162,10 @@ def short_conv(
       None for zeros.
     implementation: "xla"; "mosaic_gpu", kernels for Hopper that read and write
       every array once, for "silu" and 16 bits; None chooses as gdn2.
+    axis_name: Mesh axis that the sequence is split over, for a call under
+      jax.shard_map: x and segment_ids are then this device's shard, T >= W - 1,
+      and both states are those of the whole sequence, the same on all
+      devices. None: the sequence is whole.
 
   Returns:
     y: [B, T, C] in x.dtype, accumulated in float32.
@@ -167,6 +179,14 @@ def short_conv(
   _check(x, kernel, bias, activation, state, segment_ids)
   batch, _, channels = x.shape
   width = kernel.shape[0]
+  if axis_name is not None:
+    check_axis(axis_name)
+    # The kernel before it meets x: its gradient is then summed over devices as
+    # [W, C], and not where the two have met.
+    x, kernel, bias, segment_ids, state = vary_together(
+      (vary(x, axis_name), kernel, bias, segment_ids, state)
+    )
+    state = _inputs_before(x, width - 1, state, segment_ids, axis_name)
   if state is None:
     state = jnp.zeros((batch, width - 1, channels), x.dtype)
   past_x = jnp.concatenate([state, x], axis=1)
@@ -183,7 +203,40 @@ def short_conv(
     y = _run_kernels(x, kernel, state, ids)
   else:
     y = _taps(past_x, kernel, bias, ids, activation)
-  return y, _last_inputs(past_x, ids, width)
+  end = _last_inputs(past_x, ids, width)
+  if axis_name is not None:
+    end = _end_of_sequence(end, segment_ids, axis_name)
+  return y, end
+
+
+def _inputs_before(x, taps, state, segment_ids, axis_name):
+  """The inputs before this shard [B, W-1, C]; `state` is the sequence's."""
+  if x.shape[1] < taps:
+    raise ValueError(
+      f"x: expected [B, T, C] with T >= {taps} tokens to a device for a kernel"
+      f" of {taps + 1} taps, got {x.shape}"
+    )
+  halo = left_halo(x, taps, axis_name=axis_name)
+  if segment_ids is not None:
+    ids = left_halo(segment_ids, taps, axis_name=axis_name)
+    # Only what lies in the unbroken segment of the first token here.
+    same = (ids == segment_ids[:, :1]).astype(jnp.int32)
+    same = jnp.flip(jnp.cumprod(jnp.flip(same, axis=1), axis=1), axis=1)
+    halo = jnp.where(same[:, :, None] == 1, halo, 0)
+  if state is None:
+    return halo
+  return jnp.where(lax.axis_index(axis_name) == 0, state, halo)
+
+
+def _end_of_sequence(end, segment_ids, axis_name):
+  """The last inputs of the last shard with a token, on all devices."""
+  last = lax.axis_size(axis_name) - 1
+  if segment_ids is not None:
+    # Padding at the end of a row may fill whole shards.
+    is_empty = (segment_ids == 0).all(axis=1)
+    ranks = jnp.where(is_empty, 0, lax.axis_index(axis_name))
+    last = lax.pmax(ranks, axis_name)
+  return from_rank(end, last, axis_name=axis_name)
 
 
 def _kernel_reason(x, kernel, bias, activation):
@@ -233,22 +286,7 @@ def short_conv_step(
   bias: Float[Array, " C"] | None = None,
   activation: Literal["silu"] | None = None,
 ) -> tuple[Float[Array, "B C"], Float[Array, "B W-1 C"]]:
-  """One token of `short_conv`.
-
-  Args:
-    x: [B, C].
-    kernel: [W, C]; tap W-1 multiplies x.
-    state: [B, W-1, C] in x.dtype, the inputs before this one, oldest first.
-    bias: [C] or None.
-    activation: "silu" or None.
-
-  Returns:
-    y: [B, C] in x.dtype.
-    state: [B, W-1, C] with x appended and the oldest input dropped.
-
-  Raises:
-    ValueError: a shape or dtype does not fit.
-  """
+  """One token x [B, C] of `short_conv`: y [B, C] and the new state."""
   if x.ndim != 2:
     raise ValueError(f"x: expected [B, C], got {x.shape}")
   y, state = short_conv(

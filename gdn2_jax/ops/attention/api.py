@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.ops.attention.xla import blockwise_attention
+from gdn2_jax.ops.context.borders import check_axis, left_halo, vary
 from gdn2_jax.ops.kernels import cases, choice
 
 IMPLEMENTATIONS = ("xla", "cudnn", "mosaic_gpu")
@@ -94,16 +95,7 @@ def _cudnn_found():
 
 
 def cudnn_unsupported_reason(q, k, segment_ids=None) -> str | None:
-  """Why the "cudnn" implementation cannot run this call, None if it can.
-
-  Args:
-    q: [B, T, HQ, D] queries.
-    k: [B, S, HKV, D] keys.
-    segment_ids: segment ids of the call or None.
-
-  Returns:
-    One sentence, or None.
-  """
+  """Why "cudnn" cannot run this call, None if it can."""
   if jax.default_backend() != "gpu":
     return f"needs a GPU, the backend is {jax.default_backend()}"
   if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -156,6 +148,7 @@ def sliding_window_attention(
   kv_segment_ids: Int[Array, "B S"] | None = None,
   scale: float | None = None,
   implementation: Literal["xla", "cudnn", "mosaic_gpu"] | None = None,
+  axis_name: str | None = None,
 ) -> Float[Array, "B T HQ D"]:
   """Causal attention in which a query sees its last `window` keys.
 
@@ -181,6 +174,11 @@ def sliding_window_attention(
       bfloat16 or float16, S == T, D 64 or 128, the same ids for queries and
       keys. None takes "cudnn" where it can run, else "mosaic_gpu" where it can
       run and has proved right, else "xla".
+    axis_name: Mesh axis that the rows are split over, for a call under
+      jax.shard_map: every array is then this device's shard, S == T, and
+      segment ids are distinct along the whole row
+      (context.borders.runs_and_positions makes them). A window beyond T + 1
+      takes a message for each shard that it reaches. None: rows are whole.
 
   Returns:
     [B, T, HQ, D] in q.dtype; scores and softmax are float32 (float64 for
@@ -193,6 +191,10 @@ def sliding_window_attention(
   _check_qkv(q, k, v, scale)
   _check_options(q, k, window, implementation)
   _check_segments(q, k, q_segment_ids, kv_segment_ids)
+  if axis_name is not None:
+    k, v, q_segment_ids, kv_segment_ids = _keys_before(
+      k, v, q_segment_ids, kv_segment_ids, window, axis_name, q.shape[1]
+    )
   scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
   if implementation in (None, "cudnn"):
     reason = cudnn_unsupported_reason(q, k, q_segment_ids)
@@ -217,6 +219,25 @@ def sliding_window_attention(
   ):
     return _run_kernels(q, k, v, q_segment_ids, window, scale)
   return _attend_in_parts(q, k, v, q_segment_ids, kv_segment_ids, window, scale)
+
+
+def _keys_before(k, v, q_ids, kv_ids, window, axis_name, T):
+  """k, v and both ids, with those of the shards before that a window sees."""
+  devices = check_axis(axis_name)
+  if k.shape[1] != T:
+    raise ValueError(f"k: expected S = T = {T} with axis_name, got {k.shape}")
+  before = (devices - 1) * T
+  if window is not None:
+    before = min(window - 1, before)
+  if q_ids is None and devices > 1:
+    # The first shard has no tokens before it, though it has a halo.
+    q_ids = kv_ids = vary(jnp.ones(k.shape[:2], jnp.int32), axis_name)
+  if before:
+    k, v, kv_ids = (
+      jnp.concatenate([left_halo(x, before, axis_name=axis_name), x], axis=1)
+      for x in (k, v, kv_ids)
+    )
+  return k, v, q_ids, kv_ids
 
 
 def _kernel_reason(q, k, q_ids, kv_ids):

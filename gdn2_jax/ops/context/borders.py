@@ -16,11 +16,7 @@ from gdn2_jax.ops.segments import segment_starts
 
 
 def check_axis(axis_name: str) -> int:
-  """The number of devices along a mesh axis.
-
-  Raises:
-    ValueError: the call is not under a shard_map over that axis.
-  """
+  """The number of devices along a mesh axis; ValueError outside shard_map."""
   try:
     return lax.axis_size(axis_name)
   except NameError:
@@ -31,15 +27,9 @@ def check_axis(axis_name: str) -> int:
 
 
 def left_halo(x: Array, length: int, *, axis_name: str) -> Array:
-  """The `length` tokens to the left of this shard, zeros before the first.
+  """The `length` tokens left of this shard, zeros before the first one.
 
-  Args:
-    x: [B, T, ...], the tokens of this shard.
-    length: Any number; beyond T it takes a message for every shard.
-    axis_name: The mesh axis, shards in its order.
-
-  Returns:
-    [B, length, ...].
+  Beyond the T tokens of a shard it takes a message for every shard.
   """
   T, devices = x.shape[1], lax.axis_size(axis_name)
   parts, missing = [], length
@@ -101,15 +91,10 @@ def _gather_shards(segment_ids, starts, axis):
 def continues(
   segment_ids: Int[Array, "B T"], *, axis_name: str
 ) -> Bool[Array, "B"]:
-  """Whether the first token here goes on where the shards before it ended.
+  """Whether the first token here continues the document of the shards before.
 
-  Args:
-    segment_ids: Of this shard; 0 is padding, which is looked through.
-    axis_name: The mesh axis, shards in its order.
-
-  Returns:
-    False where the state restarts at the shard's first token. True in rows
-    without a token before, or without one here.
+  False where the state restarts at the shard's first token; True in rows
+  without a token before, or without one here. Padding is looked through.
   """
   starts = jnp.zeros_like(segment_ids, bool)
   shards = _gather_shards(segment_ids, starts, axis_name)
@@ -124,15 +109,9 @@ def _own(x_BP, axis):
 def runs_and_positions(
   segment_ids: Int[Array, "B T"], *, axis_name: str
 ) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-  """Segments numbered along the whole row, and positions in them.
+  """Segments numbered along the whole row from 1, 0 of padding; positions.
 
-  Args:
-    segment_ids: Of this shard, 0 for padding.
-    axis_name: The mesh axis, shards in its order.
-
-  Returns:
-    runs: from 1, distinct ids for distinct segments; 0 for padding.
-    positions: as segments.segment_positions gives them from position 0.
+  Positions are those of segments.segment_positions from position 0.
   """
   valid = segment_ids != 0
   local = segment_starts(segment_ids)
@@ -156,13 +135,7 @@ def runs_and_positions(
 
 
 def from_rank(x: Array, rank: int | Array, *, axis_name: str) -> Array:
-  """The value of one device, on all of them.
-
-  Args:
-    x: [B, ...].
-    rank: Of the device, one for all rows or [B].
-    axis_name: The mesh axis.
-  """
+  """The value of one device, on all of them; `rank` is one, or [B]."""
   is_it = jnp.asarray(lax.axis_index(axis_name) == rank)
   is_it = is_it.reshape(is_it.shape + (1,) * (x.ndim - is_it.ndim))
   return lax.psum(jnp.where(is_it, x, jnp.zeros_like(x)), axis_name)
@@ -173,3 +146,22 @@ def vary(x: jax.Array | None, axis_name: str) -> jax.Array | None:
   if x is None or axis_name in jax.typeof(x).manual_axis_type.varying:
     return x
   return lax.pcast(x, axis_name, to="varying")
+
+
+def vary_together(arrays):
+  """Under shard_map, marks all arrays as varying over the same mesh axes.
+
+  A loop carries its state, and a gradient its cotangent, with the axes of all
+  inputs together; zeros made here, or an input that is replicated, have fewer.
+  """
+
+  def varying(x):
+    return jax.typeof(x).manual_axis_type.varying
+
+  axes = frozenset().union(*(varying(x) for x in arrays if x is not None))
+  return [
+    x
+    if x is None
+    else lax.pcast(x, tuple(sorted(axes - varying(x), key=str)), to="varying")
+    for x in arrays
+  ]

@@ -34,18 +34,8 @@ def choose_scheme(scheme: str | None, devices: int, rows: int) -> Scheme:
 
   For two devices a ring is one message of one state. Beyond that all_to_all
   receives the least, whatever the number of devices, but every device needs
-  rows to chain: it must divide them. doubling needs no rows.
-
-  Args:
-    scheme: One of SCHEMES, or None to choose.
-    devices: Over which the sequence is split.
-    rows: Batch rows times key heads, of one device.
-
-  Returns:
-    The name.
-
-  Raises:
-    ValueError: there is no such scheme, or it cannot split the rows.
+  rows (batch rows times key heads) to chain: it must divide them. doubling
+  needs no rows.
   """
   if scheme is None:
     if devices <= 2:
@@ -72,21 +62,11 @@ def start_states(
   scheme: Scheme,
   reverse: bool = False,
 ) -> Float[Array, "B H K V"]:
-  """The state from which this device's shard starts.
+  """The state S_r from which this device's shard starts, under shard_map.
 
-  Call it under shard_map.
-
-  Args:
-    M: The linear part of this shard's map, in the dtype of the state.
-    U: What the shard makes of a state of zeros.
-    state: S_0; only the first device's is read.
-    axis_name: The mesh axis, shards in its order.
-    scheme: From choose_scheme.
-    reverse: Chain from the last shard to the first: S_{r-1} = M_r S_r + U_r,
-      with S_{P-1} the state of the last device.
-
-  Returns:
-    S_r.
+  `state` is S_0, read on the first device alone. With reverse the chain goes
+  from the last shard to the first, S_{r-1} = M_r S_r + U_r, from the last
+  device's state.
   """
   run = {"ring": _ring, "all_to_all": _all_to_all, "doubling": _doubling}
   return run[scheme](M, U, state, _Chain(axis_name, reverse))

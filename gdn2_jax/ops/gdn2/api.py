@@ -6,15 +6,17 @@ Equivalent, for every batch row and head, to (Eq. 10)
   S = S + outer(k_t, w_t * v_t - S.T @ (b_t * k_t))
   o_t = scale * S.T @ q_t
 
-gdn2_inputs.py validates; gdn2_dispatch.py chooses an implementation. The
-mathematics is in gdn2_reference.py (tokens) and gdn2_xla.py (chunks).
+inputs.py validates; dispatch.py chooses an implementation. The mathematics is
+in reference.py (tokens) and xla.py (chunks).
 """
 
 from typing import no_type_check
 
 from jaxtyping import Array, Float, Int
 
-from gdn2_jax.ops.gdn2 import dispatch as gdn2_dispatch
+from gdn2_jax.ops.context.borders import check_axis, vary, vary_together
+from gdn2_jax.ops.context.states import Scheme
+from gdn2_jax.ops.gdn2 import dispatch
 from gdn2_jax.ops.gdn2.dispatch import (
   IMPLEMENTATIONS,
   Implementation,
@@ -28,8 +30,8 @@ from gdn2_jax.ops.gdn2.inputs import (
   check_segment_ids,
   check_state,
   dtype_of,
-  vary_together,
 )
+from gdn2_jax.ops.gdn2.sharded import Options, gdn2_on_shards
 
 __all__ = [
   "IMPLEMENTATIONS",
@@ -57,6 +59,8 @@ def gdn2(
   state: Float[Array, "B HV K V"] | None = None,
   segment_ids: Int[Array, "B T"] | None = None,
   implementation: Implementation | None = None,
+  axis_name: str | None = None,
+  scheme: Scheme | None = None,
 ) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV K V"]]:
   """Gated DeltaNet-2 (Eq. 10) over a sequence.
 
@@ -82,6 +86,13 @@ def gdn2(
       capability 9.0) or "triton" (forward of a short sequence on other NVIDIA
       GPUs); a named one runs or raises, unsupported_reason says why. None
       lets select_implementation choose.
+    axis_name: Mesh axis that the sequence is split over, for a call under
+      jax.shard_map: every array with a T axis is then this device's shard,
+      and both states are those of the whole sequence, the same on all
+      devices. A named implementation must also take V + K value channels.
+      None: the sequence is whole.
+    scheme: How states pass between shards: "ring", "all_to_all" or "doubling"
+      (docs/scale.md); None chooses. Only with axis_name.
 
   Returns:
     o [B, T, HV, V] in the dtype of v, and the final state [B, HV, K, V].
@@ -90,21 +101,24 @@ def gdn2(
     ValueError: naming the argument whose shape, dtype or value is wrong.
     NotImplementedError: the named implementation cannot run this call.
   """
-  q, k, v, g, b, w = check_inputs(q, k, v, g, b, w, time_axis=True)
-  name = gdn2_dispatch.resolve(implementation, q, k, v, g, b, w, step=False)
+  inputs = check_inputs(q, k, v, g, b, w, time_axis=True)
+  q, _, v, *_ = inputs
+  name = dispatch.resolve(implementation, *inputs, step=False)
   scale = check_scale(scale, q.shape[-1])
-  compute_dtype = dtype_of(q, k, v, g, b, w)
-  state = check_state(state, q, v, compute_dtype)
+  state = check_state(state, q, v, dtype_of(*inputs))
   segment_ids = check_segment_ids(segment_ids, q.shape[:2])
-  q, k, v, g, b, w, state, segment_ids = vary_together(
-    (q, k, v, g, b, w, state, segment_ids)
-  )
-  v_shape, state_shape, H = v.shape, state.shape, q.shape[2]
-  v, w = gdn2_dispatch.fold_values(v, H), gdn2_dispatch.fold_values(w, H)
-  state = gdn2_dispatch.fold_state(state, H)
-  run = gdn2_dispatch.sequence_of(name)
-  o, state = run(q, k, v, g, b, w, state, segment_ids, scale)
-  return o.reshape(v_shape), gdn2_dispatch.unfold_state(state, state_shape)
+  if axis_name is not None:
+    check_axis(axis_name)
+    state = vary(state, axis_name)
+  elif scheme is not None:
+    raise ValueError(
+      f"gdn2: scheme: got {scheme!r} without axis_name, expected None"
+    )
+  *inputs, state, segment_ids = vary_together((*inputs, state, segment_ids))
+  if axis_name is None:
+    return dispatch.run_sequence(name, inputs, state, segment_ids, scale)
+  options = Options(axis_name, scale, name, implementation, scheme)
+  return gdn2_on_shards(tuple(inputs), state, segment_ids, options)
 
 
 @no_type_check
@@ -141,10 +155,10 @@ def gdn2_step(
     NotImplementedError: the named implementation cannot run this call.
   """
   q, k, v, g, b, w = check_inputs(q, k, v, g, b, w, time_axis=False)
-  name = gdn2_dispatch.resolve(implementation, q, k, v, g, b, w, step=True)
+  name = dispatch.resolve(implementation, q, k, v, g, b, w, step=True)
   scale = check_scale(scale, q.shape[-1])
   if state is None:
     raise ValueError("gdn2_step: state: got None, expected [B, HV, K, V]")
   state = check_state(state, q, v, dtype_of(q, k, v, g, b, w))
   q, k, v, g, b, w, state = vary_together((q, k, v, g, b, w, state))
-  return gdn2_dispatch.step_of(name)(q, k, v, g, b, w, state, scale)
+  return dispatch.step_of(name)(q, k, v, g, b, w, state, scale)

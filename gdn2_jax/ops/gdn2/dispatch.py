@@ -101,15 +101,7 @@ def select_implementation(*inputs: Any, step: bool = False) -> str:
 
 
 def resolve(implementation: str | None, *inputs: Any, step: bool) -> str:
-  """The name to run.
-
-  Args:
-    implementation: As given by the caller.
-    *inputs: q, k, v, g, b and w of the call.
-    step: Whether the call is gdn2_step.
-
-  Returns:
-    A name of IMPLEMENTATIONS that can run the call.
+  """The name that runs a call of q, k, v, g, b and w.
 
   Raises:
     ValueError: there is no such implementation.
@@ -140,6 +132,16 @@ def sequence_of(name: str) -> Callable[..., Any]:
     "mosaic_gpu": _mosaic_gpu,
     "triton": _triton,
   }[name]
+
+
+def run_sequence(name, inputs, state, segment_ids, scale):
+  """The op by that implementation, value heads as the caller has them."""
+  q, k, v, g, b, w = inputs
+  H, run = q.shape[2], sequence_of(name)
+  v_HV, w_HV = fold_values(v, H), fold_values(w, H)
+  start = fold_state(state, H)
+  o, end = run(q, k, v_HV, g, b, w_HV, start, segment_ids, scale)
+  return o.reshape(v.shape), unfold_state(end, state.shape)
 
 
 def step_of(name: str) -> Callable[..., Any]:

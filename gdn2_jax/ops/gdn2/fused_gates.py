@@ -12,13 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gdn2_jax.ops.context.borders import vary_together
 from gdn2_jax.ops.gdn2 import dispatch
 from gdn2_jax.ops.gdn2.api import gdn2
-from gdn2_jax.ops.gdn2.inputs import (
-  check_segment_ids,
-  check_state,
-  vary_together,
-)
+from gdn2_jax.ops.gdn2.inputs import check_segment_ids, check_state
 from gdn2_jax.ops.kernels import cases, choice
 from gdn2_jax.ops.norm import l2_norm
 
@@ -48,12 +45,7 @@ class Projections(NamedTuple):
 
 
 def activate(p: Projections, *, erase_scale: float = 1.0) -> tuple[Any, ...]:
-  """q, k, v, g, b and w of the op; g in float32, the others in their dtypes.
-
-  Args:
-    p: The projections.
-    erase_scale: 1, or 2 for negative eigenvalues.
-  """
+  """q, k, v, g, b and w of the op; g in float32, the others in their dtypes."""
   b, w = jax.nn.sigmoid(p.b), jax.nn.sigmoid(p.w)
   if erase_scale != 1:
     b = erase_scale * b
@@ -70,22 +62,7 @@ def gdn2_fused_gates(
   segment_ids: Any = None,
   implementation: str | None = None,
 ) -> tuple[Any, Any]:
-  """gdn2(*activate(p)), in the kernels where they can.
-
-  Args:
-    p: The projections.
-    erase_scale: 1, or 2 for negative eigenvalues.
-    state: As in gdn2, [B, HV, K, V].
-    segment_ids: As in gdn2, [B, T].
-    implementation: As in gdn2.
-
-  Returns:
-    o [B, T, HV, V] in the dtype of v, and the final state.
-
-  Raises:
-    ValueError: state or segment_ids do not fit.
-    NotImplementedError: the named implementation cannot run this call.
-  """
+  """gdn2(*activate(p)), in the kernels where they can; arguments as gdn2."""
   if not _in_kernels(p, implementation):
     return gdn2(
       *activate(p, erase_scale=erase_scale),

@@ -5,7 +5,6 @@ import numbers
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 MIN_HEAD_DIM = 16
 MAX_HEAD_DIM = 256
@@ -97,22 +96,3 @@ def check_segment_ids(segment_ids, shape):
     got = f"{segment_ids.dtype} {tuple(segment_ids.shape)}"
     raise _bad("segment_ids", got, expected)
   return jnp.asarray(segment_ids)
-
-
-def vary_together(arrays):
-  """Under shard_map, marks every array as varying over the same mesh axes.
-
-  A loop carries its state, and a gradient its cotangent, with the axes of all
-  inputs together; zeros made here, or an input that is replicated, have fewer.
-  """
-
-  def varying(x):
-    return jax.typeof(x).manual_axis_type.varying
-
-  axes = frozenset().union(*(varying(x) for x in arrays if x is not None))
-  return [
-    x
-    if x is None
-    else lax.pcast(x, tuple(sorted(axes - varying(x), key=str)), to="varying")
-    for x in arrays
-  ]

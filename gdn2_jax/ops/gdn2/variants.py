@@ -118,6 +118,11 @@ def mamba3(
     v[:, -1].
   """
   options = {"scale": 1.0} | options
+  if options.get("axis_name") is not None:
+    raise ValueError(
+      f"mamba3: axis_name: got {options['axis_name']!r}, expected None: the"
+      " token before a shard is not exchanged"
+    )
   if previous is None:
     previous = jnp.zeros_like(k[:, 0]), jnp.zeros_like(v[:, 0])
   k_before, v_before = (

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from gdn2_jax.ops.context.api import affine_map, gdn2_context
 from gdn2_jax.ops.context.states import SCHEMES, choose_scheme, start_states
 from gdn2_jax.ops.gdn2.api import gdn2
+from gdn2_jax.ops.gdn2.sharded import affine_map
 from gdn2_jax.pallas import target
 from tests.numerics import (
   INPUTS,
@@ -41,7 +41,7 @@ def over_devices(devices, scheme=None, implementation="xla"):
 
   def run(inputs, state, segment_ids, scale):
     def local(inputs, state, segment_ids):
-      return gdn2_context(
+      return gdn2(
         *inputs,
         axis_name="context",
         scale=scale,

@@ -9,12 +9,9 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from gdn2_jax.ops.attention.api import sliding_window_attention
-from gdn2_jax.ops.context.api import (
-  attention_context,
-  gdn2_context,
-  short_conv_context,
-)
 from gdn2_jax.ops.context.borders import runs_and_positions
+from gdn2_jax.ops.gdn2.api import gdn2
+from gdn2_jax.ops.gdn2.variants import mamba3
 from gdn2_jax.ops.segments import reset_counts, segment_positions
 from gdn2_jax.ops.short_conv import short_conv
 from tests.numerics import assert_close, rel_rms
@@ -87,7 +84,7 @@ def test_convolution(rng, devices, packed):
 
   split = over_devices(
     devices,
-    call(short_conv_context),
+    call(short_conv),
     (TOKENS, WHOLE, WHOLE, WHOLE, TOKENS),
     (TOKENS, WHOLE),
   )
@@ -121,13 +118,15 @@ def test_attention(rng, devices, window, packed):
     runs = jnp.where(ids != 0, reset_counts(ids) + 1, 0)
 
   def local(q, k, v, runs, axis_name):
-    return attention_context(
+    ids = runs if packed else None
+    return sliding_window_attention(
       q,
       k,
       v,
       axis_name=axis_name,
       window=window,
-      segment_ids=runs if packed else None,
+      q_segment_ids=ids,
+      kv_segment_ids=ids,
     )
 
   def whole(q, k, v, runs):
@@ -162,7 +161,7 @@ def test_runs_and_positions_are_those_of_the_row(devices):
 
 
 def test_too_few_tokens_for_the_taps_are_refused():
-  split = over_devices(8, short_conv_context, (TOKENS, WHOLE), (TOKENS, WHOLE))
+  split = over_devices(8, short_conv, (TOKENS, WHOLE), (TOKENS, WHOLE))
   with pytest.raises(ValueError, match=r"x: expected .* T >= 4 tokens"):
     split(jnp.ones((1, 24, 2)), jnp.ones((5, 2)))
 
@@ -170,15 +169,34 @@ def test_too_few_tokens_for_the_taps_are_refused():
 def test_calls_outside_shard_map_are_refused():
   x = jnp.ones((1, 4, 1, 16))
   with pytest.raises(ValueError, match=r"axis_name: got 'context'"):
-    gdn2_context(x, x, x, -x, x, x, axis_name="context")
+    gdn2(x, x, x, -x, x, x, axis_name="context")
   with pytest.raises(ValueError, match=r"axis_name: got 'context'"):
-    attention_context(x, x, x, axis_name="context", window=2)
+    sliding_window_attention(x, x, x, axis_name="context", window=2)
+  with pytest.raises(ValueError, match=r"axis_name: got 'context'"):
+    short_conv(x[:, :, 0], x[0, :, 0], axis_name="context")
+
+
+def test_arguments_that_do_not_go_together_are_refused():
+  x = jnp.ones((1, 4, 1, 16))
+  with pytest.raises(ValueError, match=r"scheme: got 'ring' without axis_name"):
+    gdn2(x, x, x, -x, x, x, scheme="ring")
+  scalar = {"g": -x[..., 0], "dt": x[..., 0], "lam": x[..., 0]}
+  with pytest.raises(ValueError, match="mamba3: axis_name: got 'context'"):
+    mamba3(x, x, x, **scalar, axis_name="context")
+  split = over_devices(
+    2,
+    functools.partial(sliding_window_attention, window=2),
+    (TOKENS, WHOLE, WHOLE),
+    TOKENS,
+  )
+  with pytest.raises(ValueError, match="k: expected S = T = 2 with axis_name"):
+    split(x, x, x)
 
 
 def test_convolution_in_bfloat16_sums_as_the_whole_row_does(rng):
   x = jnp.asarray(rng.standard_normal((B, T, C)), jnp.bfloat16)
   kernel = jnp.asarray(rng.standard_normal((4, C)), jnp.bfloat16)
-  split = over_devices(4, short_conv_context, (TOKENS, WHOLE), (TOKENS, WHOLE))
+  split = over_devices(4, short_conv, (TOKENS, WHOLE), (TOKENS, WHOLE))
   y, state = jax.jit(split)(x, kernel)
   want, want_state = jax.jit(short_conv)(x, kernel)
   assert y.dtype == want.dtype == jnp.bfloat16
