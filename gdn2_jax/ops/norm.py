@@ -42,20 +42,7 @@ def _check_weight(weight, x):
 
 
 def l2_norm(x: Float[Array, "*axes K"], eps: float = 1e-6) -> Array:
-  """Scales every vector of the last axis to unit length.
-
-    x / sqrt(sum x^2 + eps)
-
-  Args:
-    x: [..., K], any floating dtype.
-    eps: added to the sum of squares; a zero vector stays zero.
-
-  Returns:
-    [..., K] in x.dtype.
-
-  Raises:
-    ValueError: x is not floating or has no axis, or eps is not positive.
-  """
+  """x / sqrt(sum x^2 + eps) over the last axis; a zero vector stays zero."""
   _check_float("x", x)
   _check_eps(eps)
   wide = x.astype(_compute_dtype(x))
@@ -74,21 +61,7 @@ def _rms_norm(x, weight, eps):
 def rms_norm(
   x: Float[Array, "*axes D"], weight: Float[Array, " D"], eps: float = 1e-5
 ) -> Array:
-  """Root-mean-square norm.
-
-    x / sqrt(mean x^2 + eps) * weight
-
-  Args:
-    x: [..., D], any floating dtype.
-    weight: [D].
-    eps: added to the mean of squares.
-
-  Returns:
-    [..., D] in x.dtype.
-
-  Raises:
-    ValueError: a shape or dtype does not fit, or eps is not positive.
-  """
+  """x / sqrt(mean x^2 + eps) * weight over the last axis."""
   _check_float("x", x)
   _check_weight(weight, x)
   _check_eps(eps)
@@ -105,26 +78,12 @@ def gated_rms_norm(
   eps: float = 1e-5,
   implementation: str | None = None,
 ) -> Array:
-  """The output norm of the layer (section 3.5 of the paper).
+  """x / sqrt(mean x^2 + eps) * weight * act(gate + bias), of section 3.5.
 
-    x / sqrt(mean x^2 + eps) * weight * act(gate + bias)
-
-  Args:
-    x: [..., V], any floating dtype.
-    gate: [..., V], before the activation.
-    weight: [V].
-    bias: of the shape of the last axes of gate, V at least; None for zero.
-    activation: "silu" (the paper's) or "sigmoid".
-    eps: added to the mean of squares.
-    implementation: "xla"; "mosaic_gpu", kernels for Hopper that read and write
-      every array once, for x [B, T, H, V] of 16 bits; None chooses as gdn2.
-
-  Returns:
-    [..., V] in x.dtype; norm, activation and product are one float32 chain.
-
-  Raises:
-    ValueError: a shape, dtype or the activation does not fit.
-    NotImplementedError: the kernels cannot run this call.
+  Norm, activation and product are one float32 chain. bias has the shape of the
+  last axes of gate, V at least; None is zero. "mosaic_gpu" names kernels for
+  Hopper that read and write every array once, for x [B, T, H, V] of 16 bits;
+  None chooses as gdn2.
   """
   _check_float("x", x)
   if gate.shape != x.shape:

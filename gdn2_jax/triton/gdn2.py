@@ -32,23 +32,8 @@ def gdn2_step_triton(
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
   """One token of Eq. 10; a donated `state` is updated in place.
 
-  Args:
-    q: Query [B, H, K].
-    k: Key [B, H, K].
-    v: Value [B, H, V].
-    g: Log-decay [B, H, K], <= 0.
-    b: Erase gate [B, H, K].
-    w: Write gate [B, H, V].
-    state: [B, H, K, V], float32.
-    scale: Factor on the output.
-    compute_capability: 80, 89, ...; None asks the device. Given to compile
-      for a GPU that is not there.
-
-  Returns:
-    o [B, H, V] in the dtype of v, and the new state [B, H, K, V], float32.
-
-  Raises:
-    NotImplementedError: where it is differentiated.
+  `compute_capability` (80, 89, ...) is given to compile for a GPU that is not
+  there; None asks the device. Differentiation raises NotImplementedError.
   """
   arrays = (q, k, v, g, b, w, state)
   return _without_gradient(_step, scale, compute_capability)(*arrays)
@@ -69,27 +54,8 @@ def gdn2_triton(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
   """Eq. 10 token by token, the state in registers: for short sequences.
 
-  T tokens take T dependent steps. "xla" works in chunks, with matrix products,
-  and is the one for long sequences.
-
-  Args:
-    q: Queries [B, T, H, K].
-    k: Keys [B, T, H, K].
-    v: Values [B, T, H, V].
-    g: Log-decay [B, T, H, K], <= 0.
-    b: Erase gate [B, T, H, K].
-    w: Write gate [B, T, H, V].
-    state: Incoming state [B, H, K, V], float32; updated in place if donated.
-    segment_ids: [B, T] or None. The state restarts where the id changes, not
-      counting padding, which is 0, changes nothing and reads 0.
-    scale: Factor on the output.
-    compute_capability: As in gdn2_step_triton.
-
-  Returns:
-    o [B, T, H, V] in the dtype of v, and the final state [B, H, K, V], float32.
-
-  Raises:
-    NotImplementedError: where it is differentiated.
+  T tokens take T dependent steps, where "xla" works in chunks with matrix
+  products. A donated `state` is updated in place.
   """
   arrays = (q, k, v, g, b, w, state)
   if segment_ids is not None:

@@ -44,20 +44,7 @@ _REMEDY = "pip install 'gdn2-jax[triton]'"
 def unsupported_reason(
   q: Any, k: Any, v: Any, g: Any, b: Any, w: Any, state: Any
 ) -> str | None:
-  """Says why the Triton kernels cannot run a call, None if they can.
-
-  Args:
-    q: As for gdn2_triton or gdn2_step_triton; only shapes and dtypes are read.
-    k: Likewise.
-    v: Likewise.
-    g: Likewise.
-    b: Likewise.
-    w: Likewise.
-    state: Likewise, [B, H, K, V].
-
-  Returns:
-    A reason that names what is missing or too much, or None.
-  """
+  """Why the Triton kernels cannot run a call, None if they can."""
   arrays = {"q": q, "k": k, "v": v, "g": g, "b": b, "w": w, "state": state}
   return versions_reason() or device_reason() or _shapes_reason(arrays)
 

@@ -133,20 +133,9 @@ def _scores(plan, index, q_BCHGD, k_BLHD, q_ids, kv_ids, scale):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def blockwise_attention(q, k, v, q_ids, kv_ids, window, scale, block=None):
-  """Attention of the arguments of `sliding_window_attention`, unchecked.
+  """`sliding_window_attention` with checked arguments.
 
-  Args:
-    q: [B, T, HQ, D].
-    k: [B, S, HK, D], S >= T.
-    v: [B, S, HK, D].
-    q_ids: [B, T] segment ids or None.
-    kv_ids: [B, S] segment ids or None.
-    window: number of keys a query sees or None.
-    scale: multiplies the scores.
-    block: queries of a block; None for a power of two up to 128.
-
-  Returns:
-    [B, T, HQ, D] in q.dtype.
+  `block` is the queries of a block; None for a power of two up to 128.
   """
   return _forward(q, k, v, q_ids, kv_ids, window, scale, block)[0]
 
@@ -228,13 +217,9 @@ blockwise_attention.defvjp(_forward, _backward)
 
 
 def attention_and_logsumexp(q, k, v, q_ids, kv_ids, window, scale):
-  """`blockwise_attention`, and log sum_j exp(s_j) of every query.
+  """`blockwise_attention`, and log sum_j exp(s_j) [B, T, HQ] of every query.
 
-  Not differentiable in reverse.
-
-  Returns:
-    [B, T, HQ, D] in q.dtype, and [B, T, HQ], float32 or wider; both 0 for a
-    query that sees no key.
+  Both are 0 for a query that sees no key. Not differentiable in reverse.
   """
   out, residuals = _forward(q, k, v, q_ids, kv_ids, window, scale, None)
   lse_NBCHG1 = jnp.moveaxis(residuals[-1], 4, 2)

@@ -75,11 +75,7 @@ ARG_SPECS = (
 
 
 def get_spec(name: str) -> ArgSpec:
-  """The spec of that name.
-
-  Raises:
-    ValueError: there is none.
-  """
+  """The spec of that name; ValueError if there is none."""
   for spec in ARG_SPECS:
     if spec.name == name:
       return spec

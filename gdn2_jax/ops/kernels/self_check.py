@@ -66,24 +66,11 @@ def passes(
   dtype: Any,
   device: Any,
 ) -> bool:
-  """Whether a kernel agrees with the reference on a device.
+  """Whether a kernel agrees with the reference on a device; True while off.
 
-  Safe while a function is traced. Warns, once, if it does not agree.
-
-  Args:
-    name: Of the kernel.
-    run: What a case's outputs_of takes.
-    reference: The same by other means; called with float32 inputs.
-    make_case: The case for a dtype.
-    dtype: Of the call.
-    device: jax.Device to run on.
-
-  Returns:
-    True if it does, and always while the check is off.
-
-  Raises:
-    RuntimeError: it does not, and there are other processes, which would have
-      to fall back as well.
+  Safe while a function is traced. Warns, once, if it does not agree; raises
+  RuntimeError then if there are other processes, which would have to fall back
+  as well.
   """
   if not _enabled:
     return True
