@@ -22,10 +22,10 @@ import numpy as np
 from jax import export, lax
 
 import gdn2_jax
+from gdn2_jax import target
 from gdn2_jax.inference.state import State, advance, init_state, read_chunk
 from gdn2_jax.interop.tree import leaf_sources, param_specs
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.ops.kernels.backend import traced_for
 
 FORMAT = "gdn2_jax-program"
 FORMAT_VERSION = 1
@@ -153,7 +153,7 @@ def _serialise(f: Callable[..., Any], *args: Any, platforms) -> bytes:
   backends = {name: _BACKENDS[name] for name in platforms}
 
   def traced(backend, *args):
-    with traced_for(backend):
+    with target.use(backend):
       return f(*args)
 
   def program(*args):

@@ -20,7 +20,7 @@ from jax import export, lax
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.ops.attention.xla import attention_and_logsumexp, product
-from gdn2_jax.ops.kernels.backend import backend
+from gdn2_jax.target import backend
 
 # Elements of a block of keys, and of its scores. Measured on a CPU: there a
 # block is copied once, which is cheap while the copy stays in the second-level

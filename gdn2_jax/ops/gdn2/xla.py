@@ -36,8 +36,8 @@ from gdn2_jax.ops.gdn2.xla_tree import (
   rows,
   transpose,
 )
-from gdn2_jax.ops.kernels.backend import backend
 from gdn2_jax.ops.segments import segment_starts
+from gdn2_jax.target import backend
 
 # (starts, valid): where the state restarts, and which tokens are not padding.
 Segments = tuple[Bool[Array, "B T"], Bool[Array, "B T"]]

@@ -4,23 +4,16 @@ Kernels are imported when a call may need them, never before: on a machine
 without a GPU nothing of Pallas or Triton is loaded.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from gdn2_jax import target
 from gdn2_jax.ops.kernels import self_check
 
 HOPPER = "9.0"
 IMPLEMENTATIONS = ("xla", "mosaic_gpu")
-
-
-def is_waived() -> bool:
-  """Whether kernels are traced for something else than the device here."""
-  target = sys.modules.get("gdn2_jax.pallas.target")
-  # Not imported: no target was set. Importing it here would load Pallas.
-  return target is not None and target.current() != "device"
 
 
 def device_of(x: Any) -> Any:
@@ -35,7 +28,7 @@ def device_of(x: Any) -> Any:
 
 def hopper_reason(x: Any) -> str | None:
   """Why kernels for Hopper cannot run a call on x, or None."""
-  device = None if is_waived() else device_of(x)
+  device = device_of(x) if target.needs_device() else None
   capability = getattr(device, "compute_capability", None)
   if device is None or str(capability) == HOPPER:
     return None
@@ -53,7 +46,7 @@ def is_right_here(
   x: Any,
 ) -> bool:
   """self_check.passes on the device of a call on x; True for other targets."""
-  if is_waived():
+  if not target.needs_device():
     return True
   case = make_case, x.dtype
   return self_check.passes(name, run, reference, *case, device_of(x))
@@ -70,14 +63,11 @@ def use_kernel(
 
   Args:
     op: Name of the op, for errors.
-    implementation: As given by the caller.
+    implementation: As given by the caller; "mosaic_gpu" raises
+      NotImplementedError where it cannot run the call.
     x: An array of the call.
     unsupported_reason: Why the kernel cannot run the call, on any device.
     is_right: Whether it has proved right on this one; asked if None chooses.
-
-  Raises:
-    ValueError: there is no such implementation.
-    NotImplementedError: "mosaic_gpu" cannot run this call.
   """
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(

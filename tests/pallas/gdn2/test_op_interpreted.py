@@ -8,8 +8,8 @@ segments, padding that holds NaN, a state) arrives and comes back right.
 import jax.numpy as jnp
 import numpy as np
 
+from gdn2_jax import target
 from gdn2_jax.ops.gdn2.api import gdn2, select_implementation
-from gdn2_jax.pallas import target
 from tests import numerics
 
 # The kernels multiply 16-bit operands where the token scan has float32: one

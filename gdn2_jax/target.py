@@ -1,9 +1,9 @@
-"""Target that kernels are traced for: device, compile-only GPU, interpreter.
+"""Target that ops and kernels are traced for; the device here by default.
 
-Kernels are traced the same way for all three. Tests run them in the
-interpreter of Mosaic GPU; the ahead-of-time check compiles them for a GPU that
-is not there. Neither may be chosen by a user's call, so the choice is not an
-argument of the op.
+Tests run kernels in the interpreter of Mosaic GPU, the ahead-of-time check
+compiles them for a GPU that is not there, and exported programs run on other
+machines. None of these is chosen by a user's call, so the choice is not an
+argument of the ops.
 
 The target is read while a function is traced and is no part of the key of
 jax.jit's cache: wrap a new function under each target.
@@ -15,18 +15,19 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-Target = Literal["device", "compile", "interpret"]
+# "compile" and "interpret" are for kernels; a backend's name is for ops that
+# want the same sums in other pieces there, and leaves kernels to the device.
+Target = Literal["device", "compile", "interpret", "cpu", "gpu", "tpu"]
 
 _target: contextvars.ContextVar[Target] = contextvars.ContextVar(
-  "gdn2_jax_pallas_target", default="device"
+  "gdn2_jax_target", default="device"
 )
 
 
 @contextlib.contextmanager
 def use(target: Target) -> Iterator[None]:
-  """Traces kernels for `target` inside the with block."""
+  """Traces ops and kernels for `target` inside the with block."""
   token = _target.set(target)
   try:
     yield
@@ -35,8 +36,19 @@ def use(target: Target) -> Iterator[None]:
 
 
 def current() -> Target:
-  """Returns the target that kernels traced now are built for."""
+  """The target of what is traced now."""
   return _target.get()
+
+
+def backend() -> str:
+  """The backend that ops traced now will run on."""
+  target = current()
+  return target if target in ("cpu", "gpu", "tpu") else jax.default_backend()
+
+
+def needs_device() -> bool:
+  """Whether kernels traced now will run on the device here."""
+  return current() not in ("compile", "interpret")
 
 
 def is_interpreted() -> bool:
@@ -47,6 +59,9 @@ def is_interpreted() -> bool:
 def interpret_params() -> Any:
   """The `interpret` argument of plgpu.kernel; races are always looked for."""
   if is_interpreted():
+    # Ops read the target where nothing of Pallas is loaded.
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
     return plgpu.InterpretGPUParams(detect_races=True)
   return False
 
