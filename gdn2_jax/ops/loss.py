@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.ops.attention.xla import product
+
 
 def _check(hidden, head, targets, chunk, z_loss):
   """Refuses what does not fit, before any compute."""
@@ -60,17 +62,8 @@ def _join_time(x, time):
   return x.reshape((x.shape[0], -1, *x.shape[3:]))[:, :time]
 
 
-def _product(equation, x, y):
-  """An einsum accumulated in float32, with float32 inputs never rounded."""
-  dtype = jnp.promote_types(x.dtype, jnp.float32)
-  precision = lax.Precision.HIGHEST if x.dtype == dtype else None
-  return jnp.einsum(
-    equation, x, y, precision=precision, preferred_element_type=dtype
-  )
-
-
 def _logits(hidden, head):
-  return _product("btd,dv->btv", hidden, head)
+  return product("btd,dv->btv", hidden, head)
 
 
 def _is_target(targets, logits):
@@ -119,8 +112,8 @@ def _backward(chunk, z_loss, residuals, d_nll):
       _is_target(target_chunk, logits), d_logits - 1, d_logits
     )
     d_logits = (d_logits * d_chunk[:, :, None]).astype(hidden.dtype)
-    d_hidden = _product("btv,dv->btd", d_logits, narrow_head)
-    d_head = d_head + _product("btd,btv->dv", hidden_chunk, d_logits)
+    d_hidden = product("btv,dv->btd", d_logits, narrow_head)
+    d_head = d_head + product("btd,btv->dv", hidden_chunk, d_logits)
     return d_head, d_hidden.astype(hidden.dtype)
 
   xs = (
@@ -150,9 +143,8 @@ def cross_entropy(
   """Negative log-likelihood of every target, in nats.
 
   The products run in hidden.dtype with float32 accumulation, the softmax in
-  float32. The backward pass recomputes the logits
-  of a chunk from the saved logsumexp and sums the gradient of the head in
-  float32.
+  float32. The backward pass recomputes the logits of a chunk from the saved
+  logsumexp and sums the gradient of the head in float32.
 
   Args:
     hidden: [B, T, D].

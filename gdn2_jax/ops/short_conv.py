@@ -21,7 +21,7 @@ from gdn2_jax.ops.context.borders import (
   vary,
   vary_together,
 )
-from gdn2_jax.ops.kernels import cases, choice
+from gdn2_jax.ops.kernels import choice
 
 ACTIVATIONS = (None, "silu")
 
@@ -122,11 +122,14 @@ def _last_inputs(past_x, ids, width):
   steps = jnp.arange(width - 1, dtype=jnp.int32).reshape((1, width - 1))
   slots = last - (width - 2) + steps
   slot_ids = jnp.take_along_axis(ids, slots, axis=1)
-  same = slot_ids == slot_ids[:, -1:]
-  unbroken = jnp.flip(
-    jnp.cumprod(jnp.flip(same, axis=1).astype(jnp.int32), axis=1), axis=1
-  )
   inputs = jnp.take_along_axis(past_x, slots[:, :, None], axis=1)
+  return _keep_unbroken(inputs, slot_ids == slot_ids[:, -1:])
+
+
+def _keep_unbroken(inputs, is_same):
+  """The inputs after the last one of another segment; zeros up to it."""
+  is_same = jnp.flip(is_same, axis=1).astype(jnp.int32)
+  unbroken = jnp.flip(jnp.cumprod(is_same, axis=1), axis=1)
   return jnp.where(unbroken[:, :, None] == 1, inputs, 0)
 
 
@@ -219,10 +222,7 @@ def _inputs_before(x, taps, state, segment_ids, axis_name):
   halo = left_halo(x, taps, axis_name=axis_name)
   if segment_ids is not None:
     ids = left_halo(segment_ids, taps, axis_name=axis_name)
-    # Only what lies in the unbroken segment of the first token here.
-    same = (ids == segment_ids[:, :1]).astype(jnp.int32)
-    same = jnp.flip(jnp.cumprod(jnp.flip(same, axis=1), axis=1), axis=1)
-    halo = jnp.where(same[:, :, None] == 1, halo, 0)
+    halo = _keep_unbroken(halo, ids == segment_ids[:, :1])
   if state is None:
     return halo
   return jnp.where(lax.axis_index(axis_name) == 0, state, halo)
@@ -268,7 +268,7 @@ def _kernels_are_right(x):
     return _taps(past_x, kernel, None, past_ids, "silu")
 
   return choice.is_right_here(
-    "mosaic_gpu short_conv", kernels, reference, cases.short_conv, x
+    "mosaic_gpu short_conv", kernels, reference, "short_conv", x
   )
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from gdn2_jax.ops.kernels import cases, choice, self_check
+from gdn2_jax.ops.kernels import choice
+from gdn2_jax.pallas import cases, self_check
 
 
 @pytest.fixture

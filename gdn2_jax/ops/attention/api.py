@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from gdn2_jax.ops.attention.xla import blockwise_attention
 from gdn2_jax.ops.context.borders import check_axis, left_halo, vary
-from gdn2_jax.ops.kernels import cases, choice
+from gdn2_jax.ops.kernels import choice
 
 IMPLEMENTATIONS = ("xla", "cudnn", "mosaic_gpu")
 
@@ -262,6 +262,6 @@ def _kernels_are_right(q):
     "mosaic_gpu sliding_window_attention",
     _run_kernels,
     xla,
-    cases.attention,
+    "attention",
     q,
   )

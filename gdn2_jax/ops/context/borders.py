@@ -50,7 +50,7 @@ def left_halo(x: Array, length: int, *, axis_name: str) -> Array:
 
 
 class _Shards(NamedTuple):
-  """What every shard tells every other one, [B, P]."""
+  """Summary of every shard, known to all of them, [B, P]."""
 
   restarts: Bool[Array, "B P"]
   tokens: Int[Array, "B P"]

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 
 from gdn2_jax.ops.gdn2 import reference, xla_step
 from gdn2_jax.ops.gdn2 import xla as gdn2_xla
-from gdn2_jax.ops.kernels import cases, choice
+from gdn2_jax.ops.kernels import choice
 from gdn2_jax.ops.segments import segment_starts
 
 Implementation = Literal["reference", "xla", "mosaic_gpu", "triton"]
 
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "triton")
 
-# What None tries, best first, before "xla". The Triton kernel of a sequence
+# Kernels that None tries before "xla". The Triton kernel of a sequence
 # goes token by token and has no backward pass: it must be named.
 _SEQUENCE_KERNELS = ("mosaic_gpu",)
 _STEP_KERNELS = ("mosaic_gpu", "triton")
@@ -79,7 +79,7 @@ def select_implementation(*inputs: Any, step: bool = False) -> str:
   which is not what a caller who passes float32 asks for). gdn2_step also takes
   "triton", on other NVIDIA GPUs where its package works; gdn2 never does so by
   itself. Else "xla". On first use on a device, kernels are compared with "xla"
-  (gdn2_jax.ops.kernels.self_check) and passed over if they are wrong there.
+  (gdn2_jax.pallas.self_check) and passed over if they are wrong there.
 
   Args:
     *inputs: q, k, v, g, b and w of the call, or anything with their shapes and
@@ -175,7 +175,7 @@ def fold_state(state: jax.Array, H: int) -> jax.Array:
 
 
 def unfold_state(state: jax.Array, shape: tuple[Any, ...]) -> jax.Array:
-  """What fold_state made of a state of `shape`, undone."""
+  """Inverse of fold_state, for a state of `shape`."""
   B, HV, K, V = shape
   H = state.shape[1]
   if HV == H:
@@ -185,9 +185,9 @@ def unfold_state(state: jax.Array, shape: tuple[Any, ...]) -> jax.Array:
 
 
 def _is_right(name, step, q):
-  callables, case = sequence_of, cases.sequence
+  callables, case = sequence_of, "sequence"
   if step:
-    callables, case = step_of, cases.step
+    callables, case = step_of, "step"
   return choice.is_right_here(
     f"{name} step" if step else name,
     callables(name),

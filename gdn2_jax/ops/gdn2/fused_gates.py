@@ -1,4 +1,4 @@
-"""The op on what the layer's maps put out, norms and gates included.
+"""GDN-2 with the layer's norms and gates fused into the kernels.
 
   q / |q|, k / |k|      b = erase_scale sigmoid(b)      w = sigmoid(w)
   g = -exp(A_log) softplus(f + dt_bias), float32            (section 3.5)
@@ -16,12 +16,12 @@ from gdn2_jax.ops.context.borders import vary_together
 from gdn2_jax.ops.gdn2 import dispatch
 from gdn2_jax.ops.gdn2.api import gdn2
 from gdn2_jax.ops.gdn2.inputs import check_segment_ids, check_state
-from gdn2_jax.ops.kernels import cases, choice
+from gdn2_jax.ops.kernels import choice
 from gdn2_jax.ops.norm import l2_norm
 
 
 class Projections(NamedTuple):
-  """What the gates and norms of the layer are applied to.
+  """Outputs of the linear maps, before the norms and gates of the layer.
 
   Attributes:
     q: [B, T, H, K], before the norm.
@@ -93,7 +93,7 @@ def _in_kernels(p, implementation):
     "mosaic_gpu gates",
     _check_kernels,
     _check_reference,
-    cases.sequence,
+    "sequence",
     p.q,
   )
 

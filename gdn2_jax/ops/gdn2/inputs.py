@@ -66,7 +66,7 @@ def check_scale(scale, K):
 
 
 def dtype_of(*arrays):
-  """What a call computes in: float64 if an input is, else float32."""
+  """Dtype of the arithmetic: float64 if an input is, else float32."""
   float64 = any(x.dtype == jnp.float64 for x in arrays)
   return jnp.dtype(jnp.float64 if float64 else jnp.float32)
 

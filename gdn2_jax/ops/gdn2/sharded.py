@@ -23,7 +23,7 @@ from gdn2_jax.ops.gdn2.inputs import dtype_of
 
 
 class Options(NamedTuple):
-  """What a call over shards is besides its arrays.
+  """Arguments of a call over shards that are no arrays.
 
   Attributes:
     axis_name: of the mesh axis that the tokens are split over.

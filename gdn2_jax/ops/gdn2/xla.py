@@ -234,7 +234,7 @@ def _chunk_vjp(
 
 
 class _Place(NamedTuple):
-  """Where a chunk lies; masks are [B or 1, 1, C, 1], or None if all True."""
+  """Layout of a chunk; masks are [B or 1, 1, C, 1], or None if all True."""
 
   start: Int[Array, ""]
   size: int

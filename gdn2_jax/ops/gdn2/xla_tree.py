@@ -47,7 +47,7 @@ def rows(*xs: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 class Level(NamedTuple):
-  """What the adjoint needs of the pairs separated at one level."""
+  """Residuals of the pairs separated at one level, for the adjoint."""
 
   eq: Float[Array, "B H n h2 K"]  # odd e, then odd q, times prefix
   k: Float[Array, "B H n h K"]  # even k times suffix

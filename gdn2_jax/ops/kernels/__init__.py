@@ -1,1 +1,1 @@
-"""Choice among GPU kernels: device, call, and a self-check."""
+"""Choice among GPU kernels, by device and call."""

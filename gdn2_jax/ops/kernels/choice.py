@@ -10,14 +10,13 @@ from typing import Any
 import jax
 
 from gdn2_jax import target
-from gdn2_jax.ops.kernels import self_check
 
 HOPPER = "9.0"
 IMPLEMENTATIONS = ("xla", "mosaic_gpu")
 
 
 def device_of(x: Any) -> Any:
-  """Where a call on x runs; under jit, the default device."""
+  """Device of a call on x; under jit, the default device."""
   if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
     return next(iter(x.devices()))
   default = jax.config.jax_default_device
@@ -42,14 +41,18 @@ def is_right_here(
   name: str,
   run: Callable[..., Any],
   reference: Callable[..., Any],
-  make_case: Callable[[Any], self_check.Case],
+  case: str,
   x: Any,
 ) -> bool:
-  """self_check.passes on the device of a call on x; True for other targets."""
+  """self_check.passes with that case on the device of a call on x."""
   if not target.needs_device():
     return True
-  case = make_case, x.dtype
-  return self_check.passes(name, run, reference, *case, device_of(x))
+  from gdn2_jax.pallas import cases, self_check
+
+  make_case = getattr(cases, case)
+  return self_check.passes(
+    name, run, reference, make_case, x.dtype, device_of(x)
+  )
 
 
 def use_kernel(

@@ -20,7 +20,8 @@ from gdn2_jax.ops.gdn2.api import (
   select_implementation,
   unsupported_reason,
 )
-from gdn2_jax.ops.kernels import choice, self_check
+from gdn2_jax.ops.kernels import choice
+from gdn2_jax.pallas import self_check
 from gdn2_jax.pallas.gdn2 import api as mosaic_gpu
 from tests import kernel_stand_in, numerics
 

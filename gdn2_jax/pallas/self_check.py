@@ -45,7 +45,7 @@ def enable(enabled: bool) -> None:
 
 
 class Case(NamedTuple):
-  """What a kernel and its reference are both called with.
+  """Small case that a kernel and its reference are both called with.
 
   Attributes:
     names: of the outputs, gradients included.
@@ -102,8 +102,8 @@ def _tell(name, device, problem):
 
 
 def _compare(run, reference, make_case, dtype, device):
-  """What is wrong, None if nothing is; and the largest error."""
-  # What is being traced, and under which mesh, belongs to a thread: a thread
+  """Description of the disagreement or None, and the largest error."""
+  # The trace and the mesh of the caller are state of its thread: a thread
   # of its own computes as if nothing were.
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     try:
@@ -158,7 +158,7 @@ def _key(name, dtype, device):
 @functools.cache
 def _sources():
   """A digest of the op and its kernels: what the package's version means."""
-  package, digest = pathlib.Path(__file__).parents[2], hashlib.sha256()
+  package, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
   for layer in ("ops", "pallas", "triton"):
     for path in sorted((package / layer).rglob("*.py")):
       digest.update(path.name.encode() + b"\0" + path.read_bytes())
