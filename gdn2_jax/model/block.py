@@ -52,7 +52,7 @@ def init_mixer_cache(
 
 
 def _layer_of(kind, cache, index):
-  """What the mixer of one layer is given of the cache of all groups."""
+  """One layer's part of the cache of all groups, for its mixer."""
   if kind != "G":
     return CacheLayer(cache, index)
   return jax.tree.map(

@@ -132,7 +132,7 @@ class GDN2Config:
 
 @struct.dataclass
 class GDN2Cache:
-  """What the mixer remembers: constant in the number of tokens seen.
+  """Cache of the mixer, of a size that does not grow with the tokens.
 
   Attributes:
     state: S [B, HV, K, V], float32.

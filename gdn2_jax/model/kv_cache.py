@@ -185,7 +185,7 @@ def _last_run(runs, positions, next_position):
 
 
 def _ring_positions(part, runs, positions, slots):
-  """What all slots of all layers hold once the tokens are stored."""
+  """Positions in all slots of all layers once the tokens are stored."""
   held = part.cache.positions
   if runs is not None:  # a new document leaves nothing of the one before
     restarted = runs.max(axis=1, keepdims=True) > 1
