@@ -20,16 +20,16 @@ MAX_FILES = 12  # of a folder's own
 # is forbidden. CONTRIBUTING.md prints this table.
 ALLOWED = {
   "typing": "",
-  "target": "",
+  "kernels": "",
   "config_class": "",
   "config_json": "config_class",
   "sharding": "config_class",
   "cli": "",
   "config_flag": "cli config_class train",
   "configs": "model data eval train",
-  "pallas": "typing target",
+  "pallas": "typing kernels",
   "triton": "typing",
-  "ops": "typing target pallas triton",
+  "ops": "typing kernels pallas triton",
   "model": "typing config_class ops",
   "data": "config_class",
   "interop": "typing config_json sharding model data",
@@ -38,10 +38,10 @@ ALLOWED = {
   "eval": "typing config_class sharding model data",
   "train": "typing config_class config_json sharding model data eval inference",
   "interop.convert": "interop model data train",
-  "interop.export": "target interop ops model inference",
-  "bench": "typing target sharding pallas triton ops model data train "
+  "interop.export": "kernels interop ops model inference",
+  "bench": "typing kernels sharding pallas triton ops model data train "
   "inference analysis",
-  "aot": "typing target sharding pallas triton ops model data train",
+  "aot": "typing kernels sharding pallas triton ops model data train",
 }
 # Entry points stand above all layers and are imported by nobody.
 ENTRY_POINTS = {"convert", "export", "generate", "launch", "plan"}

@@ -140,7 +140,7 @@ _KERNELS = """
 import hashlib, json
 import jax, jax.numpy as jnp, numpy as np
 from gdn2_jax import gdn2, gdn2_step
-from gdn2_jax import target
+from gdn2_jax.kernels import target
 from gdn2_jax.ops.gdn2.fused_gates import Projections, gdn2_fused_gates
 
 PINS, OPTIONS = {}, {"implementation": "mosaic_gpu"}

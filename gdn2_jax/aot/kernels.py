@@ -20,9 +20,9 @@ from typing import Any
 
 import jax
 
-from gdn2_jax import target
 from gdn2_jax.aot import ptxas, turns
 from gdn2_jax.aot.cases import Case
+from gdn2_jax.kernels import target
 
 _DUMP = "MOSAIC_GPU_DUMP_TO"
 _MODULE = ".before_layout_inference.txt"

@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 
-from gdn2_jax import target
 from gdn2_jax.aot import ptxas, step_budget
 from gdn2_jax.aot.kernels import Reader, dumps
 from gdn2_jax.aot.topology import h100_devices
+from gdn2_jax.kernels import target
 from gdn2_jax.model.lm import LM
 from gdn2_jax.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 from gdn2_jax.train.config import TrainConfig, preflight, validate

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from gdn2_jax.ops.kernels import choice
+from gdn2_jax.kernels import choice
 
 
 def _compute_dtype(x):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.kernels import choice
 from gdn2_jax.ops.context.borders import (
   check_axis,
   from_rank,
@@ -21,7 +22,6 @@ from gdn2_jax.ops.context.borders import (
   vary,
   vary_together,
 )
-from gdn2_jax.ops.kernels import choice
 
 ACTIVATIONS = (None, "silu")
 

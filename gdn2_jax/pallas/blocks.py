@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gdn2_jax import target
+from gdn2_jax.kernels import target
 
 C = 64  # tokens of a chunk
 TILE = 64  # channels of a tile: one 128-byte row of 16-bit numbers

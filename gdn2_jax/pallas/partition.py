@@ -25,7 +25,7 @@ from jax.experimental.custom_partitioning import (
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gdn2_jax import target as kernel_target
+from gdn2_jax.kernels import target as kernel_target
 
 # Layouts of trees, as nested tuples of strings: hashable.
 Layouts = tuple[Any, ...]

@@ -28,7 +28,7 @@ from absl import flags
 from gdn2_jax import cli, config_flag
 from gdn2_jax.data.tokenizer.api import load_tokenizer
 from gdn2_jax.inference import Sampler, generate
-from gdn2_jax.pallas import self_check
+from gdn2_jax.kernels import self_check
 from gdn2_jax.train.checkpoint.manager import SaveError
 from gdn2_jax.train.config import (
   TrainConfig,

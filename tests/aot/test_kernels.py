@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gdn2_jax import target
 from gdn2_jax.aot import kernels
 from gdn2_jax.aot.__main__ import compile_kernels, compile_triton
 from gdn2_jax.aot.cases import make_case
+from gdn2_jax.kernels import target
 from tests.aot import recorded
 
 SHAPE = jax.ShapeDtypeStruct((2, 4, 128), "bfloat16")

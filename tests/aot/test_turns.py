@@ -7,9 +7,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gdn2_jax import target
 from gdn2_jax.aot import cases, kernels
 from gdn2_jax.aot.turns import sums_out_of_turn
+from gdn2_jax.kernels import target
 from gdn2_jax.pallas import blocks
 from gdn2_jax.pallas.blocks import TILE, C
 

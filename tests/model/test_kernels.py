@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gdn2_jax import target
+from gdn2_jax.kernels import target
 from gdn2_jax.model.lm import LM
 from gdn2_jax.sharding import MeshConfig, make_mesh, use_mesh
 from tests.model.models import small_config

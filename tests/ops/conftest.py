@@ -2,8 +2,7 @@
 
 import pytest
 
-from gdn2_jax.ops.kernels import choice
-from gdn2_jax.pallas import cases, self_check
+from gdn2_jax.kernels import cases, choice, self_check
 
 
 @pytest.fixture

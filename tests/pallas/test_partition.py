@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gdn2_jax import target
+from gdn2_jax.kernels import target
 from gdn2_jax.pallas.gdn2 import api as mosaic_gpu
 from gdn2_jax.pallas.partition import fingerprint, over_batch_and_heads
 from tests import kernel_stand_in, numerics

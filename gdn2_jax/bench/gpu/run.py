@@ -202,8 +202,8 @@ def _run_part(values: Any) -> None:
     # The interpreter of Mosaic GPU needs a thread per device.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-  from gdn2_jax import target
   from gdn2_jax.bench.gpu.part import Recorder, environment
+  from gdn2_jax.kernels import target
 
   path = pathlib.Path(values.rows)
   recorder = Recorder(

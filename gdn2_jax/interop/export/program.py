@@ -22,9 +22,9 @@ import numpy as np
 from jax import export, lax
 
 import gdn2_jax
-from gdn2_jax import target
 from gdn2_jax.inference.state import State, advance, init_state, read_chunk
 from gdn2_jax.interop.tree import leaf_sources, param_specs
+from gdn2_jax.kernels import target
 from gdn2_jax.model.config import ModelConfig
 
 FORMAT = "gdn2_jax-program"

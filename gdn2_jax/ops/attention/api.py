@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.kernels import choice
 from gdn2_jax.ops.attention.xla import blockwise_attention
 from gdn2_jax.ops.context.borders import check_axis, left_halo, vary
-from gdn2_jax.ops.kernels import choice
 
 IMPLEMENTATIONS = ("xla", "cudnn", "mosaic_gpu")
 

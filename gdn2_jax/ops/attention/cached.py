@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import export, lax
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.kernels.target import backend
 from gdn2_jax.ops.attention.xla import attention_and_logsumexp, product
-from gdn2_jax.target import backend
 
 # Elements of a block of keys, and of its scores. Measured on a CPU: there a
 # block is copied once, which is cheap while the copy stays in the second-level

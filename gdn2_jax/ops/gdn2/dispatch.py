@@ -7,9 +7,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from gdn2_jax.kernels import choice
 from gdn2_jax.ops.gdn2 import reference, xla_step
 from gdn2_jax.ops.gdn2 import xla as gdn2_xla
-from gdn2_jax.ops.kernels import choice
 from gdn2_jax.ops.segments import segment_starts
 
 Implementation = Literal["reference", "xla", "mosaic_gpu", "triton"]
@@ -79,7 +79,7 @@ def select_implementation(*inputs: Any, step: bool = False) -> str:
   which is not what a caller who passes float32 asks for). gdn2_step also takes
   "triton", on other NVIDIA GPUs where its package works; gdn2 never does so by
   itself. Else "xla". On first use on a device, kernels are compared with "xla"
-  (gdn2_jax.pallas.self_check) and passed over if they are wrong there.
+  (gdn2_jax.kernels.self_check) and passed over if they are wrong there.
 
   Args:
     *inputs: q, k, v, g, b and w of the call, or anything with their shapes and

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gdn2_jax.kernels import choice
 from gdn2_jax.ops.context.borders import vary_together
 from gdn2_jax.ops.gdn2 import dispatch
 from gdn2_jax.ops.gdn2.api import gdn2
 from gdn2_jax.ops.gdn2.inputs import check_segment_ids, check_state
-from gdn2_jax.ops.kernels import choice
 from gdn2_jax.ops.norm import l2_norm
 
 

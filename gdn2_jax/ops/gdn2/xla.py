@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from gdn2_jax.kernels.target import backend
 from gdn2_jax.ops.gdn2.xla_tree import (
   chunk_tree,
   chunk_tree_vjp,
@@ -37,7 +38,6 @@ from gdn2_jax.ops.gdn2.xla_tree import (
   transpose,
 )
 from gdn2_jax.ops.segments import segment_starts
-from gdn2_jax.target import backend
 
 # (starts, valid): where the state restarts, and which tokens are not padding.
 Segments = tuple[Bool[Array, "B T"], Bool[Array, "B T"]]

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import export, lax
 from jaxtyping import Array, Float
 
+from gdn2_jax.kernels.target import backend
 from gdn2_jax.ops.gdn2.xla_tree import matmul
-from gdn2_jax.target import backend
 
 # Measured: from where the states of a call no longer stay in the last-level
 # cache of a CPU, going by groups keeps each state in cache between its read and

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gdn2_jax import target
+from gdn2_jax.kernels import target
 from gdn2_jax.pallas.partition import over_batch_and_heads
 
 BLOCK = 64

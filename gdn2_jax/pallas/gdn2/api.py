@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gdn2_jax import target
+from gdn2_jax.kernels import target
 from gdn2_jax.pallas.partition import over_batch_and_heads
 
 CHUNK = 64

@@ -32,7 +32,7 @@ from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from gdn2_jax import target
+from gdn2_jax.kernels import target
 from gdn2_jax.pallas import blocks
 
 MAX_HEAD_DIM = 256  # K: 64 registers of a thread hold the state

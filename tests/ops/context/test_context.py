@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from gdn2_jax import target
+from gdn2_jax.kernels import target
 from gdn2_jax.ops.context.states import SCHEMES, choose_scheme, start_states
 from gdn2_jax.ops.gdn2.api import gdn2
 from gdn2_jax.ops.gdn2.sharded import affine_map

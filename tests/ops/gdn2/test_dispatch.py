@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdn2_jax import target
+from gdn2_jax.kernels import choice, self_check, target
 from gdn2_jax.ops.gdn2 import reference
 from gdn2_jax.ops.gdn2.api import (
   gdn2,
@@ -20,8 +20,6 @@ from gdn2_jax.ops.gdn2.api import (
   select_implementation,
   unsupported_reason,
 )
-from gdn2_jax.ops.kernels import choice
-from gdn2_jax.pallas import self_check
 from gdn2_jax.pallas.gdn2 import api as mosaic_gpu
 from tests import kernel_stand_in, numerics
 

@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gdn2_jax import target
+from gdn2_jax.kernels import choice, self_check, target
 from gdn2_jax.ops.gdn2.fused_gates import (
   Projections,
   activate,
   gdn2_fused_gates,
 )
-from gdn2_jax.ops.kernels import choice
-from gdn2_jax.pallas import self_check
 from gdn2_jax.pallas.gdn2 import api as mosaic_gpu
 from tests import kernel_stand_in, numerics
 

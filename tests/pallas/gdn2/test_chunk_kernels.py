@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
-from gdn2_jax import target
+from gdn2_jax.kernels import target
 from gdn2_jax.ops.gdn2.api import gdn2
 from gdn2_jax.pallas.gdn2 import intra, scan, scan_grad
 from tests import numerics

@@ -10,7 +10,7 @@ from jax._src.core import jaxprs_in_params
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax._src.state.types import WriteEffect
 
-from gdn2_jax import target
+from gdn2_jax.kernels import target
 from gdn2_jax.pallas.gdn2 import step
 from tests import numerics
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdn2_jax.pallas.self_check import Case
+from gdn2_jax.kernels.self_check import Case
 
 # Long enough that rings of buffers are used again; the end is padding.
 _B, _T, _H, _CHANNELS = 2, 313, 4, 128

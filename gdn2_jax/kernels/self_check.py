@@ -159,7 +159,7 @@ def _key(name, dtype, device):
 def _sources():
   """A digest of the op and its kernels: what the package's version means."""
   package, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
-  for layer in ("ops", "pallas", "triton"):
+  for layer in ("kernels", "ops", "pallas", "triton"):
     for path in sorted((package / layer).rglob("*.py")):
       digest.update(path.name.encode() + b"\0" + path.read_bytes())
   return digest.hexdigest()[:16]

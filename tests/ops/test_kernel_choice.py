@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from gdn2_jax.kernels import choice, self_check
 from gdn2_jax.ops import norm
 from gdn2_jax.ops import short_conv as conv
 from gdn2_jax.ops.attention.api import sliding_window_attention
 from gdn2_jax.ops.attention.xla import blockwise_attention
-from gdn2_jax.ops.kernels import choice
 from gdn2_jax.ops.norm import gated_rms_norm
 from gdn2_jax.ops.short_conv import short_conv
-from gdn2_jax.pallas import gated_norm, self_check
+from gdn2_jax.pallas import gated_norm
 from gdn2_jax.pallas import short_conv as conv_kernels
 from gdn2_jax.pallas.attention import api as attention_kernels
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from gdn2_jax import target
+from gdn2_jax.kernels import cases, self_check, target
 
 HOPPER = "9.0"
 IMPLEMENTATIONS = ("xla", "mosaic_gpu")
@@ -47,8 +47,6 @@ def is_right_here(
   """self_check.passes with that case on the device of a call on x."""
   if not target.needs_device():
     return True
-  from gdn2_jax.pallas import cases, self_check
-
   make_case = getattr(cases, case)
   return self_check.passes(
     name, run, reference, make_case, x.dtype, device_of(x)

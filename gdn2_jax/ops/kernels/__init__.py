@@ -1,1 +1,0 @@
-"""Choice among GPU kernels, by device and call."""
