@@ -1,4 +1,4 @@
-"""Scores a trained model on its validation text, next to n-gram baselines.
+"""Evaluates a trained model and n-gram baselines on the validation text.
 
   python -m gdn2_jax.eval --workdir=runs/tiny
   python -m gdn2_jax.eval --workdir=runs/tiny --lengths=1,2,4,8 --batches=0
@@ -6,13 +6,12 @@
 
 Prints one table (nats/token, bits/byte, perplexity): the model with rows of
 1x, 2x, 4x the training length, a unigram and a Kneser-Ney bigram, all on the
-same targets; then the loss by position in the document. All devices share the
-batch. Exit status: 0 done, 1 refused (the reason is on standard error).
+same targets; then the loss by position in the document. The batch is sharded
+over all devices. Exit status: 0 done, 1 refused (reason on standard error).
 """
 
 import dataclasses
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -20,6 +19,7 @@ import tqdm
 from absl import flags
 
 from gdn2_jax import cli
+from gdn2_jax.data.files import write_atomic
 from gdn2_jax.data.pipeline import open_dataset
 from gdn2_jax.eval.ngram import ngram_baselines
 from gdn2_jax.eval.perplexity import (
@@ -35,7 +35,7 @@ from gdn2_jax.train.checkpoint.manager import Run, load_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
 _STEP = flags.DEFINE_integer(
-  "step", None, "Which checkpoint; by default the newest."
+  "step", None, "Step of the checkpoint to load; by default the newest."
 )
 _LENGTHS = flags.DEFINE_list(
   "lengths",
@@ -45,13 +45,12 @@ _LENGTHS = flags.DEFINE_list(
 _BATCHES = flags.DEFINE_integer(
   "batches",
   None,
-  "Batches of the training length to score; 0 = the whole split; by default "
-  "the run's.",
+  "Number of batches to score; 0 = the whole split; by default the run's.",
 )
 _BATCH_SIZE = flags.DEFINE_integer(
-  "batch_size", None, "Rows of a batch; by default the run's."
+  "batch_size", None, "Rows per batch; by default the run's."
 )
-_JSON = flags.DEFINE_string("json", None, "Also write the results here.")
+_JSON = flags.DEFINE_string("json", None, "JSON file to write the results to.")
 
 
 def main(argv: list[str]) -> None:
@@ -65,7 +64,13 @@ def main(argv: list[str]) -> None:
     with use_mesh(mesh):
       reports = _evaluate(run, dataset, _config(run.config.eval))
     if _JSON.value:
-      _write_json(run, reports)
+      content = {
+        "workdir": str(_WORKDIR.value),
+        "step": run.step,
+        "results": [report.to_json() for report in reports],
+      }
+      data = json.dumps(content, indent=2) + "\n"
+      write_atomic(pathlib.Path(_JSON.value), data.encode())
   print(f"{_WORKDIR.value}, step {run.step}\n\n{format_table(reports)}")
   models = [report for report in reports if report.by_position]
   longest = max(models, key=lambda report: report.seq_len)
@@ -87,13 +92,13 @@ def _check_flags() -> None:
       f"--lengths={','.join(_LENGTHS.value)}: expected whole numbers >= 1, as "
       "in --lengths=1,2,4"
     )
-  # Before the evaluation, not after it.
+  # Checked before the evaluation, which takes long.
   if _JSON.value and not pathlib.Path(_JSON.value).absolute().parent.is_dir():
     raise ValueError(f"--json={_JSON.value}: its folder does not exist")
 
 
 def _config(config: EvalConfig) -> EvalConfig:
-  """The run's own settings, changed by the flags that were given."""
+  """Applies the flags to the settings of the run."""
   changes: dict[str, Any] = {
     "batches": _BATCHES.value,
     "batch_size": _BATCH_SIZE.value,
@@ -131,19 +136,6 @@ def _evaluate(run: Run, dataset, config: EvalConfig) -> list[LossReport]:
       rows=config.batches * config.batch_size or None,
       on_batch=bar.update,
     )
-
-
-def _write_json(run: Run, reports: list[LossReport]) -> None:
-  """Writes the file in one piece: another program never reads half of it."""
-  content = {
-    "workdir": str(_WORKDIR.value),
-    "step": run.step,
-    "results": [report.to_json() for report in reports],
-  }
-  path = pathlib.Path(_JSON.value)
-  part = path.with_name(f"{path.name}.{os.getpid()}.part")
-  part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-  part.replace(path)
 
 
 if __name__ == "__main__":

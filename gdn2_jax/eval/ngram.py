@@ -1,8 +1,8 @@
-"""Unigram and bigram baselines on exactly the targets the model is scored on.
+"""Unigram and bigram baselines on the targets that the model is scored on.
 
-A loss means little alone: the unigram says what token frequencies buy, the
-bigram what one token of context buys. Both are normalised distributions over
-the whole vocabulary, fitted on the training tokens. NumPy only.
+The unigram is the loss of token frequencies alone, the bigram that of one token
+of context. Both are normalised distributions over the whole vocabulary, fitted
+on the training tokens. NumPy only.
 """
 
 from collections.abc import Callable
@@ -15,15 +15,7 @@ from gdn2_jax.eval.targets import validation_batches
 
 
 class Unigram:
-  """p(w) = (c(w) + 1) / (N + VOCAB), add-one smoothing.
-
-  Args:
-    targets: [N] token ids in [0, vocab_size).
-    vocab_size: VOCAB.
-
-  Raises:
-    ValueError: an id outside the vocabulary.
-  """
+  """Add-one smoothing, p(w) = (c(w) + 1) / (N + VOCAB)."""
 
   def __init__(self, targets: Integer[np.ndarray, " N"], vocab_size: int):
     _check_ids("targets", targets, vocab_size)
@@ -35,7 +27,7 @@ class Unigram:
     contexts: Integer[np.ndarray, " N"],
     targets: Integer[np.ndarray, " N"],
   ) -> Float[np.ndarray, " N"]:
-    """Returns -ln p(target), [N] float64; the contexts are not used."""
+    """Returns -ln p(target), [N] float64."""
     del contexts
     return -np.log(self.probabilities[targets])
 
@@ -46,14 +38,6 @@ class Bigram:
   p(w | u) = (c(u, w) - D(c(u, w))) / c(u) + lambda(u) p1(w), where p1 counts
   the distinct contexts of w instead of its occurrences, is discounted in the
   same way, and falls back to 1 / VOCAB. An unseen u gives p1.
-
-  Args:
-    contexts: [N] the token before each target.
-    targets: [N] token ids in [0, vocab_size).
-    vocab_size: VOCAB.
-
-  Raises:
-    ValueError: an id outside the vocabulary, or different lengths.
   """
 
   def __init__(
@@ -77,7 +61,7 @@ class Bigram:
 
     distinct_contexts = np.bincount(w, minlength=vocab_size)
     self._lower = _discounted(distinct_contexts)
-    # Mass taken off the seen tokens, spread evenly; all of it if none is.
+    # The discounted mass is spread evenly; all of it if nothing was counted.
     self._lower += (1.0 - self._lower.sum()) / vocab_size
 
     discounts = _discounts(counts)[np.minimum(counts, 3)]
@@ -115,13 +99,8 @@ class Bigram:
 def training_pairs(
   tokens: Integer[np.ndarray, " N"], eos_id: int
 ) -> tuple[Integer[np.ndarray, " P"], Integer[np.ndarray, " P"]]:
-  """Returns the (context, target) pairs that lie inside one document.
-
-  Args:
-    tokens: [N] documents one after the other, `eos_id` after each.
-    eos_id: what ends a document; a pair that starts with it is left out, as
-      the model's loss mask leaves it out.
-  """
+  """Returns the (context, target) pairs that lie inside one document."""
+  # A pair that starts with eos_id has loss_mask 0 for the model, too.
   contexts = np.asarray(tokens[:-1], np.int64)
   targets = np.asarray(tokens[1:], np.int64)
   inside = contexts != eos_id
@@ -136,19 +115,7 @@ def ngram_baselines(
   rows: int | None = None,
   on_batch: Callable[[], object] | None = None,
 ) -> list[LossReport]:
-  """Fits on the training tokens and scores the model's validation targets.
-
-  Args:
-    dataset: gives train_tokens(), tokenizer, validation_batches(...) and
-      validation_bytes_per_token.
-    seq_len: tokens of a row; decides which targets are scored.
-    batch_size: rows read at a time; does not change the result.
-    rows: validation rows scored, from the first; None = all.
-    on_batch: called after each batch, for a progress bar.
-
-  Returns:
-    The reports "unigram" and "bigram (Kneser-Ney)".
-  """
+  """Fits both baselines and scores the first `rows` validation rows."""
   vocab_size = dataset.tokenizer.vocab_size
   contexts, targets = training_pairs(
     dataset.train_tokens(), dataset.tokenizer.eos_id
@@ -187,12 +154,12 @@ def ngram_baselines(
 
 
 def _pair_keys(contexts, targets, vocab_size: int):
-  """One int64 per pair; sorts by context, then by target."""
+  """Encodes each pair as one int64; sorts by context, then by target."""
   return np.asarray(contexts, np.int64) * vocab_size + targets
 
 
 def _discounted(counts):
-  """(c - D(c)) / sum c for each token; all zeros where nothing was counted."""
+  """Discounted frequencies (c - D(c)) / sum c; zeros if sum c is 0."""
   if not counts.sum():
     return np.zeros(len(counts))
   kept = counts - _discounts(counts[counts > 0])[np.minimum(counts, 3)]
@@ -200,10 +167,11 @@ def _discounted(counts):
 
 
 def _discounts(counts):
-  """Returns [0, D1, D2, D3+] from how many counts are 1, 2, 3 and 4.
+  """Returns the discounts [0, D1, D2, D3+].
 
-  D_r = r - (r + 1) Y n_{r+1} / n_r with Y = n_1 / (n_1 + 2 n_2). Text far
-  too short for that gives values outside (0, r); those become r / 2.
+  D_r = r - (r + 1) Y n_{r+1} / n_r with Y = n_1 / (n_1 + 2 n_2) and n_r the
+  number of counts that are r. Values outside (0, r), which very short text
+  gives, become r / 2.
   """
   n = np.bincount(np.minimum(counts, 5), minlength=6).astype(np.float64)
   y = n[1] / (n[1] + 2 * n[2]) if n[1] else 0.0

@@ -20,12 +20,12 @@ _FIRST_BUCKET = 32  # positions of the first bucket of the loss by position
 
 @config_class
 class EvalConfig:
-  """How much to evaluate, and when.
+  """Amount and schedule of the evaluation.
 
   Attributes:
-    every_steps: evaluate each so many training steps; 0 = only at the end.
+    every_steps: training steps between evaluations; 0 = only at the end.
     batches: batches of the 1x length that one evaluation scores.
-    batch_size: rows of a batch at the 1x length.
+    batch_size: rows per batch at the 1x length.
     length_multiples: row lengths, as multiples of the training length.
   """
 
@@ -46,26 +46,10 @@ def evaluate_loss(
   name: str = "model",
   on_batch: Callable[[], object] | None = None,
 ) -> LossReport:
-  """Mean loss over the unmasked validation targets, every one weighing 1.
+  """Mean loss over the first `tokens` validation targets that are unmasked.
 
-  Runs on the mesh that `gdn2_jax.sharding.use_mesh` installs, or on one
-  device. Losses are float32 per target and summed in float64.
-
-  Args:
-    config: of the model.
-    params: unboxed parameters, sharded in any way.
-    dataset: gives validation_batches and validation_bytes_per_token.
-    seq_len: tokens of a row.
-    batch_size: rows of a batch; changes memory and time, not the result.
-    tokens: score only the first so many tokens of the split; None = all.
-    name: row label of the report.
-    on_batch: called after each batch, for a progress bar.
-
-  Returns:
-    The report, with the loss by position.
-
-  Raises:
-    ValueError: a size below 1, or nothing to score.
+  Runs on the mesh that `gdn2_jax.sharding.use_mesh` installs, or on one device.
+  Losses are float32 per target and summed in float64.
   """
   batches = validation_batches(
     dataset, seq_len=seq_len, batch_size=batch_size, tokens=tokens
@@ -98,25 +82,11 @@ def evaluate_lengths(
   config: EvalConfig,
   on_batch: Callable[[], object] | None = None,
 ) -> list[LossReport]:
-  """The loss with rows of 1x, 2x, 4x, ... the training length.
+  """Loss with rows of 1x, 2x, 4x, ... the training length `seq_len`.
 
-  Every length scores the same targets: the first batches * batch_size *
-  seq_len tokens of the validation split. Only the context in front of them
-  differs, so a model that does not extrapolate shows as a higher loss.
-
-  Args:
-    model_config: of the model.
-    params: unboxed parameters, sharded in any way.
-    dataset: gives validation_batches and validation_bytes_per_token.
-    seq_len: the training length, 1x.
-    config: how much to score; batches=0 scores the whole split.
-    on_batch: called after each batch.
-
-  Returns:
-    One report per multiple, named "model 1x (256)" and so on.
-
-  Raises:
-    ValueError: a multiple below 1, or as `evaluate_loss`.
+  Every length scores the same targets, the first batches * batch_size * seq_len
+  of the validation split. Only the context in front of them differs, so a model
+  that does not extrapolate shows a higher loss.
   """
   for multiple in config.length_multiples:
     if multiple < 1:
@@ -139,12 +109,12 @@ def evaluate_lengths(
 
 
 def scored_tokens(config: EvalConfig, seq_len: int) -> int | None:
-  """Tokens of the split that an evaluation scores; None = all."""
+  """Number of validation tokens that an evaluation scores; None = all."""
   return config.batches * config.batch_size * seq_len or None
 
 
 def rows_per_batch(config: EvalConfig, multiple: int) -> int:
-  """Rows of a batch at a length multiple: as many tokens as at 1x."""
+  """Rows per batch at a length multiple, for as many tokens as at 1x."""
   return max(1, config.batch_size // multiple)
 
 
@@ -155,14 +125,14 @@ def _token_losses(params, inputs, targets, segment_ids, *, config):
   )
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.empty:
-    # Every process reads all of it.
+    # Replicated, because every process reads all losses.
     spec = jax.sharding.PartitionSpec()
     nll = jax.lax.with_sharding_constraint(nll, spec)
   return nll.astype(jnp.float32)
 
 
 def _losses(config, params, batch) -> np.ndarray:
-  """[B, T] nats of every target, masked ones included."""
+  """Nats of every target [B, T], masked ones included."""
   rows = len(batch["inputs"])
   mesh = jax.sharding.get_mesh()
   parts = 1 if mesh.empty else shards_of("batch", mesh.shape)
@@ -171,13 +141,13 @@ def _losses(config, params, batch) -> np.ndarray:
     np.pad(batch[name], ((0, padding), (0, 0)))
     for name in ("inputs", "targets", "segment_ids")
   ]
-  # Explicit, because a training loop forbids implicit transfers.
+  # device_put, because the training loop forbids implicit transfers.
   arrays = jax.device_put(arrays, None if mesh.empty else batch_sharding(mesh))
   return jax.device_get(_token_losses(params, *arrays, config=config))[:rows]
 
 
 def _by_position(nats_T, count_T) -> tuple[PositionLoss, ...]:
-  """Buckets [0, 32), [32, 64), [64, 128), ... that hold any target."""
+  """Splits the loss into positions [0, 32), [32, 64), [64, 128), ..."""
   buckets = []
   start, stop = 0, _FIRST_BUCKET
   while start < len(nats_T):

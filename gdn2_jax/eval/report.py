@@ -1,4 +1,4 @@
-"""One measured loss, and the text table that puts several side by side."""
+"""Loss reports, and their text tables."""
 
 import dataclasses
 import math
@@ -7,11 +7,7 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PositionLoss:
-  """Mean loss over the targets whose position lies in [start, stop).
-
-  Position t of a document is predicted from the t + 1 tokens up to it, so
-  the bucket says how much context the prediction had.
-  """
+  """Mean loss of targets at positions [start, stop) of their documents."""
 
   start: int
   stop: int
@@ -24,13 +20,13 @@ class LossReport:
   """Held-out loss of one predictor.
 
   Attributes:
-    name: the row label of the table.
+    name: row label in the table.
     nats_per_token: mean of -ln p(target) over the scored targets.
-    bits_per_byte: the same loss per UTF-8 byte of the text, comparable
-      across tokenizers.
+    bits_per_byte: the same loss per UTF-8 byte of the text, comparable between
+      tokenizers.
     tokens: number of scored targets.
-    seq_len: tokens of one row, the longest context a prediction can have.
-    by_position: the loss split by position in the document; may be empty.
+    seq_len: tokens per row, the longest possible context.
+    by_position: loss by position in the document; may be empty.
   """
 
   name: str
@@ -42,14 +38,14 @@ class LossReport:
 
   @property
   def perplexity(self) -> float:
-    """exp(nats per token); inf where that passes the float range."""
+    """exp(nats per token); inf beyond the range of floats."""
     try:
       return math.exp(self.nats_per_token)
     except OverflowError:
       return math.inf
 
   def to_json(self) -> dict:
-    """Returns plain numbers and strings, perplexity included."""
+    """Returns all fields and the perplexity as JSON values."""
     return dataclasses.asdict(self) | {"perplexity": self.perplexity}
 
 
@@ -62,11 +58,7 @@ def make_report(
   bytes_per_token: float,
   by_position: tuple[PositionLoss, ...] = (),
 ) -> LossReport:
-  """Builds a report from summed nats over `tokens` scored targets.
-
-  Raises:
-    ValueError: no target was scored, or bytes_per_token is not positive.
-  """
+  """Makes a report from summed nats over `tokens` scored targets."""
   if tokens < 1:
     raise ValueError(
       f"{name}: no target to score (tokens={tokens}); the validation split "
@@ -88,10 +80,7 @@ def make_report(
 
 
 def format_table(reports: Sequence[LossReport]) -> str:
-  """Formats reports as an aligned text table, one row each, no final newline.
-
-  Columns: name, nats/token, bits/byte, perplexity, tokens.
-  """
+  """Formats reports as an aligned text table, one row each."""
   header = ("", "nats/token", "bits/byte", "perplexity", "tokens")
   rows = [
     (

@@ -16,30 +16,11 @@ Batch = dict[str, np.ndarray]
 def validation_batches(
   dataset, *, seq_len: int, batch_size: int, tokens: int | None = None
 ) -> Iterator[Batch]:
-  """The validation split in order, masked beyond its first `tokens` tokens.
-
-  Args:
-    dataset: gives validation_batches(seq_len, batch_size): dicts of arrays
-      [batch_size, seq_len], in the order of the text.
-    seq_len: tokens of a row.
-    batch_size: rows of a batch.
-    tokens: tokens of the stream that count; None = all.
-
-  Returns:
-    Batches of one shape whose loss_mask is 0 beyond the limit; none that lies
-    beyond it altogether.
-
-  Raises:
-    ValueError: seq_len, batch_size or tokens below 1.
-  """
+  """Yields validation batches in order; loss_mask is 0 beyond `tokens`."""
   sizes = {"seq_len": seq_len, "batch_size": batch_size, "tokens": tokens}
   for name, value in sizes.items():
     if value is not None and value < 1:
       raise ValueError(f"{name}={value}: expected >= 1")
-  return _batches(dataset, seq_len, batch_size, tokens)
-
-
-def _batches(dataset, seq_len, batch_size, tokens):
   limit = math.inf if tokens is None else tokens
   shape = (batch_size, seq_len)
   first = 0
@@ -56,7 +37,7 @@ def _batches(dataset, seq_len, batch_size, tokens):
 def num_batches(
   dataset, *, seq_len: int, batch_size: int, tokens: int | None = None
 ) -> int:
-  """How many batches `validation_batches` gives; for progress bars."""
+  """Number of batches that `validation_batches` yields."""
   pairs = max(len(dataset.validation_tokens()) - 1, 0)
   pairs = pairs if tokens is None else min(pairs, tokens)
   return math.ceil(math.ceil(pairs / seq_len) / batch_size)
