@@ -1,7 +1,6 @@
-"""Figures of the gates over text and of how long channels remember.
+"""Figures of the gates over text and of half-lives.
 
-One colour per gate throughout: decay blue, erase orange, write green; within a
-panel only lightness varies.
+One colour per gate: decay blue, erase orange, write green.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
 from gdn2_jax.analysis import style
 from gdn2_jax.analysis.gates import LayerGates, effective_memory, half_life
@@ -24,7 +23,7 @@ _LABEL_CHARS = 12
 
 @dataclasses.dataclass(frozen=True)
 class _Panel:
-  """One heat map: values [rows, tokens]."""
+  """Heat map of values [rows, tokens]."""
 
   title: str
   colors: str
@@ -35,11 +34,11 @@ class _Panel:
 def heads_over_tokens(
   records: Sequence[LayerGates], tokens: Sequence[str]
 ) -> Figure:
-  """Decay, erase and write of every head, mean over its channels.
+  """Draws decay, erase and write of every head, mean over its channels.
 
   Args:
-    records: of the layers; row 0 of the batch is drawn.
-    tokens: how to write each of the first tokens; as many are drawn.
+    records: records of the layers; row 0 of the batch is drawn.
+    tokens: labels of the first tokens; as many tokens are drawn.
   """
   n = len(tokens)
   # The mean of g, not of the half-lives: decays multiply.
@@ -69,16 +68,15 @@ def heads_over_tokens(
 def channels_over_tokens(
   record: LayerGates, head: int, tokens: Sequence[str]
 ) -> Figure:
-  """Decay, erase and write of every channel of one key head.
+  """Draws decay, erase and write of every channel of one key head.
 
-  In each panel the channels are sorted by their mean over the tokens drawn,
-  the largest on top. Of the value heads that share the key head the first is
-  drawn.
+  Channels are sorted by their mean over the tokens drawn, the largest on top.
+  Of the value heads that share the key head the first is drawn.
 
   Args:
-    record: of one layer; row 0 of the batch is drawn.
-    head: which key head.
-    tokens: how to write each of the first tokens; as many are drawn.
+    record: record of one layer; row 0 of the batch is drawn.
+    head: index of the key head.
+    tokens: labels of the first tokens; as many tokens are drawn.
   """
   n = len(tokens)
   value_head = head * (record.v.shape[2] // record.k.shape[2])
@@ -106,13 +104,13 @@ def memory_spans(
   marks: Mapping[str, int],
   segment_ids: Int[np.ndarray, "B T"] | None = None,
 ) -> Figure:
-  """Half-life of every key channel, by head, one row of dots per model.
+  """Draws the half-life of every key channel, one row of dots per model.
 
   Args:
     models: name -> records of the same layers over the same tokens; at most
       three.
-    marks: name -> tokens, drawn as vertical lines.
-    segment_ids: [B, T], to leave padding out.
+    marks: name -> number of tokens, drawn as vertical lines.
+    segment_ids: [B, T]; padding (0) is left out.
   """
   heads = _head_names(next(iter(models.values())), "k")
   height = 1.7 + 0.3 * len(heads) * (len(models) + 0.5)
@@ -143,8 +141,8 @@ def memory_spans(
   axes.invert_yaxis()
   centres = (len(models) + 0.5) * np.arange(len(heads)) + (len(models) - 1) / 2
   axes.set_yticks(centres, heads)
-  axes.set_xlabel("half-life over the text (tokens)", color=style.INK)
-  axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+  style.label(axes, x="half-life over the text (tokens)")
+  axes.xaxis.set_major_formatter(style.plain_numbers())
   style.tidy(axes, "x")
   _draw_marks(axes, marks)
   style.legend_below(figure, len(models))
@@ -154,8 +152,8 @@ def memory_spans(
 def _draw_marks(axes: Axes, marks: Mapping[str, int]) -> None:
   ordered = sorted(marks.items(), key=lambda mark: mark[1])
   for i, (name, tokens) in enumerate(ordered):
-    axes.axvline(tokens, color=style.INK, lw=0.9, linestyle=style.DASHED)
-    # Neighbouring lines may be close: their labels point away from each other.
+    style.mark(axes, tokens)
+    # Lines may be close, so the last label stands on the other side.
     side = -1 if i < len(ordered) - 1 else 1
     axes.annotate(
       f"{name}\n{tokens:,} tokens",
@@ -182,19 +180,19 @@ def _head_names(records: Sequence[LayerGates], symbol: str) -> list[str]:
 
 
 def _panels(g: np.ndarray, b: np.ndarray, w: np.ndarray) -> tuple[_Panel, ...]:
-  """Panels of arrays [rows, tokens]; erase and write share their range."""
+  """Makes panels of arrays [rows, tokens]; b and w share their range."""
   spans = half_life(g)
   finite = spans[np.isfinite(spans)]
   if not len(finite):
     finite = np.ones(1)
-  # Whole steps around all but the outermost values.
+  # The 1st to the 99th percentile, rounded outwards to half decades.
   low, high = np.percentile(np.log10(finite), [1, 99])
   low, high = math.floor(2 * low) / 2, math.floor(2 * high) / 2 + 0.5
   log = LogNorm(10**low, 10**high)
   bottom, top = np.percentile(np.concatenate([b.ravel(), w.ravel()]), [1, 99])
   unit = Normalize(math.floor(10 * bottom) / 10, math.floor(10 * top + 1) / 10)
   title = "decay: half-life ln 2 / -g (tokens)"
-  # Without any decay a channel remembers for ever: the darkest colour.
+  # An infinite half-life gets the darkest colour.
   spans = np.where(np.isfinite(spans), spans, 10 * log.vmax)
   return (
     _Panel(title, "Blues", log, spans),
@@ -211,7 +209,7 @@ def _draw(figure: Figure, axes: Axes, panel: _Panel) -> None:
     aspect="auto",
     interpolation="nearest",
   )
-  axes.set_title(panel.title, color=style.INK, fontsize=10, loc="left")
+  style.label(axes, panel.title)
   below = panel.values.min() < panel.norm.vmin
   above = panel.values.max() > panel.norm.vmax
   bar = figure.colorbar(
@@ -223,7 +221,7 @@ def _draw(figure: Figure, axes: Axes, panel: _Panel) -> None:
   )
   if isinstance(panel.norm, LogNorm):
     bar.ax.yaxis.set_minor_locator(NullLocator())
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+    bar.ax.yaxis.set_major_formatter(style.plain_numbers())
   bar.outline.set_visible(False)
   for part in (axes, bar.ax):
     part.tick_params(colors=style.MUTED, length=0, labelsize=8)
@@ -237,7 +235,7 @@ def _width_for(tokens: int) -> float:
 
 def _label_tokens(axes: Axes, tokens: Sequence[str]) -> None:
   axes.set_xticks(range(len(tokens)))
-  # Text may hold dollars, which are not mathematics here.
+  # parse_math=False: a dollar in the text is no formula.
   axes.set_xticklabels(
     [_visible(token) for token in tokens],
     rotation=90,
@@ -250,7 +248,7 @@ def _label_tokens(axes: Axes, tokens: Sequence[str]) -> None:
 
 def _visible(token: str) -> str:
   text = token.replace("\n", "\\n").replace("\t", "\\t")
-  # A space that begins a word is shown by the gap between labels alone.
+  # Only a token of nothing but spaces shows them.
   text = text.strip(" ") or "\u2423" * len(text)
   if len(text) <= _LABEL_CHARS:
     return text
