@@ -8,37 +8,40 @@ import stat
 from collections.abc import Iterable
 from typing import Any
 
+# Endings of files that can run code when they are read.
+PICKLES = (
+  ".bin",
+  ".ckpt",
+  ".joblib",
+  ".pickle",
+  ".pkl",
+  ".pt",
+  ".pth",
+  ".tar",
+)
 _MAX_JSON_BYTES = 64 << 20
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
-  """A JSON object from a file, no field twice.
-
-  Raises:
-    FileNotFoundError: no such file.
-    ValueError: larger than 64 MiB, or not such a file.
-  """
+  """A JSON object from a file of at most 64 MiB."""
   path = pathlib.Path(path)
   size = regular_size(path)
   if size > _MAX_JSON_BYTES:
-    raise ValueError(f"{path}: {size:,} bytes of JSON")
+    raise ValueError(
+      f"{path}: {size:,} bytes of JSON, expected at most {_MAX_JSON_BYTES:,}"
+    )
   return parse_json(path.read_bytes(), path)
 
 
 def is_plain_name(name: Any) -> bool:
-  """Whether this names a file in a folder, and cannot name one outside."""
+  """True for a name that cannot leave its folder."""
   return isinstance(name, str) and bool(
     re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name)
   )
 
 
 def regular_size(path: pathlib.Path) -> int:
-  """Bytes of a file.
-
-  Raises:
-    FileNotFoundError: no such file.
-    ValueError: a folder or a device.
-  """
+  """Bytes of a file; a folder or a device is refused."""
   if not path.exists():
     raise FileNotFoundError(f"{path}: no such file")
   found = path.stat()
@@ -48,11 +51,7 @@ def regular_size(path: pathlib.Path) -> int:
 
 
 def parse_json(data: bytes, path: pathlib.Path) -> dict[str, Any]:
-  """A JSON object in which no field occurs twice.
-
-  Raises:
-    ValueError: it is none; `path` says of what.
-  """
+  """A JSON object without repeated fields; `path` is for messages."""
 
   def no_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found = {}

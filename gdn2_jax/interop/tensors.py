@@ -1,15 +1,11 @@
-"""Safetensors files, read and written as if the other side were hostile.
+"""Safetensors files and shards, read and written.
 
-The `safetensors` library does the parsing and the serialising. In front of it
-stand the checks that it leaves out: sizes before anything is read, names that
-occur twice, dtypes we have, and shards that lie where their index does. Nothing
-here unpickles; links are followed, because download caches are made of them.
+Nothing here unpickles. Links are followed: download caches are made of them.
 """
 
 import json
 import os
 import pathlib
-import re
 import struct
 import uuid
 from collections.abc import Collection, Mapping
@@ -20,25 +16,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from gdn2_jax.data.files import sync_folder, write_atomic
-from gdn2_jax.interop.disk import read_json
+from gdn2_jax.interop.disk import is_plain_name, read_json
 from gdn2_jax.interop.header import DTYPES, Entry, read_header
 
 INDEX_SUFFIX = ".safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
-
 
 def open_tensors(path: str | os.PathLike) -> dict[str, Entry]:
-  """The tensors of a file, or of all the shards of an index, not read yet.
-
-  Args:
-    path: *.safetensors, or *.safetensors.index.json beside its shards.
-
-  Raises:
-    FileNotFoundError: the file or a shard is missing.
-    ValueError: as `read_header`, or the index and its shards disagree.
-  """
+  """Tensors of a file or of the shards of an index, unread."""
   path = pathlib.Path(path)
   if not path.name.endswith(".json"):
     return read_header(path).tensors
@@ -59,15 +45,19 @@ def open_tensors(path: str | os.PathLike) -> dict[str, Entry]:
 def load_tensors(
   path: str | os.PathLike, names: Collection[str] | None = None
 ) -> dict[str, np.ndarray]:
-  """Reads tensors of a file or of an index; arguments as `open_tensors`.
+  """Reads tensors of a file, or of the shards of an index.
 
   Args:
-    path: *.safetensors, or *.safetensors.index.json.
-    names: which ones; None reads all.
+    path: *.safetensors, or *.safetensors.index.json beside its shards.
+    names: tensors to read; None reads all.
+
+  Returns:
+    NumPy arrays by name.
 
   Raises:
     FileNotFoundError: the file or a shard is missing.
-    ValueError: as `open_tensors`, or a name is not there.
+    ValueError: as `read_header`, the index and its shards disagree, or a name
+      is not there.
   """
   entries = open_tensors(path)
   wanted = entries if names is None else names
@@ -82,10 +72,10 @@ def save_tensors(
   tensors: Mapping[str, Any],
   metadata: Mapping[str, Any] | None = None,
 ) -> None:
-  """Writes one file, whole or not at all; equal input gives equal bytes.
+  """Writes one file atomically; equal input gives equal bytes.
 
   Args:
-    path: to write; an existing file is replaced.
+    path: of the file; an existing one is replaced.
     tensors: arrays by name, any that NumPy can see.
     metadata: text to store with them.
 
@@ -125,20 +115,7 @@ def save_shards(
   *,
   max_bytes: int = SHARD_BYTES,
 ) -> list[str]:
-  """Writes model.safetensors, or shards and an index if it is too large.
-
-  Args:
-    folder: to write to.
-    tensors: arrays by name; shards keep their order.
-    metadata: stored in every shard.
-    max_bytes: tensors that a file may hold; a larger tensor gets its own.
-
-  Returns:
-    Names of the files.
-
-  Raises:
-    ValueError: as `save_tensors`, or max_bytes < 1.
-  """
+  """Writes model.safetensors, or shards and an index; returns their names."""
   if max_bytes < 1:
     raise ValueError(f"max_bytes={max_bytes}: expected >= 1")
   folder = pathlib.Path(folder)
@@ -169,12 +146,7 @@ def save_shards(
 
 
 def find_weights(folder: str | os.PathLike) -> pathlib.Path:
-  """The model.safetensors of a folder, or the index of its shards.
-
-  Raises:
-    FileNotFoundError: neither is there.
-    ValueError: both are.
-  """
+  """The model.safetensors of a folder, or the index of its shards."""
   folder = pathlib.Path(folder)
   names = ("model.safetensors", "model" + INDEX_SUFFIX)
   found = [folder / name for name in names if (folder / name).is_file()]
@@ -190,7 +162,7 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
   if not isinstance(placed, dict) or not placed:
     raise ValueError(f"{path}: expected a weight_map of shards by tensor")
   for name, shard in placed.items():
-    if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
+    if not is_plain_name(shard) or not shard.endswith(".safetensors"):
       raise ValueError(
         f"{path}: weight_map[{name!r}]={shard!r}: expected the plain name of a "
         ".safetensors file in the same folder"
@@ -213,7 +185,7 @@ def _storable(name: Any, value: Any) -> np.ndarray:
 
 
 def _sort_metadata(file: Any) -> None:
-  """The library writes metadata in random order; this puts it in order."""
+  """Orders the metadata, which the library writes in random order."""
   (length,) = struct.unpack("<Q", file.read(8))
   header = json.loads(file.read(length))
   if "__metadata__" in header:

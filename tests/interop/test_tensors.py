@@ -14,6 +14,7 @@ from gdn2_jax.interop import tensors as files
 from gdn2_jax.interop.header import DTYPES
 
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+ONE_TEXT = json.dumps(ONE).encode()
 FOUR = b"\0" * 4
 
 
@@ -124,64 +125,50 @@ def test_what_the_format_cannot_hold(tmp_path, tensors, metadata, match):
   assert not list(tmp_path.iterdir())
 
 
+# Refused by the library but for the last four, which it lets pass.
 BAD = {
-  "not an object": ([], b"", "JSON object"),
-  "not JSON": (b'{"a":', b"", "unreadable"),
-  "not UTF-8": (b'{"\xff":1}', b"", "unreadable"),
-  "deep": (b"[" * 100_000, b"", "unreadable"),
-  "twice": (
-    b'{"a":%b,"a":%b}' % ((json.dumps(ONE).encode(),) * 2),
-    FOUR,
-    "'a' occurs twice",
-  ),
-  "trailing bytes": ({"a": ONE}, FOUR + b"\0", "5 bytes of tensors"),
+  "not JSON": (b'{"a":', b"", "invalid JSON"),
+  "trailing bytes": ({"a": ONE}, FOUR + b"\0", "something was added"),
   "truncated": ({"a": ONE}, FOUR[:3], "truncated"),
-  "overlap": ({"a": ONE, "b": ONE}, FOUR, "overlapping"),
-  "hole": ({"a": ONE | {"data_offsets": [4, 8]}}, 2 * FOUR, "hole"),
-  "beyond": ({"a": ONE | {"shape": [9], "data_offsets": [0, 36]}}, FOUR, "36"),
-  "backwards": ({"a": ONE | {"data_offsets": [4, 0]}}, FOUR, "takes 4"),
-  "negative": ({"a": ONE | {"shape": [-1]}}, FOUR, "shape"),
-  "fraction": ({"a": ONE | {"shape": [1.0]}}, FOUR, "shape"),
-  "true": ({"a": ONE | {"shape": [True]}}, FOUR, "shape"),
-  "rank": ({"a": ONE | {"shape": [1] * 99}}, FOUR, "shape"),
-  "huge": ({"a": ONE | {"shape": [2**62, 4]}}, FOUR, "takes"),
-  "bytes": ({"a": ONE | {"shape": [2]}}, FOUR, "takes 8 bytes"),
-  "dtype": ({"a": ONE | {"dtype": "F8_E4M3"}}, FOUR, "F8_E4M3"),
-  "dtype list": ({"a": ONE | {"dtype": ["F32"]}}, FOUR, "dtype"),
-  "fields": ({"a": {"dtype": "F32"}}, b"", "expected dtype, shape"),
-  "number": ({"a": 3}, b"", "expected dtype, shape"),
-  "metadata": ({"__metadata__": {"step": 3}}, b"", "__metadata__"),
+  "overlap": ({"a": ONE, "b": ONE}, FOUR, "invalid offset"),
+  "hole": ({"a": ONE | {"data_offsets": [4, 8]}}, 2 * FOUR, "invalid offset"),
+  "negative": ({"a": ONE | {"shape": [-1]}}, FOUR, "invalid value"),
+  "huge": ({"a": ONE | {"shape": [2**62, 4]}}, FOUR, "overflow"),
+  "size": ({"a": ONE | {"shape": [2]}}, FOUR, "invalid shape"),
+  "dtype": ({"a": ONE | {"dtype": "Q9"}}, FOUR, "unknown variant `Q9`"),
+  "metadata": ({"__metadata__": {"step": 3}}, b"", "expected a string"),
+  "a pickle": (None, b"\x80\x04\x95" + FOUR, "a pickle, which may run code"),
+  "no file": (None, b"{}" * 9, "not a safetensors file"),
+  "empty": (None, b"", "not a safetensors file"),
+  "float8": ({"a": ONE | {"dtype": "F8_E5M2", "shape": [4]}}, FOUR, "F8_E5M2"),
+  "rank": ({"a": ONE | {"shape": [1] * 99}}, FOUR, "dimension"),
+  "twice": (b'{"a":%b,"a":%b}' % ((ONE_TEXT,) * 2), FOUR, "'a' occurs twice"),
+  "metadata twice": (
+    b'{"__metadata__":{"b":"1","b":"2"}}',
+    b"",
+    "'b' occurs twice",
+  ),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_damaged_files_are_refused(tmp_path, kind):
+def test_bad_files_are_refused_in_one_line(tmp_path, kind):
   header, data, match = BAD[kind]
-  path = file_of(tmp_path, header, data)
-  with pytest.raises(ValueError, match=match) as caught:
-    files.load_tensors(path)
-  assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize("data", [b"", b"\0\0", b"\xff" * 8, b"{}" * 9])
-def test_what_is_no_safetensors_file(tmp_path, data):
   path = tmp_path / "model.safetensors"
-  path.write_bytes(data)
-  with pytest.raises(ValueError, match="safetensors file"):
-    files.read_header(path)
+  if header is None:
+    path.write_bytes(data)
+  else:
+    file_of(tmp_path, header, data)
+  with pytest.raises(ValueError) as caught:
+    files.load_tensors(path)
+  message = str(caught.value)
+  assert message.startswith(f"{path}: ") and match in message
+  assert "\n" not in message
 
 
-def test_the_file_is_cut_anywhere(tmp_path, rng):
-  path = tmp_path / "x.safetensors"
-  files.save_tensors(path, tensors_of(rng))
-  data = path.read_bytes()
-  for size in range(0, len(data), 13):
-    path.write_bytes(data[:size])
-    with pytest.raises(ValueError, match=r"x\.safetensors"):
-      files.load_tensors(path)
-
-
-@pytest.mark.parametrize("name", ["a.pth", "model.safetensors", "a.bin"])
+@pytest.mark.parametrize(
+  "name", ["a.pth", "model.safetensors", "a.BIN", "a.joblib"]
+)
 def test_pickles_are_refused_with_the_way_out(tmp_path, name):
   path = tmp_path / name
   path.write_bytes(b"PK\x03\x04" + b"\0" * 100)
