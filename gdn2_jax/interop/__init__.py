@@ -1,4 +1,4 @@
-"""Weights as files: names, safetensors, published folders."""
+"""Weights in files: names, safetensors, published-model folders."""
 
 from gdn2_jax.interop.card import Card
 from gdn2_jax.interop.folder import Model, load_model, save_model

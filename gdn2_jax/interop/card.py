@@ -15,13 +15,13 @@ PAPER = "https://arxiv.org/abs/2605.22791"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
-  """What only the publisher knows about a model.
+  """Facts about a model that only its publisher knows.
 
   Attributes:
     name: heading of the card; "" takes the name of the folder.
-    license: identifier as hubs spell it ("apache-2.0"), "" says nothing.
+    license: identifier as hubs spell it ("apache-2.0"), "" for none.
     description: a paragraph.
-    tags: for hubs, after our own.
+    tags: tags for hubs, after our own.
     facts: rows of a table, e.g. {"training steps": "600"}.
   """
 
@@ -39,14 +39,7 @@ def render_card(
   name: str,
   files: Collection[str] = (),
 ) -> str:
-  """The Markdown of README.md.
-
-  Args:
-    card: of the publisher.
-    config: of the model.
-    name: of the folder.
-    files: of the folder, to explain what is there.
-  """
+  """Markdown of a README.md for a folder and its files."""
   has_tokenizer = "tokenizer.json" in files
   parts = [
     _front_matter(card),

@@ -1,4 +1,4 @@
-"""A published model: one folder with all that is needed to run it.
+"""Published-model folders: everything that is needed to run a model.
 
   config.json         format, versions, and the fields of ModelConfig
   model.safetensors   parameters under the names of `tree`; above 5 GB several
@@ -19,7 +19,7 @@ import pathlib
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -59,10 +59,10 @@ _METADATA = {"format": "np"}  # hubs expect to be told a framework
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A model as `load_model` finds it.
+  """A model in memory.
 
   Attributes:
-    config: what LM is built from.
+    config: of the LM.
     params: unboxed parameters of LM(config).
     tokenizer: with encode, decode, vocab_size and eos_id; None without one.
   """
@@ -111,12 +111,7 @@ def save_model(
   for name in extra or {}:
     if not is_plain_name(name) or name in (CONFIG, MANIFEST, CARD, TOKENIZER):
       raise ValueError(f"extra[{name!r}]: not a name for a further file")
-  folder.mkdir(parents=True, exist_ok=True)
-  for abandoned in folder.glob(f"{_STAGING}*"):
-    shutil.rmtree(abandoned)
-  staging = folder / f"{_STAGING}{uuid.uuid4().hex[:8]}"
-  staging.mkdir()
-  try:
+  with staged(folder) as staging:
     names = [CONFIG]
     write_atomic(staging / CONFIG, _config_bytes(config))
     names += save_shards(staging, tensors, _METADATA, max_bytes=max_shard_bytes)
@@ -130,8 +125,24 @@ def save_model(
     write_atomic(staging / CARD, text.encode())
     write_atomic(staging / MANIFEST, _manifest_bytes(staging, names))
     _move_in(staging, folder, [*names, CARD], replaced)
+
+
+@contextlib.contextmanager
+def staged(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Subfolder to write to before its files are moved."""
+  is_new = not folder.exists()
+  folder.mkdir(parents=True, exist_ok=True)
+  for abandoned in folder.glob(f"{_STAGING}*"):
+    shutil.rmtree(abandoned)
+  staging = folder / f"{_STAGING}{uuid.uuid4().hex[:8]}"
+  staging.mkdir()
+  try:
+    yield staging
   finally:
     shutil.rmtree(staging, ignore_errors=True)
+    if is_new:
+      with contextlib.suppress(OSError):  # not empty: the save succeeded
+        folder.rmdir()
 
 
 def load_model(folder: str | os.PathLike, *, mesh: Mesh | None = None) -> Model:
@@ -141,6 +152,9 @@ def load_model(folder: str | os.PathLike, *, mesh: Mesh | None = None) -> Model:
     folder: as `save_model` wrote it.
     mesh: devices to shard the parameters over by the rules of
       `gdn2_jax.sharding`; None puts them on the default device.
+
+  Returns:
+    The model, its parameters in the dtypes of the files.
 
   Raises:
     FileNotFoundError: no such folder.
@@ -179,11 +193,7 @@ def _read_params(tensors: Any, config: ModelConfig, mesh: Mesh | None) -> Any:
 
 
 def check_target(folder: str | os.PathLike, overwrite: bool) -> bool:
-  """Whether the folder holds a model that will be replaced.
-
-  Raises:
-    ValueError: it holds something else, or a model without `overwrite`.
-  """
+  """True where a model will be replaced; refuses any other content."""
   folder = pathlib.Path(folder)
   if not folder.exists():
     return False
@@ -193,14 +203,19 @@ def check_target(folder: str | os.PathLike, overwrite: bool) -> bool:
   if not entries:
     return False
   if not is_model_folder(folder):
-    raise ValueError(f"{folder}: not empty, and not a folder with a model")
+    raise ValueError(
+      f"{folder}: not empty, and not a folder with a model: expected a new one"
+    )
   if not overwrite:
-    raise ValueError(f"{folder}: holds a model; only overwrite replaces it")
+    raise ValueError(
+      f"{folder}: holds a model; only overwrite replaces it: expected a new "
+      "folder"
+    )
   return True
 
 
 def is_model_folder(folder: str | os.PathLike) -> bool:
-  """Whether this looks like a published-model folder, finished or not."""
+  """True for a published-model folder, finished or not."""
   for name in (MANIFEST, CONFIG):
     try:
       if read_json(pathlib.Path(folder) / name).get("format") == FORMAT:
@@ -211,13 +226,7 @@ def is_model_folder(folder: str | os.PathLike) -> bool:
 
 
 def read_config(path: str | os.PathLike) -> ModelConfig:
-  """The ModelConfig of a config.json.
-
-  Raises:
-    FileNotFoundError: no such file.
-    ValueError: not ours, of another version, or with fields of other names,
-      types or values than ours.
-  """
+  """The ModelConfig of a config.json of this version and with its fields."""
   tree = read_json(path)
   _check_format(path, tree, _CONFIG_FIELDS)
   try:
@@ -229,12 +238,7 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, tuple[int, str]]:
-  """{name: (bytes, SHA-256)} of the files of a folder.
-
-  Raises:
-    FileNotFoundError: no such folder.
-    ValueError: there is no manifest, or it is not one of ours.
-  """
+  """{name: (bytes, SHA-256)} of the files of a folder, by its manifest."""
   folder = pathlib.Path(folder)
   if not folder.is_dir():
     raise FileNotFoundError(f"{folder}: no such folder")
@@ -263,11 +267,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, tuple[int, str]]:
 
 
 def verify(folder: pathlib.Path, listed: Mapping[str, tuple[int, str]]) -> None:
-  """Compares files with a manifest: all sizes first, then the hashes.
-
-  Raises:
-    ValueError: a file is missing, or is not what was written.
-  """
+  """Compares files with a manifest: all sizes first, then the hashes."""
   for name, (size, _) in listed.items():
     if not (folder / name).exists():
       raise ValueError(f"{folder / name}: missing, {MANIFEST} lists it")
@@ -287,7 +287,7 @@ def verify(folder: pathlib.Path, listed: Mapping[str, tuple[int, str]]) -> None:
 
 
 def _model_files(folder: pathlib.Path) -> set[str]:
-  """Names of weights and tokenizer, whoever put them there."""
+  """Names of all weights and tokenizers in a folder."""
   names = {entry.name for entry in folder.iterdir()}
   return {n for n in names if n == TOKENIZER or _WEIGHTS.fullmatch(n)}
 

@@ -1,8 +1,8 @@
-"""Layouts of one parameter in foreign files and in ours.
+"""Layouts of a foreign tensor and of the same numbers in ours.
 
-A layout turns tensors of a PyTorch model into parameters of `LM` (`unpack`) and
-back (`pack`). Both only permute, so they are exact in every dtype. In between
-stand the sizes, known from the shapes of ours:
+A layout turns a tensor of a PyTorch model into parameters of `LM` (`unpack`)
+and back (`pack`). Both only permute, so they are exact in every dtype. `ours`
+are the shapes, or to `pack` the arrays, of our parameters:
 
   d model width, H heads, K channels of a head, W taps, G query groups
 """
@@ -14,8 +14,6 @@ from typing import override
 import numpy as np
 
 Shape = tuple[int, ...]
-Shapes = tuple[Shape, ...]
-Arrays = tuple[np.ndarray, ...]
 
 # Which input the first tap multiplies: the oldest, as in PyTorch's Conv1d (a
 # cross-correlation), or the newest, as in a convolution proper.
@@ -23,57 +21,39 @@ CONV_ORDERS = ("oldest_first", "newest_first")
 
 
 class Layout:
-  """One or more tensors of theirs, and those of ours that hold the same."""
+  """One tensor of theirs; this one is equal to ours."""
 
-  def theirs(self, ours: Shapes) -> Shapes:
-    """Shapes of theirs."""
-    raise NotImplementedError
+  def theirs(self, *ours: Shape) -> Shape:
+    """Shape of theirs."""
+    return ours[0]
 
-  def accepts(self, ours: Shapes, found: Shapes) -> bool:
-    """Whether `unpack` takes tensors of theirs of the shapes `found`."""
-    return found == self.theirs(ours)
+  def accepts(self, found: Shape, *ours: Shape) -> bool:
+    """True where `unpack` takes a tensor of the shape `found`."""
+    return found == self.theirs(*ours)
 
-  def pack(self, ours: Arrays) -> Arrays:
-    """Theirs from ours; a layout that goes one way only has none."""
-    raise NotImplementedError
+  def pack(self, *ours: np.ndarray) -> np.ndarray:
+    """Theirs from ours."""
+    return ours[0]
 
-  def unpack(self, theirs: Arrays, ours: Shapes) -> Arrays:
+  def unpack(self, theirs: np.ndarray, *ours: Shape) -> tuple[np.ndarray, ...]:
     """Ours, in the shapes `ours`, from theirs."""
-    raise NotImplementedError
+    return (theirs,)
 
 
 class Flat(Layout):
-  """One axis of theirs for all axes of ours, in the same order."""
+  """One axis of theirs for all axes of ours."""
 
   @override
-  def theirs(self, ours: Shapes) -> Shapes:
-    return tuple((math.prod(shape),) for shape in ours)
+  def theirs(self, *ours):
+    return (math.prod(ours[0]),)
 
   @override
-  def pack(self, ours: Arrays) -> Arrays:
-    return tuple(array.reshape(-1) for array in ours)
+  def pack(self, *ours):
+    return ours[0].reshape(-1)
 
   @override
-  def unpack(self, theirs: Arrays, ours: Shapes) -> Arrays:
-    return tuple(
-      array.reshape(shape) for array, shape in zip(theirs, ours, strict=True)
-    )
-
-
-class Same(Layout):
-  """Not changed at all."""
-
-  @override
-  def theirs(self, ours: Shapes) -> Shapes:
-    return ours
-
-  @override
-  def pack(self, ours: Arrays) -> Arrays:
-    return ours
-
-  @override
-  def unpack(self, theirs: Arrays, ours: Shapes) -> Arrays:
-    return theirs
+  def unpack(self, theirs, *ours):
+    return (theirs.reshape(ours[0]),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,37 +61,31 @@ class Linear(Layout):
   """Weight [out, in] of torch's Linear; kernel [in..., out...] of ours.
 
   Attributes:
-    in_axes: input axes of the kernel.
+    in_axes: number of input axes of the kernel.
   """
 
   in_axes: int = 1
 
   @override
-  def theirs(self, ours: Shapes) -> Shapes:
-    return tuple(
-      (math.prod(shape[self.in_axes :]), math.prod(shape[: self.in_axes]))
-      for shape in ours
-    )
+  def theirs(self, *ours):
+    n = self.in_axes
+    return math.prod(ours[0][n:]), math.prod(ours[0][:n])
 
   @override
-  def pack(self, ours: Arrays) -> Arrays:
-    return tuple(
-      a.reshape(math.prod(a.shape[: self.in_axes]), -1).T for a in ours
-    )
+  def pack(self, *ours):
+    return ours[0].reshape(self.theirs(ours[0].shape)[::-1]).T
 
   @override
-  def unpack(self, theirs: Arrays, ours: Shapes) -> Arrays:
-    return tuple(
-      array.T.reshape(shape) for array, shape in zip(theirs, ours, strict=True)
-    )
+  def unpack(self, theirs, *ours):
+    return (theirs.T.reshape(ours[0]),)
 
 
 @dataclasses.dataclass(frozen=True)
 class Conv(Layout):
-  """Depthwise Conv1d [H*K, 1, W]; ours [W, H, K], the newest input last.
+  """Depthwise Conv1d [H*K, 1, W]; ours [W, H, K], newest input last.
 
   Also read, where the shape tells them apart: [H*K, W], and the channels-last
-  [W, H*K] and [W, 1, H*K]. The order of the taps no shape tells.
+  [W, H*K] and [W, 1, H*K]. No shape tells the order of the taps.
 
   Attributes:
     order: one of CONV_ORDERS, of theirs.
@@ -120,69 +94,61 @@ class Conv(Layout):
   order: str = "oldest_first"
 
   @override
-  def theirs(self, ours: Shapes) -> Shapes:
-    return tuple((h * k, 1, w) for w, h, k in ours)
+  def theirs(self, *ours):
+    w, h, k = ours[0]
+    return h * k, 1, w
 
   @override
-  def accepts(self, ours: Shapes, found: Shapes) -> bool:
-    return all(
-      self._taps_axis(shape, wanted) is not None
-      for shape, wanted in zip(ours, found, strict=True)
-    )
+  def accepts(self, found, *ours):
+    return self._taps_axis(found, ours[0]) is not None
 
-  def _taps_axis(self, ours: Shape, found: Shape) -> int | None:
+  def _taps_axis(self, found: Shape, ours: Shape) -> int | None:
     w, h, k = ours
     if found == (h * k, 1, w):
       return 2
     if h * k == w:
-      return None  # a square tells nothing
-    axes = {(h * k, w): 1, (w, h * k): 0, (w, 1, h * k): 0}
-    return axes.get(found)
+      return None  # a square: its axes cannot be told apart
+    return {(h * k, w): 1, (w, h * k): 0, (w, 1, h * k): 0}.get(found)
 
   @override
-  def pack(self, ours: Arrays) -> Arrays:
-    packed = []
-    for array in ours:
-      taps = array if self.order == "oldest_first" else array[::-1]
-      packed.append(taps.reshape(len(taps), 1, -1).transpose(2, 1, 0))
-    return tuple(packed)
+  def pack(self, *ours):
+    taps = ours[0] if self.order == "oldest_first" else ours[0][::-1]
+    return taps.reshape(len(taps), 1, -1).transpose(2, 1, 0)
 
   @override
-  def unpack(self, theirs: Arrays, ours: Shapes) -> Arrays:
-    unpacked = []
-    for array, shape in zip(theirs, ours, strict=True):
-      taps = array if self._taps_axis(shape, array.shape) == 0 else array.T
-      if self.order == "newest_first":
-        taps = taps[::-1]
-      unpacked.append(taps.reshape(shape))
-    return tuple(unpacked)
+  def unpack(self, theirs, *ours):
+    taps_first = self._taps_axis(theirs.shape, ours[0]) == 0
+    taps = theirs if taps_first else theirs.T
+    if self.order == "newest_first":
+      taps = taps[::-1]
+    return (taps.reshape(ours[0]),)
 
 
 class FusedQKV(Layout):
-  """Projections q, k and v in one weight [(HQ + 2G) * K, d].
+  """Projections q, k, v in one weight [(HQ + 2G)*K, d].
 
   For each of the G query groups: the rows of its HQ / G heads of q, then those
   of its one head of k, then of v. Ours are [d, HQ, K], [d, G, K], [d, G, K].
   """
 
   @override
-  def theirs(self, ours: Shapes) -> Shapes:
+  def theirs(self, *ours):
     (d, heads, channels), (_, groups, _), _ = ours
-    return (((heads + 2 * groups) * channels, d),)
+    return (heads + 2 * groups) * channels, d
 
   @override
-  def pack(self, ours: Arrays) -> Arrays:
+  def pack(self, *ours):
     d, groups, channels = ours[1].shape
     # [d, heads, K] -> [G, heads of a group, K, d]
     grouped = [
       a.reshape(d, groups, -1, channels).transpose(1, 2, 3, 0) for a in ours
     ]
-    return (np.concatenate(grouped, axis=1).reshape(-1, d),)
+    return np.concatenate(grouped, axis=1).reshape(-1, d)
 
   @override
-  def unpack(self, theirs: Arrays, ours: Shapes) -> Arrays:
+  def unpack(self, theirs, *ours):
     (d, heads, channels), (_, groups, _), _ = ours
-    grouped = theirs[0].reshape(groups, -1, channels, d)
+    grouped = theirs.reshape(groups, -1, channels, d)
     parts = np.split(grouped, [heads // groups, heads // groups + 1], axis=1)
     return tuple(
       part.transpose(3, 0, 1, 2).reshape(shape)
@@ -191,21 +157,21 @@ class FusedQKV(Layout):
 
 
 class TiedGates(Layout):
-  """Kimi Delta Attention's one gate of a head [H, d], for b and w alike.
+  """Kimi Delta Attention's gate [H, d], used for b and w.
 
   Ours are [d, H, K] and [d, HV, V]: the row of a head on each of its channels,
-  and on those of its HV / H value heads, after which b = w = beta. Goes one way
-  only.
+  and on those of its HV / H value heads, after which b = w = beta. There is no
+  way back.
   """
 
   @override
-  def theirs(self, ours: Shapes) -> Shapes:
-    (d, heads, _), _ = ours
-    return ((heads, d),)
+  def theirs(self, *ours):
+    d, heads, _ = ours[0]
+    return heads, d
 
   @override
-  def unpack(self, theirs: Arrays, ours: Shapes) -> Arrays:
-    column = theirs[0].T[:, :, None]
+  def unpack(self, theirs, *ours):
+    column = theirs.T[:, :, None]
     return tuple(
       np.broadcast_to(
         np.repeat(column, shape[1] // column.shape[1], axis=1), shape
@@ -216,9 +182,9 @@ class TiedGates(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class RepeatedHeads(Layout):
-  """Theirs have fewer heads: each serves `times` heads of ours in a row.
+  """Fewer heads of theirs, each repeated for `times` heads of ours.
 
-  Goes one way only.
+  There is no way back.
 
   Attributes:
     inner: layout of one head for one.
@@ -228,18 +194,18 @@ class RepeatedHeads(Layout):
   inner: Layout
   times: int
 
-  @override
-  def theirs(self, ours: Shapes) -> Shapes:
-    return self.inner.theirs(self._fewer(ours))
-
-  @override
-  def accepts(self, ours: Shapes, found: Shapes) -> bool:
-    return self.inner.accepts(self._fewer(ours), found)
-
-  @override
-  def unpack(self, theirs: Arrays, ours: Shapes) -> Arrays:
-    few = self.inner.unpack(theirs, self._fewer(ours))
-    return tuple(np.repeat(array, self.times, axis=1) for array in few)
-
-  def _fewer(self, ours: Shapes) -> Shapes:
+  def _fewer(self, ours: tuple[Shape, ...]) -> tuple[Shape, ...]:
     return tuple((a, heads // self.times, *rest) for a, heads, *rest in ours)
+
+  @override
+  def theirs(self, *ours):
+    return self.inner.theirs(*self._fewer(ours))
+
+  @override
+  def accepts(self, found, *ours):
+    return self.inner.accepts(found, *self._fewer(ours))
+
+  @override
+  def unpack(self, theirs, *ours):
+    few = self.inner.unpack(theirs, *self._fewer(ours))
+    return tuple(np.repeat(array, self.times, axis=1) for array in few)

@@ -1,10 +1,8 @@
-"""Parameter names of each dialect for `gdn2_jax.interop.tree`.
+"""Parameter names of each dialect.
 
 A dialect is a table: for every part of the model its prefix, and rows
-
-  (names of ours, names of theirs, layout)
-
-relative to it. The names of a GDN-2 layer are the same in both.
+(names of ours, name of theirs, layout) relative to it. The names of a GDN-2
+layer are the same in both.
 """
 
 import dataclasses
@@ -16,7 +14,7 @@ from gdn2_jax.model.config import ModelConfig
 
 Row = tuple[str, str, layouts.Layout]
 
-_SAME, _FLAT, _LINEAR = layouts.Same(), layouts.Flat(), layouts.Linear()
+_SAME, _FLAT, _LINEAR = layouts.Layout(), layouts.Flat(), layouts.Linear()
 _FROM_HEADS = layouts.Linear(in_axes=2)
 _CONV = layouts.Conv()
 
@@ -57,25 +55,15 @@ _OF_KEY_HEADS = (
 
 @dataclasses.dataclass(frozen=True)
 class Dialect:
-  """Names of one program.
-
-  Attributes:
-    name: of the dialect.
-    output_gate: activation of the output gate, which the names do not tell.
-    model: rows of the whole model.
-    layer: prefix of a layer, with {} for its number.
-    block: rows of every layer.
-    mixer: prefix of the mixer in a layer.
-    attention: rows of a softmax attention mixer.
-  """
+  """Names of one program."""
 
   name: str
-  output_gate: str
+  output_gate: str  # its activation, which no name tells
   model: tuple[Row, ...]
-  layer: str
-  block: tuple[Row, ...]
-  mixer: str
-  attention: tuple[Row, ...]
+  layer: str  # prefix of a layer, {} for its number
+  block: tuple[Row, ...]  # of every layer
+  mixer: str  # prefix in a layer
+  attention: tuple[Row, ...]  # of a softmax attention mixer
 
   def layer_names(self, names: Collection[str]) -> dict[int, set[str]]:
     """Names by number of the layer, without their prefix."""
@@ -87,7 +75,7 @@ class Dialect:
     return found
 
   def recognises(self, names: Collection[str]) -> bool:
-    """Whether these look like names of this dialect."""
+    """True where these look like names of this dialect."""
     tops = {theirs for _, theirs, _ in self.model} - {"lm_head.weight"}
     return bool(tops & set(names)) or bool(self.layer_names(names))
 
@@ -149,29 +137,19 @@ DIALECTS = {dialect.name: dialect for dialect in (OFFICIAL, FLA)}
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-  """Tensors of ours and of theirs that hold the same numbers.
-
-  Attributes:
-    ours, theirs: full names.
-    layout: how one becomes the other.
-    derived: why ours hold more than theirs; "" where they hold the same.
-  """
+  """Parameters of ours and the tensor of theirs that holds them."""
 
   ours: tuple[str, ...]
-  theirs: tuple[str, ...]
+  theirs: str
   layout: layouts.Layout
-  derived: str = ""
 
-
-@dataclasses.dataclass(frozen=True)
-class KDA:
-  """That the recurrent layers are Kimi Delta Attention.
-
-  Attributes:
-    key_heads: heads of q and k; ours have as many as there are value heads.
-  """
-
-  key_heads: int
+  @property
+  def derived(self) -> str:
+    """Reason why ours hold more than theirs, or ""."""
+    return {
+      layouts.TiedGates: "one gate of a head, tied over its channels",
+      layouts.RepeatedHeads: "a key head, repeated for each of its value heads",
+    }.get(type(self.layout), "")
 
 
 def moves(
@@ -179,22 +157,15 @@ def moves(
   config: ModelConfig,
   *,
   conv_order: str = "oldest_first",
-  kda: KDA | None = None,
+  kda_heads: int | None = None,
 ) -> list[Move]:
-  """The whole model's, each parameter of ours and tensor of theirs once.
-
-  Args:
-    dialect: of theirs.
-    config: of ours.
-    conv_order: of theirs, one of `layouts.CONV_ORDERS`.
-    kda: where the layers of theirs are KDA's.
-  """
+  """All moves of a model; `kda_heads`: key heads of a KDA model."""
   recurrent = tuple(
     (ours, theirs, layouts.Conv(conv_order) if layout is _CONV else layout)
     for ours, theirs, layout in GDN2
   )
-  if kda is not None:
-    recurrent = _as_kda(recurrent, config.gdn2.num_heads // kda.key_heads)
+  if kda_heads is not None:
+    recurrent = _as_kda(recurrent, config.gdn2.num_heads // kda_heads)
   found = [_move("", "", row) for row in dialect.model]
   for n in range(config.num_layers):
     kind = config.pattern[n % len(config.pattern)]
@@ -208,6 +179,7 @@ def moves(
 
 
 def _as_kda(rows: tuple[Row, ...], group: int) -> tuple[Row, ...]:
+  """Rows with tied gates and `group` value heads to a key head."""
   replaced = []
   for ours, theirs, layout in rows:
     if theirs == "b_proj.weight":
@@ -220,13 +192,5 @@ def _as_kda(rows: tuple[Row, ...], group: int) -> tuple[Row, ...]:
 
 
 def _move(ours: str, theirs: str, row: Row) -> Move:
-  derived = {
-    layouts.TiedGates: "one gate of a head, tied over its channels",
-    layouts.RepeatedHeads: "a key head, repeated for each of its value heads",
-  }
-  return Move(
-    tuple(ours + name for name in row[0].split()),
-    tuple(theirs + name for name in row[1].split()),
-    row[2],
-    derived.get(type(row[2]), ""),
-  )
+  names, name, layout = row
+  return Move(tuple(ours + n for n in names.split()), theirs + name, layout)

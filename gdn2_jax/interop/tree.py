@@ -24,7 +24,7 @@ from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.lm import LM
 
 _MOST_LAYERS = 100_000
-_SHOWN = 8
+_SHOWN = 6
 
 
 def param_specs(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -32,6 +32,9 @@ def param_specs(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
   Args:
     config: of the model; its `scan_layers` makes no difference.
+
+  Returns:
+    Abstract arrays, embedding first, then the layers, final norm and head.
 
   Raises:
     ValueError: a config that describes no model.
@@ -56,11 +59,14 @@ def param_specs(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def flatten_params(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
-  """The parameters on the host, by flat name, in the order of the layers.
+  """Parameters on the host by flat name, in order of layers.
 
   Args:
     params: unboxed parameters of LM(config), on any devices of this process.
     config: of the model.
+
+  Returns:
+    NumPy arrays; a layer of a stacked leaf is a view.
 
   Raises:
     ValueError: they are not those of such a model; lists what differs.
@@ -107,22 +113,15 @@ def unflatten_params(
       shape or dtype; before any tensor is read.
   """
   check_tensors(tensors, param_specs(config), "tensors")
-  params: dict[str, Any] = {}
+  params = {}
   for leaf in leaf_sources(config):
     parts = [np.asarray(tensors[name]) for name in leaf.names]
-    _put(
-      params, leaf.path, place(np.stack(parts) if leaf.stacked else parts[0])
-    )
-  return params
+    params[leaf.path] = place(np.stack(parts) if leaf.stacked else parts[0])
+  return nested(params)
 
 
 def cast_params(params: Any, config: ModelConfig) -> Any:
-  """The parameters in the dtypes that `config` declares, rounded if need be.
-
-  Args:
-    params: unboxed parameters of LM(config) but for their dtypes.
-    config: of the model; A_log and dt_bias are float32 whatever it says.
-  """
+  """Parameters rounded to the dtypes that `config` declares."""
   specs = param_specs(config)
   dtypes = {
     leaf.path: specs[leaf.names[0]].dtype for leaf in leaf_sources(config)
@@ -134,12 +133,12 @@ def cast_params(params: Any, config: ModelConfig) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """A leaf of the parameter tree, and what it is made of.
+  """A leaf of the parameter tree, and the tensors in it.
 
   Attributes:
     path: keys from the root of the tree.
-    names: flat names; one, or those of all groups.
-    stacked: along a new leading axis.
+    names: one flat name, or those of all groups.
+    stacked: whether the names are stacked along a new leading axis.
   """
 
   path: tuple[str, ...]
@@ -148,7 +147,7 @@ class Leaf:
 
 
 def leaf_sources(config: ModelConfig) -> list[Leaf]:
-  """How the tree of LM(config) is put together from flat names."""
+  """Leaves of the tree of LM(config), in its order."""
   stacks: dict[tuple[str, ...], list[str]] = {}
   for name in param_specs(config):
     path = tuple(name.split("."))
@@ -168,33 +167,39 @@ def check_tensors(
   specs: Mapping[str, jax.ShapeDtypeStruct],
   what: str = "tensors",
 ) -> None:
-  """Compares names, shapes and dtypes.
-
-  Raises:
-    ValueError: listing the differences; `what` opens the message.
-  """
-  problems = []
-  for name in sorted(set(specs) - set(tensors)):
-    problems.append(f"missing {name}")
-  for name in sorted(set(tensors) - set(specs)):
-    problems.append(f"unexpected {name}")
-  for name, spec in specs.items():
-    if name not in tensors:
-      continue
-    value = tensors[name]
-    found = (tuple(value.shape), np.dtype(value.dtype))
-    if found != (tuple(spec.shape), np.dtype(spec.dtype)):
-      problems.append(
-        f"{name}: {found[1]}{list(found[0])}, expected "
-        f"{spec.dtype}{list(spec.shape)}"
-      )
-  if problems:
-    more = len(problems) - _SHOWN
-    raise ValueError(
-      f"{what}: not those of this model: "
-      + "; ".join(problems[:_SHOWN])
-      + (f"; and {more} more" if more > 0 else "")
+  """Compares names, shapes and dtypes; `what` opens the message."""
+  problems = [f"missing {name}" for name in sorted(set(specs) - set(tensors))]
+  problems += [
+    f"unexpected {name}" for name in sorted(set(tensors) - set(specs))
+  ]
+  for name in [name for name in specs if name in tensors]:
+    found, expected = (
+      f"{np.dtype(x.dtype)}{list(x.shape)}"
+      for x in (tensors[name], specs[name])
     )
+    if found != expected:
+      problems.append(f"{name}: {found}, expected {expected}")
+  if problems:
+    raise ValueError(f"{what}: not those of this model: {listed(problems)}")
+
+
+def listed(problems: list[str]) -> str:
+  """The first problems in one line, and the number of the others."""
+  more = len(problems) - _SHOWN
+  return "; ".join(problems[:_SHOWN]) + (
+    f"; and {more} more" if more > 0 else ""
+  )
+
+
+def nested(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+  """{("a", "b"): x} as {"a": {"b": x}}."""
+  tree: dict[str, Any] = {}
+  for (*path, last), value in values.items():
+    owner = tree
+    for key in path:
+      owner = owner.setdefault(key, {})
+    owner[last] = value
+  return tree
 
 
 @functools.lru_cache(maxsize=16)
@@ -208,7 +213,7 @@ def _traced(config: ModelConfig) -> list[tuple[tuple[str, ...], Any]]:
 
 
 def _leaves(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
-  """Paths of dictionary keys: boxes are left out, they need not be opened."""
+  """Leaves by their path of dictionary keys, through boxes."""
   keyed = jax.tree_util.DictKey
   return [
     (tuple(str(e.key) for e in path if isinstance(e, keyed)), leaf)
@@ -231,9 +236,3 @@ def _ordered(tensors: dict[str, Any]) -> dict[str, Any]:
     return (0, 0, name) if name.startswith("embedding.") else (2, 0, name)
 
   return {name: tensors[name] for name in sorted(tensors, key=rank)}
-
-
-def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-  for key in path[:-1]:
-    tree = tree.setdefault(key, {})
-  tree[path[-1]] = value

@@ -1,7 +1,4 @@
-"""Weights under the names of other programs: there, back and across.
-
-`python -m gdn2_jax.convert --help` says what it takes.
-"""
+"""Conversion of weights between the names and layouts of programs."""
 
 from gdn2_jax.interop.convert.options import Options
 from gdn2_jax.interop.convert.report import Report

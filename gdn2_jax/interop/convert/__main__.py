@@ -8,21 +8,21 @@ r"""Converts weights from one program's names and layouts to another's.
     --src=gpt.safetensors --out=models/1p3b --preset=gdn2_1.3B
   python -m gdn2_jax.convert --from=fla --to=gdn2_jax --src=kda/ --out=kda2
 
-Dialects, which no file states, so that you must:
+Dialects, which must be given, as no file names its own:
   official  the public PyTorch program (`transformer.h.0.attn...`); its output
             gate is a SiLU
   fla       flash-linear-attention (`model.layers.0.attn...`), GDN-2 or KDA; its
             output gate is a sigmoid. KDA becomes GDN-2 with tied gates
   gdn2_jax  a published-model folder; as --from also a workdir of training
 
-What must be given. Weights are safetensors: model.safetensors or shards with
-their index, in a folder, or one file; a .pth is refused with the command that
-converts it. Sizes come from the tensors and from the config.json beside them,
-which must agree. --from=fla needs norm_eps and, for a hybrid, attn; a hybrid
---from=official needs n_head and local_window. They may come from --config,
---preset or --set as well. A model whose output gate is not that of the dialect
-needs --output_gate. Not in any file either: short convolutions are read with
-the oldest input first, as PyTorch has them; --from_conv_order says otherwise.
+Weights are safetensors: model.safetensors or shards with their index, in a
+folder, or one file; a .pth is refused with the command that converts it. Sizes
+come from the tensors and from the config.json beside them, which must agree.
+--from=fla needs norm_eps and, for a hybrid, attn; a hybrid --from=official
+needs n_head and local_window. They may come from --config, --preset or --set as
+well. A model whose output gate is not that of the dialect needs --output_gate.
+Short convolutions are read with the oldest input first, as PyTorch has them;
+--from_conv_order changes that.
 
 Only permutes: there and back gives the same bits. A_log and dt_bias are float32
 whatever the rest is. Nothing is written before all is checked. Memory: the
@@ -59,7 +59,7 @@ _SET = flags.DEFINE_multi_string(
   "set", [], "KEY=VALUE over the config.json, the value as JSON; repeatable."
 )
 _IGNORE_CONFIG = flags.DEFINE_list(
-  "ignore_config", [], "Unknown keys of config.json that do not matter."
+  "ignore_config", [], "Unknown keys of config.json that change nothing."
 )
 _OUTPUT_GATE = flags.DEFINE_string(
   "output_gate", None, "Activation of the output gate: silu or sigmoid."
@@ -67,20 +67,20 @@ _OUTPUT_GATE = flags.DEFINE_string(
 _FROM_CONV_ORDER = flags.DEFINE_string(
   "from_conv_order",
   None,
-  "What the first tap of a short convolution multiplies in --src: oldest_first "
-  "(PyTorch's Conv1d, the default) or newest_first.",
+  "Input that the first tap of a short convolution multiplies in --src: "
+  "oldest_first (PyTorch's Conv1d, the default) or newest_first.",
 )
 _TO_CONV_ORDER = flags.DEFINE_string(
   "to_conv_order", None, "The same for --out."
 )
 _STRIP_PREFIX = flags.DEFINE_string(
-  "strip_prefix", "", "What all names begin with, such as _orig_mod."
+  "strip_prefix", "", "Prefix of all names in --src, such as _orig_mod."
 )
 _UNTIE_HEAD = flags.DEFINE_bool(
   "untie_head", False, "Copy the embedding where the head is tied to it."
 )
 _DTYPE = flags.DEFINE_string(
-  "dtype", None, "Of the written parameters; by default as they were read."
+  "dtype", None, "Dtype of the parameters in --out; by default that in --src."
 )
 _STEP = flags.DEFINE_integer(
   "step", None, "Checkpoint of a workdir; by default the newest."

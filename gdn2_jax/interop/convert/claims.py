@@ -1,7 +1,6 @@
 """Checks of a config.json against the tensors beside it.
 
-A size must be told by one of them, and where both tell it they must agree. A
-key that nobody here knows is refused: it may change what the model computes.
+A size must be given by one of them, and where both give it they must agree.
 """
 
 import dataclasses
@@ -12,40 +11,31 @@ from typing import Any
 
 from gdn2_jax.interop.convert.tensors import Tensors
 from gdn2_jax.interop.names import GDN2, Dialect
+from gdn2_jax.model.gdn2 import GDN2Config
 
 _OF_GDN2 = {theirs for _, theirs, _ in GDN2}
 
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-  """What the shapes of the tensors show; None where they do not.
+  """Sizes by the shapes of the tensors; None where unknown."""
 
-  Attributes:
-    kinds: of the layers in order, "G" recurrent or "S" softmax attention.
-    kda: whether the recurrent layers are Kimi Delta Attention.
-    vocab_size, model_dim, mlp_dim: sizes.
-    heads: key heads H; of KDA, those of q and k.
-    decays: heads that have a decay of their own.
-    value_heads, key_dim, value_dim, conv_width: HV, K, V and W.
-    rows: rows of the attention weights by name.
-  """
-
-  kinds: str
-  kda: bool
+  kinds: str  # of the layers in order, "G" recurrent or "S" softmax attention
+  kda: bool  # whether the recurrent layers are Kimi Delta Attention
   vocab_size: int | None
   model_dim: int | None
   mlp_dim: int | None
-  heads: int | None
-  decays: int | None
+  heads: int | None  # key heads H; of KDA, those of q and k
+  decays: int | None  # heads that have a decay of their own
   value_heads: int | None
   key_dim: int | None
   value_dim: int | None
   conv_width: int | None
-  rows: dict[str, int]
+  rows: dict[str, int]  # of the attention weights by name
 
 
 def look_at(dialect: Dialect, tensors: Tensors) -> Shown:
-  """Reads sizes off the shapes; takes what it finds and refuses nothing."""
+  """Reads sizes off the shapes; refuses nothing."""
   attention = {theirs for _, theirs, _ in dialect.attention}
   only_gdn2 = {dialect.mixer + name for name in _OF_GDN2 - attention}
   layers = dialect.layer_names(tensors)
@@ -98,7 +88,7 @@ def _quotient(a: int | None, b: int | None) -> int | None:
 
 
 class Claims:
-  """Typed reading of a config.json; every key is to be asked for."""
+  """Typed reading of a config.json that notes which keys were read."""
 
   def __init__(self, values: Mapping[str, Any], path: Any):
     self._values = dict(values)
@@ -109,12 +99,8 @@ class Claims:
     """Accepts keys with any value: nothing in this model reads them."""
     self._asked.update(names)
 
-  def has(self, name: str) -> bool:
-    """Whether there is such a key with a value."""
-    return self._values.get(name) is not None
-
   def stated(self, name: str) -> bool:
-    """Whether there is such a key, be it null."""
+    """True where there is such a key, even null."""
     return name in self._values
 
   def raw(self, name: str, default: Any = None) -> Any:
@@ -124,11 +110,7 @@ class Claims:
     return default if value is None else value
 
   def number(self, name: str, default: float | None = None) -> float:
-    """A finite positive number.
-
-    Raises:
-      ValueError: it is something else, or missing without a default.
-    """
+    """A finite positive number."""
     value = self.raw(name, default)
     if value is None:
       self._missing(name)
@@ -146,19 +128,8 @@ class Claims:
   def size(
     self, *names: str, shown: int | None = None, default: int | None = None
   ) -> int:
-    """A positive integer under the first of the names that is there.
-
-    Args:
-      *names: names of the key.
-      shown: what the tensors say.
-      default: where neither is known.
-
-    Raises:
-      ValueError: it is something else, disagrees with the tensors, or nobody
-        tells it.
-    """
-    self._asked.update(names)
-    given = [name for name in names if self.has(name)]
+    """A positive integer under one of these names, checked against `shown`."""
+    given = [name for name in names if self.raw(name) is not None]
     for name in given:
       value = self._values[name]
       if type(value) is not int or not 0 < value < 2**31:
@@ -174,11 +145,7 @@ class Claims:
     return default if shown is None else shown
 
   def only(self, name: str, *allowed: Any) -> None:
-    """Refuses a key that has another value than the one this model has.
-
-    Raises:
-      ValueError: naming the key, its value and what is supported.
-    """
+    """Refuses a key with another value than those that exist here."""
     self._asked.add(name)
     if name in self._values:
       value = self._values[name]
@@ -195,29 +162,38 @@ class Claims:
       f"{self._path}: {name}={self._values[name]!r}: expected {expected}"
     )
 
-  def finish(self, harmless: Collection[str], ignored: Collection[str]) -> None:
-    """Refuses keys that nobody asked for.
+  def finish(
+    self, ignored: Collection[str] = (), harmless: Collection[str] | None = ()
+  ) -> list[str]:
+    """Refuses keys that were not read, unless they are ignored or harmless.
 
     Args:
-      harmless: keys that do not change what the model computes.
-      ignored: keys that the user says do not.
+      ignored: keys that the user says do not change what the model computes.
+      harmless: keys that do not. None for programs that write many of them:
+        then only those are refused that look like a misspelt key.
 
-    Raises:
-      ValueError: naming them.
+    Returns:
+      Names of the keys that were neither read nor refused.
     """
-    known = {*self._asked, *harmless}
-    left = set(self._values) - known - set(ignored)
-    left = sorted(name for name in left if not name.startswith("_"))
-    if left:
-      told = []
-      for name in left:
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-        told.append(name + "".join(f" (did you mean {k}?)" for k in close))
+    known = {*self._asked, *(harmless or ())}
+    left = sorted(set(self._values) - known - set(ignored))
+    close = {
+      name: difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+      for name in left
+      if not name.startswith("_")
+    }
+    refused = [name for name in close if harmless is not None or close[name]]
+    if refused:
+      told = [
+        name + "".join(f" (did you mean {k}?)" for k in close[name])
+        for name in refused
+      ]
       raise ValueError(
         f"{self._path}: unknown keys {', '.join(told)}: they may change what "
         "the model computes; if they do not, pass --ignore_config="
-        + ",".join(left)
+        + ",".join(refused)
       )
+    return left
 
   def _missing(self, name: str) -> None:
     raise ValueError(
@@ -234,18 +210,41 @@ def shortest_pattern(kinds: str) -> str:
   return kinds
 
 
-def check_expansion(
-  claims: Claims, name: str, key_dim: int, shown: int | None
-) -> int:
-  """Value channels by their ratio to the key channels.
+def gdn2_config(
+  c: Claims, shown: Shown, output_gate: str, norm_eps: float
+) -> GDN2Config:
+  """The recurrent layers; both programs have the same keys for them."""
+  heads = c.size("num_heads", "gdn2_num_heads", shown=shown.heads)
+  value_heads = c.size(
+    "num_v_heads", "gdn2_num_v_heads", shown=shown.value_heads, default=heads
+  )
+  if value_heads % heads:
+    c.refuse("num_v_heads", f"a multiple of num_heads={heads}")
+  if shown.kda and shown.decays not in (heads, value_heads):
+    c.refuse("num_heads", f"decays of so many heads, not {shown.decays}")
+  key_dim = c.size("head_dim", "gdn2_head_dim", shown=shown.key_dim)
+  value_dim = shown.value_dim
+  for name in ("expand_v", "gdn2_expand_v"):
+    if c.raw(name) is not None:
+      value_dim = _expanded(c, name, key_dim, value_dim)
+  return GDN2Config(
+    # Where KDA has a decay and a gate for every value head, each gets a key.
+    num_heads=shown.decays if shown.kda else heads,
+    num_value_heads=value_heads,
+    key_dim=key_dim,
+    value_dim=c.size("head_v_dim", shown=value_dim, default=key_dim),
+    conv_width=c.size("conv_size", shown=shown.conv_width, default=4),
+    negative_eigenvalues=c.boolean("allow_neg_eigval", False),
+    output_gate=output_gate,
+    norm_eps=norm_eps,
+  )
 
-  Raises:
-    ValueError: no whole number, or not what the tensors have.
-  """
-  value_dim = min(claims.number(name) * key_dim, 2.0**31)
+
+def _expanded(c: Claims, name: str, key_dim: int, shown: int | None) -> int:
+  """Value channels by their ratio to the key channels, a whole number."""
+  value_dim = min(c.number(name) * key_dim, 2.0**31)
   if abs(value_dim - round(value_dim)) > 1e-5 * value_dim:
-    claims.refuse(name, f"a whole number of channels, times {key_dim}")
-  value_dim = round(value_dim)
-  if shown is not None and value_dim != shown:
-    claims.refuse(name, f"{shown} / {key_dim}, by the tensors")
-  return value_dim
+    c.refuse(name, f"a whole number of channels, times {key_dim}")
+  if shown is not None and round(value_dim) != shown:
+    c.refuse(name, f"{shown} / {key_dim}, by the tensors")
+  return round(value_dim)

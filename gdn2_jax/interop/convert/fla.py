@@ -10,7 +10,7 @@ from typing import Any
 from gdn2_jax.interop.convert.claims import (
   Claims,
   Shown,
-  check_expansion,
+  gdn2_config,
   shortest_pattern,
 )
 from gdn2_jax.model.attention import AttentionConfig
@@ -19,97 +19,12 @@ from gdn2_jax.model.gdn2 import GDN2Config
 
 MODEL_TYPE = "gdn2"
 KDA_MODEL_TYPE = "kda"
-
-# How training went, how kernels run, what generation starts from.
-HARMLESS = (
-  "add_cross_attention",
-  "architectures",
-  "attn_mode",
-  "auto_map",
-  "bad_words_ids",
-  "begin_suppress_tokens",
-  "bos_token_id",
-  "chunk_size_feed_forward",
-  "cross_attention_hidden_size",
-  "decoder_start_token_id",
-  "diversity_penalty",
-  "do_sample",
-  "dtype",
-  "early_stopping",
-  "encoder_no_repeat_ngram_size",
-  "eos_token_id",
-  "exponential_decay_length_penalty",
-  "finetuning_task",
-  "forced_bos_token_id",
-  "forced_eos_token_id",
-  "fuse_cross_entropy",
-  "fuse_norm",
-  "fuse_swiglu",
-  "hidden_ratio",
-  "id2label",
-  "initializer_range",
-  "is_decoder",
-  "is_encoder_decoder",
-  "label2id",
-  "length_penalty",
-  "max_length",
-  "max_position_embeddings",
-  "min_length",
-  "mode",
-  "name_or_path",
-  "no_repeat_ngram_size",
-  "num_beam_groups",
-  "num_beams",
-  "num_return_sequences",
-  "output_attentions",
-  "output_hidden_states",
-  "output_scores",
-  "pad_token_id",
-  "prefix",
-  "problem_type",
-  "pruned_heads",
-  "remove_invalid_values",
-  "repetition_penalty",
-  "return_dict",
-  "return_dict_in_generate",
-  "sep_token_id",
-  "suppress_tokens",
-  "task_specific_params",
-  "temperature",
-  "tf_legacy_loss",
-  "tie_encoder_decoder",
-  "tokenizer_class",
-  "top_k",
-  "top_p",
-  "torch_dtype",
-  "torchscript",
-  "transformers_version",
-  "typical_p",
-  "use_bfloat16",
-  "use_cache",
-  "use_l2warp",
-)
-_ATTENTION_KEYS = (
-  "layers",
-  "num_heads",
-  "num_kv_heads",
-  "qkv_bias",
-  "rope_theta",
-  "window_size",
-)
+# Training, kernels and generation have dozens of keys in these files.
+HARMLESS = None
 
 
 def read_config(claims: Claims, shown: Shown, output_gate: str) -> ModelConfig:
-  """The model that a config and its tensors describe.
-
-  Args:
-    claims: of the config.json, every key of which is asked for.
-    shown: by the tensors.
-    output_gate: activation, already agreed upon.
-
-  Raises:
-    ValueError: naming the first key that is missing, wrong or unsupported.
-  """
+  """The model that a config and its tensors describe."""
   c = claims
   _check_type(c, shown)
   for name in ("safe_gate", "conv_bias"):
@@ -118,30 +33,30 @@ def read_config(claims: Claims, shown: Shown, output_gate: str) -> ModelConfig:
   c.only("attnres_block_size", None)
   c.only("use_short_conv", True)
   c.only("hidden_act", "swish", "silu")
+  c.pass_over("hidden_ratio")  # gives intermediate_size: the tensors show it
   if shown.kda:
     # Their beta = 2 sigmoid would double the write gate too.
     c.only("allow_neg_eigval", False)
   model_dim = c.size("hidden_size", shown=shown.model_dim)
   num_layers = c.size("num_hidden_layers", shown=len(shown.kinds))
   kinds, attention = _attention(c, shown, model_dim, num_layers)
+  norm_eps = c.number("norm_eps")
   return ModelConfig(
     vocab_size=c.size("vocab_size", shown=shown.vocab_size),
     model_dim=model_dim,
     num_layers=num_layers,
     pattern=shortest_pattern(kinds),
     mlp_dim=c.size("intermediate_size", shown=shown.mlp_dim),
-    gdn2=_gdn2(c, shown, output_gate) if "G" in kinds else GDN2Config(),
+    gdn2=gdn2_config(c, shown, output_gate, norm_eps)
+    if "G" in kinds
+    else GDN2Config(),
     attention=attention,
-    norm_eps=c.number("norm_eps"),
+    norm_eps=norm_eps,
   )
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-  """The config.json of a model.
-
-  Raises:
-    ValueError: naming what the program cannot express.
-  """
+  """The config.json of a model; refuses models without one."""
   c, a = config, config.attention
   if "G" in c.pattern and c.norm_eps != c.gdn2.norm_eps:
     raise ValueError(
@@ -211,30 +126,6 @@ def _check_type(c: Claims, shown: Shown) -> None:
     )
 
 
-def _gdn2(c: Claims, shown: Shown, output_gate: str) -> GDN2Config:
-  heads = c.size("num_heads", shown=shown.heads)
-  value_heads = c.size("num_v_heads", shown=shown.value_heads, default=heads)
-  if value_heads % heads:
-    c.refuse("num_v_heads", f"a multiple of num_heads={heads}")
-  if shown.kda and shown.decays not in (heads, value_heads):
-    c.refuse("num_heads", f"decays of so many heads, not {shown.decays}")
-  key_dim = c.size("head_dim", shown=shown.key_dim)
-  value_dim = shown.value_dim
-  if c.raw("expand_v") is not None:
-    value_dim = check_expansion(c, "expand_v", key_dim, value_dim)
-  return GDN2Config(
-    # Where KDA has a decay and a gate for every value head, each gets a key.
-    num_heads=shown.decays if shown.kda else heads,
-    num_value_heads=value_heads,
-    key_dim=key_dim,
-    value_dim=value_dim or key_dim,
-    conv_width=c.size("conv_size", shown=shown.conv_width, default=4),
-    negative_eigenvalues=c.boolean("allow_neg_eigval", False),
-    output_gate=output_gate,
-    norm_eps=c.number("norm_eps"),
-  )
-
-
 def _attention(
   c: Claims, shown: Shown, model_dim: int, num_layers: int
 ) -> tuple[str, AttentionConfig]:
@@ -284,5 +175,5 @@ def _attention_spec(
   window = each.raw("window_size")
   if window is not None:
     found["window"] = each.size("window_size")
-  each.finish((), ())
+  each.finish()
   return "A" if window is None else "S", layers, found

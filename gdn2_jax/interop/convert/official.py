@@ -6,7 +6,7 @@ from typing import Any
 from gdn2_jax.interop.convert.claims import (
   Claims,
   Shown,
-  check_expansion,
+  gdn2_config,
   shortest_pattern,
 )
 from gdn2_jax.model.attention import AttentionConfig
@@ -78,16 +78,7 @@ _ATTENTION_SIZES = ("n_head", "n_query_groups", "local_window", "rope_base")
 
 
 def read_config(claims: Claims, shown: Shown, output_gate: str) -> ModelConfig:
-  """The model that a config and its tensors describe.
-
-  Args:
-    claims: of the config.json, every key of which is asked for.
-    shown: by the tensors.
-    output_gate: activation, already agreed upon.
-
-  Raises:
-    ValueError: naming the first key that is missing, wrong or unsupported.
-  """
+  """The model that a config and its tensors describe."""
   c = claims
   for name, values in _SUPPORTED.items():
     c.only(name, *values)
@@ -105,18 +96,16 @@ def read_config(claims: Claims, shown: Shown, output_gate: str) -> ModelConfig:
     num_layers=num_layers,
     pattern=shortest_pattern(kinds),
     mlp_dim=c.size("intermediate_size", shown=shown.mlp_dim),
-    gdn2=_gdn2(c, shown, output_gate) if "G" in kinds else GDN2Config(),
+    gdn2=gdn2_config(c, shown, output_gate, OUTPUT_NORM_EPS)
+    if "G" in kinds
+    else GDN2Config(),
     attention=attention,
     norm_eps=c.number("norm_eps", 1e-5),
   )
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-  """The config.json of a model.
-
-  Raises:
-    ValueError: naming what the official program cannot express.
-  """
+  """The config.json of a model; refuses models without one."""
   c = config
   kinds = c.pattern * c.num_groups
   if "G" in kinds and c.gdn2.norm_eps != OUTPUT_NORM_EPS:
@@ -168,7 +157,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 def _vocab_size(c: Claims, shown: Shown) -> int:
   """Rows of the table: the vocabulary, padded to a multiple or not."""
   rows, multiple = shown.vocab_size, c.size("padding_multiple", default=64)
-  if c.has("padded_vocab_size"):
+  if c.raw("padded_vocab_size") is not None:
     padded = c.size("padded_vocab_size", shown=rows)
     if c.size("vocab_size", default=padded) > padded:
       c.refuse("vocab_size", f"at most padded_vocab_size={padded}")
@@ -194,28 +183,6 @@ def _kinds(c: Claims, kinds: str) -> str:
   if c.stated("local_window") and c.raw("local_window", -1) == -1:
     return kinds.replace("S", "A")
   return kinds
-
-
-def _gdn2(c: Claims, shown: Shown, output_gate: str) -> GDN2Config:
-  heads = c.size("num_heads", "gdn2_num_heads", shown=shown.heads)
-  value_heads = c.size(
-    "num_v_heads", "gdn2_num_v_heads", shown=shown.value_heads, default=heads
-  )
-  key_dim = c.size("head_dim", "gdn2_head_dim", shown=shown.key_dim)
-  value_dim = shown.value_dim
-  for name in ("expand_v", "gdn2_expand_v"):
-    if c.raw(name) is not None:
-      value_dim = check_expansion(c, name, key_dim, value_dim)
-  return GDN2Config(
-    num_heads=heads,
-    num_value_heads=value_heads,
-    key_dim=key_dim,
-    value_dim=c.size("head_v_dim", shown=value_dim, default=key_dim),
-    conv_width=c.size("conv_size", shown=shown.conv_width, default=4),
-    negative_eigenvalues=c.boolean("allow_neg_eigval", False),
-    output_gate=output_gate,
-    norm_eps=OUTPUT_NORM_EPS,
-  )
 
 
 def _attention(

@@ -1,74 +1,54 @@
-"""Models as they lie on disk, whatever their dialect, under our names."""
+"""Models of any dialect, opened under our parameter names."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from gdn2_jax.interop import folder
 from gdn2_jax.interop.convert import fla, official
 from gdn2_jax.interop.convert.claims import Claims, Shown, look_at
-from gdn2_jax.interop.convert.options import OUTPUT_GATES, Options
-from gdn2_jax.interop.convert.tensors import Lazy, check_names, to_ours
-from gdn2_jax.interop.disk import read_json
-from gdn2_jax.interop.names import FLOAT32, KDA, Dialect, Move, moves
+from gdn2_jax.interop.convert.options import DTYPES, OUTPUT_GATES, Options
+from gdn2_jax.interop.convert.tensors import check_names, to_ours
+from gdn2_jax.interop.disk import PICKLES, read_json
+from gdn2_jax.interop.names import FLOAT32, Dialect, Move, moves
 from gdn2_jax.interop.tensors import find_weights, open_tensors
 from gdn2_jax.interop.tree import check_tensors, flatten_params, param_specs
 from gdn2_jax.model.config import ModelConfig
 
 CONFIGS = {"official": official, "fla": fla}
-_FLOATS = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-  """A model of any dialect, checked and not read yet.
+  """A model of any dialect, checked and not read yet."""
 
-  Attributes:
-    path: of the weights.
-    config: of the model; param_dtype is that of its tensors, float32 if they
-      differ.
-    tensors: by our names, in the dtypes that were stored.
-    read: tensors of theirs by name, or None where they are ours.
-    moves: from theirs to ours.
-    notes: what is worth a line to the user.
-    tokenizer: tokenizer.json beside the weights, or None.
-  """
-
-  path: pathlib.Path
-  config: ModelConfig
-  tensors: dict[str, Any]
-  read: Mapping[str, Any]
-  moves: list[Move]
-  notes: list[str]
-  tokenizer: pathlib.Path | None
+  path: pathlib.Path  # of the weights
+  config: ModelConfig  # param_dtype is that of the tensors, float32 if several
+  tensors: Mapping[str, Any]  # by our names, in the dtypes that were stored
+  read: Mapping[str, Any]  # the same tensors by their names
+  moves: list[Move]  # from theirs to ours, [] where they are ours
+  notes: list[str]  # lines for the user
+  tokenizer: pathlib.Path | None  # tokenizer.json beside the weights
 
 
 def open_foreign(
   src: pathlib.Path, dialect: Dialect, options: Options
 ) -> Opened:
-  """Checks names, shapes and config of a model of another program.
-
-  Args:
-    src: folder with model.safetensors or its shards, or the file.
-    dialect: of its names.
-    options: see there.
-
-  Raises:
-    FileNotFoundError: there is nothing to read.
-    ValueError: naming what is missing, unexpected, wrong or unsupported.
-  """
+  """Checks names, shapes and config of a model of another program."""
   weights = _weights_file(src)
-  theirs = _without_prefix(open_tensors(weights), options.strip_prefix, weights)
+  theirs, prefix = {}, options.strip_prefix
+  for name, tensor in open_tensors(weights).items():
+    if not name.startswith(prefix):
+      raise ValueError(f"{weights}: {name}: expected --strip_prefix={prefix}")
+    if str(tensor.dtype) not in DTYPES:
+      raise ValueError(
+        f"{weights}: {name} is {tensor.dtype}, expected {', '.join(DTYPES)}"
+      )
+    theirs[name.removeprefix(prefix)] = tensor
   if not dialect.recognises(theirs):
     check_names(theirs, [dialect.layer.format(0) + "..."], dialect, weights)
-  for name, tensor in theirs.items():
-    if str(tensor.dtype) not in _FLOATS:
-      raise ValueError(
-        f"{weights}: {name} is {tensor.dtype}, expected {', '.join(_FLOATS)}"
-      )
   notes: list[str] = []
   values, where = _config_values(weights.parent / folder.CONFIG, options, notes)
   claims = Claims(values, where)
@@ -79,23 +59,27 @@ def open_foreign(
   order = _conv_order(claims, options)
   module = CONFIGS[dialect.name]
   config = module.read_config(claims, shown, gate)
-  claims.finish(module.HARMLESS, options.ignored)
+  if unread := claims.finish(options.ignored, module.HARMLESS):
+    notes.append(f"keys of the config that were not read: {', '.join(unread)}")
   config = dataclasses.replace(config, **_dtypes(theirs, notes))
   config.validate()
 
-  kda = None
+  kda_heads = None
   if shown.kda:
-    kda = KDA(shown.heads or config.gdn2.num_heads)
+    kda_heads = shown.heads or config.gdn2.num_heads
     notes.append("Kimi Delta Attention, as GDN-2 with tied gates")
-  plan = moves(dialect, config, conv_order=order, kda=kda)
-  expected = [name for move in plan for name in move.theirs]
-  check_names(theirs, expected, dialect, weights)
+  plan = moves(dialect, config, conv_order=order, kda_heads=kda_heads)
+  check_names(theirs, [move.theirs for move in plan], dialect, weights)
   shapes = {n: tuple(s.shape) for n, s in param_specs(config).items()}
   ours = to_ours(theirs, plan, shapes, weights)
   assert ours.keys() == shapes.keys(), ours.keys() ^ shapes.keys()
   if options.preset:
-    _check_count(options.preset, ours)
-  tokenizer = weights.parent / folder.TOKENIZER
+    found = sum(math.prod(shape) for shape in shapes.values())
+    _, count = official.PRESETS[options.preset]
+    if found != count:
+      raise ValueError(
+        f"--preset={options.preset}: {found:,} parameters, expected {count:,}"
+      )
   return Opened(
     path=weights,
     config=config,
@@ -103,16 +87,12 @@ def open_foreign(
     read=theirs,
     moves=plan,
     notes=notes,
-    tokenizer=tokenizer if tokenizer.is_file() else None,
+    tokenizer=_tokenizer(weights.parent),
   )
 
 
 def agree_on_gate(dialect: Dialect, claims: Claims, options: Options) -> str:
-  """The activation of the output gate, which no tensor tells.
-
-  Raises:
-    ValueError: the dialect's program, the config and the user do not agree.
-  """
+  """Activation of the output gate by dialect, config and user, who agree."""
   told = claims.raw("output_gate")
   if told is not None and told not in OUTPUT_GATES:
     claims.refuse("output_gate", " or ".join(OUTPUT_GATES))
@@ -128,15 +108,6 @@ def agree_on_gate(dialect: Dialect, claims: Claims, options: Options) -> str:
   return stated or dialect.output_gate
 
 
-def _without_prefix(
-  tensors: Mapping[str, Any], prefix: str, path: pathlib.Path
-) -> dict[str, Any]:
-  for name in tensors:
-    if not name.startswith(prefix):
-      raise ValueError(f"{path}: {name}: expected --strip_prefix={prefix}")
-  return {name.removeprefix(prefix): t for name, t in tensors.items()}
-
-
 def _weights_file(src: pathlib.Path) -> pathlib.Path:
   if not src.exists():
     raise FileNotFoundError(f"--src={src}: no such file or folder")
@@ -145,16 +116,13 @@ def _weights_file(src: pathlib.Path) -> pathlib.Path:
   try:
     return find_weights(src)
   except FileNotFoundError:
-    pickles = sorted(p for p in src.iterdir() if p.suffix in _PICKLES)
+    pickles = sorted(p for p in src.iterdir() if p.suffix.lower() in PICKLES)
     if pickles:
       return pickles[0]  # refused by name, with the way to convert it
     others = sorted(src.glob("*.safetensors"))
     if len(others) == 1:
       return others[0]
     raise
-
-
-_PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
 
 def _config_values(
@@ -178,7 +146,7 @@ def _config_values(
 
 
 def _tie(theirs, claims, dialect, weights, options, notes) -> None:
-  """Gives a model without a head that of its embedding, if it may."""
+  """Copies the embedding to a head that is missing, with --untie_head."""
   names = {ours: name for ours, name, _ in dialect.model}
   head, table = names["head"], names["embedding.table"]
   tied = claims.boolean("tie_word_embeddings", False)
@@ -232,28 +200,19 @@ def _dtypes(theirs: Mapping[str, Any], notes: list[str]) -> dict[str, str]:
   return {"dtype": dtype, "param_dtype": dtype}
 
 
-def _check_count(preset: str, ours: Mapping[str, Lazy]) -> None:
-  found = sum(int(np.prod(tensor.shape)) for tensor in ours.values())
-  _, expected = official.PRESETS[preset]
-  if found != expected:
-    raise ValueError(
-      f"--preset={preset}: {found:,} parameters, expected {expected:,}"
-    )
-
-
 def open_ours(src: pathlib.Path, options: Options) -> Opened:
-  """A published-model folder, or the workdir of a training run.
-
-  Raises:
-    FileNotFoundError: no such folder.
-    ValueError: it is neither, or damaged.
-  """
+  """Opens a published-model folder, or the workdir of a training run."""
   if not src.is_dir():
     raise FileNotFoundError(f"--src={src}: no such folder")
   notes: list[str] = []
   if (src / "checkpoints").is_dir():
-    config, tensors, step = _load_run(src, options)
-    notes.append(f"checkpoint of step {step}")
+    # Not at the top: only this needs orbax, which takes seconds to import.
+    from gdn2_jax.train.checkpoint.manager import load_run
+
+    run = load_run(src, options.step)
+    config = run.config.model
+    tensors = flatten_params(run.params, config)
+    notes.append(f"checkpoint of step {run.step}")
   else:
     if options.step is not None:
       raise ValueError(f"--step={options.step}: {src} is not a workdir")
@@ -266,7 +225,6 @@ def open_ours(src: pathlib.Path, options: Options) -> Opened:
       f"--output_gate={options.output_gate}: the model in {src} has "
       f"{config.gdn2.output_gate!r}"
     )
-  tokenizer = src / folder.TOKENIZER
   return Opened(
     path=src,
     config=config,
@@ -274,17 +232,10 @@ def open_ours(src: pathlib.Path, options: Options) -> Opened:
     read=tensors,
     moves=[],
     notes=notes,
-    tokenizer=tokenizer if tokenizer.is_file() else None,
+    tokenizer=_tokenizer(src),
   )
 
 
-def _load_run(src: pathlib.Path, options: Options):
-  # Not at the top: only this needs orbax, which takes seconds to import.
-  from gdn2_jax.train.checkpoint.manager import load_run
-
-  run = load_run(src, options.step)
-  return (
-    run.config.model,
-    flatten_params(run.params, run.config.model),
-    run.step,
-  )
+def _tokenizer(beside: pathlib.Path) -> pathlib.Path | None:
+  path = beside / folder.TOKENIZER
+  return path if path.is_file() else None

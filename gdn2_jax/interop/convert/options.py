@@ -16,14 +16,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-  """Facts that files do not always tell, and permissions.
+  """Facts that the files may lack, and permissions.
 
   Attributes:
     config: config.json to use in place of the one beside the weights.
     preset: name of a published size of the official program, in place of a
       config.json; the number of parameters must be that of the preset.
     values: keys of config.json, over those of the file.
-    ignored: unknown keys of config.json that are known not to matter.
+    ignored: unknown keys of config.json that change nothing.
     output_gate: activation of the output gate. Needed where it is not the one
       that the dialect's own program computes.
     from_conv_order, to_conv_order: which input the first tap of the short
@@ -49,26 +49,21 @@ class Options:
   step: int | None = None
 
   def check(self, source: str, target: str) -> None:
-    """Refuses what cannot be meant.
-
-    Raises:
-      ValueError: naming the option, its value and what was expected.
-    """
+    """Refuses options that contradict each other or the dialects."""
     choices = (
-      ("preset", self.preset, tuple(PRESETS)),
-      ("output_gate", self.output_gate, OUTPUT_GATES),
-      ("from_conv_order", self.from_conv_order, CONV_ORDERS),
-      ("to_conv_order", self.to_conv_order, CONV_ORDERS),
-      ("dtype", self.dtype, DTYPES),
+      ("preset", self.preset, (None, *PRESETS)),
+      ("output_gate", self.output_gate, (None, *OUTPUT_GATES)),
+      ("from_conv_order", self.from_conv_order, (None, *CONV_ORDERS)),
+      ("to_conv_order", self.to_conv_order, (None, *CONV_ORDERS)),
+      ("dtype", self.dtype, (None, *DTYPES)),
       ("from", source, ALL_DIALECTS),
       ("to", target, ALL_DIALECTS),
     )
     for name, value, allowed in choices:
-      if value is None and name not in ("from", "to"):
-        continue
       if value not in allowed:
         raise ValueError(
-          f"--{name}={value}: expected one of {', '.join(allowed)}"
+          f"--{name}={value}: expected one of "
+          + ", ".join(filter(None, allowed))
         )
     if self.preset and self.config:
       raise ValueError("--preset and --config: expected one of the two")
@@ -76,16 +71,15 @@ class Options:
       raise ValueError(f"--preset={self.preset}: goes with --from=official")
     if self.step is not None and source != OURS:
       raise ValueError(f"--step={self.step}: goes with --from={OURS}")
-    if source == OURS:
-      for name in (
-        "config",
-        "values",
-        "ignored",
-        "from_conv_order",
-        "strip_prefix",
-      ):
-        if getattr(self, name):
-          flag = {"values": "set", "ignored": "ignore_config"}.get(name, name)
-          raise ValueError(f"--{flag}: does not go with --from={OURS}")
+    foreign = {
+      "config": self.config,
+      "set": self.values,
+      "ignore_config": self.ignored,
+      "from_conv_order": self.from_conv_order,
+      "strip_prefix": self.strip_prefix,
+    }
+    for name, value in foreign.items():
+      if value and source == OURS:
+        raise ValueError(f"--{name}: does not go with --from={OURS}")
     if target == OURS and self.to_conv_order:
       raise ValueError(f"--to_conv_order: does not go with --to={OURS}")

@@ -1,4 +1,4 @@
-"""Logits of a converted model beside logits that are known to be right."""
+"""Logits of a converted model, compared with logits of the other program."""
 
 import dataclasses
 import os
@@ -18,12 +18,7 @@ from gdn2_jax.model.lm import LM
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-  """Tokens and what a model answers to them.
-
-  Attributes:
-    input_ids: tokens [B, T].
-    logits: [B, T, VOCAB], float32.
-  """
+  """Tokens [B, T] and float32 logits [B, T, VOCAB] of a model."""
 
   input_ids: np.ndarray
   logits: np.ndarray
@@ -31,7 +26,7 @@ class Probe:
 
 @dataclasses.dataclass(frozen=True)
 class ProbeError:
-  """How far logits are from those expected.
+  """Distance of logits from those expected.
 
   Attributes:
     largest: absolute difference.
@@ -44,7 +39,7 @@ class ProbeError:
   rms: float
 
   def exceeds(self, tolerance: float) -> bool:
-    """Whether either relative error is above; NaN is above everything."""
+    """True where either relative error is above `tolerance`, or NaN."""
     return not (self.rms <= tolerance and self.relative <= tolerance)
 
   def __str__(self) -> str:
@@ -55,12 +50,7 @@ class ProbeError:
 
 
 def read_probe(path: str | os.PathLike) -> Probe:
-  """Reads an .npz with the arrays input_ids and logits; never a pickle.
-
-  Raises:
-    FileNotFoundError: no such file.
-    ValueError: not such a file.
-  """
+  """Reads an .npz with the arrays input_ids and logits; never a pickle."""
   path = pathlib.Path(path)
   if not path.is_file():
     raise FileNotFoundError(f"--probe={path}: no such file")
@@ -70,30 +60,24 @@ def read_probe(path: str | os.PathLike) -> Probe:
       ids, logits = file["input_ids"], file["logits"]
   except Exception as e:  # zipfile, zlib and NumPy raise what they like
     raise ValueError(f"--probe={path}: {type(e).__name__}: {e}") from e
+  problem = ""
   if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
-    raise ValueError(
-      f"--probe={path}: input_ids {ids.dtype}{list(ids.shape)}, expected "
-      "integers [B, T]"
-    )
-  if logits.ndim != 3 or logits.shape[:2] != ids.shape:
-    raise ValueError(
-      f"--probe={path}: logits {list(logits.shape)}, expected "
-      f"{[*ids.shape, 'VOCAB']}"
-    )
-  if not np.issubdtype(logits.dtype, np.floating):
-    raise ValueError(f"--probe={path}: logits are {logits.dtype}")
-  logits = logits.astype(np.float32)
-  if not np.isfinite(logits).all():
-    raise ValueError(f"--probe={path}: logits that are not finite")
-  return Probe(ids, logits)
+    found = f"{ids.dtype}{list(ids.shape)}"
+    problem = f"input_ids {found}, expected integers [B, T]"
+  elif logits.ndim != 3 or logits.shape[:2] != ids.shape:
+    expected = [*ids.shape, "VOCAB"]
+    problem = f"logits {list(logits.shape)}, expected {expected}"
+  elif not np.issubdtype(logits.dtype, np.floating):
+    problem = f"logits are {logits.dtype}, expected floats"
+  elif not np.isfinite(logits.astype(np.float32)).all():
+    problem = "logits that are not finite"
+  if problem:
+    raise ValueError(f"--probe={path}: {problem}")
+  return Probe(ids, logits.astype(np.float32))
 
 
 def check_probe(probe: Probe, config: ModelConfig) -> None:
-  """Refuses a probe of a model of another vocabulary.
-
-  Raises:
-    ValueError: it is.
-  """
+  """Refuses a probe of a model of another vocabulary."""
   if probe.logits.shape[-1] != config.vocab_size:
     raise ValueError(
       f"--probe: logits of {probe.logits.shape[-1]} tokens, the model has "
@@ -110,42 +94,24 @@ def check_probe(probe: Probe, config: ModelConfig) -> None:
 def run_probe(
   out: str | os.PathLike, target: str, probe: Probe, output_gate: str
 ) -> ProbeError:
-  """Reads what a conversion wrote, and runs it in float32.
-
-  Args:
-    out: folder of the conversion.
-    target: its dialect.
-    probe: tokens and logits.
-    output_gate: of the model.
-
-  Raises:
-    ValueError: the probe is of another model.
-  """
+  """Reads the folder that a conversion wrote, and runs it in float32."""
   stated = None if target == OURS else output_gate
   opened = open_model(pathlib.Path(out), target, Options(output_gate=stated))
   config = dataclasses.replace(opened.config, dtype="float32", remat="none")
   check_probe(probe, config)
   tensors = in_dtype(opened.tensors, config.param_dtype)
   params = unflatten_params(tensors, config)
-  with jax.default_matmul_precision("highest"):
-    logits = _logits(config, params, probe.input_ids)
-  return _compare(logits, probe.logits)
-
-
-def _logits(config: ModelConfig, params, input_ids) -> np.ndarray:
   run = jax.jit(LM(config).apply)
-  rows = [
-    run({"params": params}, jnp.asarray(row[None], jnp.int32))[0][0]
-    for row in input_ids
-  ]
-  return np.stack([np.asarray(row) for row in rows])
-
-
-def _compare(found: np.ndarray, expected: np.ndarray) -> ProbeError:
-  difference = found.astype(np.float64) - expected
-  scale = float(np.abs(expected).max()) or 1.0
-  rms = float(np.sqrt(np.mean(expected.astype(np.float64) ** 2))) or 1.0
+  with jax.default_matmul_precision("highest"):
+    rows = [
+      run({"params": params}, jnp.asarray(row[None], jnp.int32))[0][0]
+      for row in probe.input_ids
+    ]
+  expected = probe.logits.astype(np.float64)
+  difference = np.stack([np.asarray(row) for row in rows]) - expected
   largest = float(np.abs(difference).max())
+  scale = float(np.abs(expected).max()) or 1.0
+  rms = float(np.sqrt(np.mean(expected**2))) or 1.0
   return ProbeError(
     largest=largest,
     relative=largest / scale,

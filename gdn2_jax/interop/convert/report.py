@@ -7,26 +7,18 @@ from typing import Any
 
 from gdn2_jax.interop.convert.opened import Opened
 
-PARTS = (
-  "embedding",
-  "GDN-2 mixers",
-  "attention mixers",
-  "MLPs",
-  "norms",
-  "head",
-)
+_HEADER = ("", "tensors read", "written", "parameters", "dtype")
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What was read and written.
+  """Tensors read and written by a conversion; `str` is a table.
 
   Attributes:
     source, target: dialects.
     opened: the model that was read.
     written: tensors that were written, by name.
-    parts: part of the model by name of ours.
-    names: {name of ours: (names read, names written)}.
+    names: {name of ours: (name read, name written)}.
     files: names of the files that were written.
     notes: lines worth reading.
   """
@@ -35,13 +27,13 @@ class Report:
   target: str
   opened: Opened
   written: Mapping[str, Any]
-  names: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]
+  names: Mapping[str, tuple[str, str]]
   files: list[str]
   notes: list[str]
 
   @property
   def parameters(self) -> int:
-    """Of the model that was written."""
+    """Number of parameters of the model that was written."""
     return _count(self.written)
 
   def __str__(self) -> str:
@@ -53,7 +45,7 @@ class Report:
       "",
       *_columns([_HEADER, *self._rows()]),
     ]
-    derived = _count(self.written) - _count(self.opened.read)
+    derived = self.parameters - _count(self.opened.read)
     if derived:
       lines += ["", f"{derived:+,} parameters that are copies:"]
       lines += [f"  {line}" for line in self._derived()]
@@ -62,12 +54,14 @@ class Report:
     return "\n".join(lines)
 
   def _rows(self):
-    for part in PARTS:
-      ours = [name for name in self.names if part_of(name, self.opened) == part]
-      read = {n: self.opened.read[n] for o in ours for n in self.names[o][0]}
-      wrote = {n: self.written[n] for o in ours for n in self.names[o][1]}
-      if ours:
-        yield _row(part, read, wrote)
+    parts = {}
+    for ours, (read, written) in self.names.items():
+      part = parts.setdefault(_part_of(ours, self.opened), ({}, {}))
+      part[0][read] = self.opened.read[read]
+      part[1][written] = self.written[written]
+    for name in _PARTS:
+      if name in parts:
+        yield _row(name, *parts[name])
     yield _row("total", self.opened.read, self.written)
 
   def _derived(self):
@@ -76,19 +70,24 @@ class Report:
     for move in self.opened.moves:
       if move.derived:
         kinds.setdefault(move.derived, []).append(move)
-    for reason, moves in kinds.items():
-      first = moves[0]
+    for reason, (first, *rest) in kinds.items():
       yield (
-        f"{reason}: {', '.join(first.theirs)} -> {', '.join(first.ours)}, and "
-        f"{len(moves) - 1} like it"
+        f"{reason}: {first.theirs} -> {', '.join(first.ours)}, and "
+        f"{len(rest)} like it"
       )
 
 
-_HEADER = ("", "tensors read", "written", "parameters", "dtype")
+_PARTS = (
+  "embedding",
+  "GDN-2 mixers",
+  "attention mixers",
+  "MLPs",
+  "norms",
+  "head",
+)
 
 
-def part_of(name: str, opened: Opened) -> str:
-  """Which part of the model a parameter of ours belongs to."""
+def _part_of(name: str, opened: Opened) -> str:
   path = name.split(".")
   if path[0] != "layers":
     return {"embedding": "embedding", "head": "head"}.get(path[0], "norms")
@@ -100,21 +99,13 @@ def part_of(name: str, opened: Opened) -> str:
 
 
 def _row(part: str, read: Mapping[str, Any], written: Mapping[str, Any]):
-  return (
-    part,
-    f"{len(read):,}",
-    f"{len(written):,}",
-    f"{_count(written):,}",
-    _dtypes(read, written),
-  )
-
-
-def _dtypes(read: Mapping[str, Any], written: Mapping[str, Any]) -> str:
   found, kept = (
     ", ".join(dict.fromkeys(str(t.dtype) for t in tensors.values()))
     for tensors in (read, written)
   )
-  return found if found == kept else f"{found} -> {kept}"
+  dtypes = found if found == kept else f"{found} -> {kept}"
+  numbers = (len(read), len(written), _count(written))
+  return (part, *(f"{n:,}" for n in numbers), dtypes)
 
 
 def _count(tensors: Mapping[str, Any]) -> int:

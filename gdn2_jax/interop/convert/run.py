@@ -1,12 +1,11 @@
-"""One conversion: open and check everything, then write tensor by tensor."""
+"""Conversion: opens and checks everything, then writes tensor by tensor."""
 
-import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
-import shutil
-import uuid
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,17 +22,22 @@ from gdn2_jax.interop.convert.opened import (
 )
 from gdn2_jax.interop.convert.options import OURS, Options
 from gdn2_jax.interop.convert.report import Report
-from gdn2_jax.interop.convert.tensors import Lazy, in_dtype, to_theirs, watched
-from gdn2_jax.interop.folder import CONFIG, TOKENIZER, save_model
+from gdn2_jax.interop.convert.tensors import in_dtype, to_theirs, watched
+from gdn2_jax.interop.folder import (
+  CONFIG,
+  TOKENIZER,
+  check_target,
+  save_model,
+  staged,
+)
 from gdn2_jax.interop.names import DIALECTS, moves
 from gdn2_jax.interop.tensors import SHARD_BYTES, save_shards
 from gdn2_jax.interop.tree import unflatten_params
 from gdn2_jax.model.config import ModelConfig
 
-_METADATA = {"format": "pt"}  # what loaders of these folders ask for
-_PROGRESS_BYTES = 1 << 28  # below this it is over before one can read it
+_METADATA = {"format": "pt"}  # loaders of these folders ask for it
+_PROGRESS_BYTES = 1 << 28  # smaller models are written before one can read it
 _SHOWN = 4
-_STAGING = ".incoming-"
 
 
 def convert(
@@ -45,7 +49,7 @@ def convert(
   options: Options = Options(),  # noqa: B008, frozen
   max_shard_bytes: int = SHARD_BYTES,
 ) -> Report:
-  """Rewrites a model under the names and in the layouts of another program.
+  """Rewrites a model in the names and layouts of another program.
 
   Only permutes: every number is kept bit for bit, unless `options.dtype` asks
   for another one. Nothing is written before everything has been checked.
@@ -68,51 +72,71 @@ def convert(
   """
   options.check(source, target)
   src, out = pathlib.Path(src), pathlib.Path(out)
-  _check_out(src, out)
+  if out.resolve() == (src.parent if src.is_file() else src).resolve():
+    raise ValueError(f"--out={out}: the folder of --src={src}")
+  check_target(out, overwrite=False)
   opened = open_model(src, source, options)
   _check_gate(opened.config, target, options)
-  config, tensors = _with_dtypes(opened, target, options)
-  notes = list(opened.notes)
-  names = {name: ((name,), (name,)) for name in tensors}
+  config, dtype = opened.config, None
+  if options.dtype:
+    dtype = options.dtype
+    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+  elif target == OURS:
+    dtype = config.param_dtype  # one for all
+  written = tensors = in_dtype(opened.tensors, dtype)
+  names = {name: (name, name) for name in tensors}
   for move in opened.moves:
-    names |= {name: (move.theirs, (name,)) for name in move.ours}
-  written: dict[str, Any] = tensors
+    names |= {name: (move.theirs, name) for name in move.ours}
   if target != OURS:
     order = options.to_conv_order or "oldest_first"
     plan = moves(DIALECTS[target], config, conv_order=order)
     written = to_theirs(tensors, plan)
     for move in plan:
       names |= {name: (names[name][0], move.theirs) for name in move.ours}
-    tree = _their_config(config, target, order)
+    tree = CONFIGS[target].write_config(config)
+    if order != "oldest_first":
+      tree["conv_order"] = order
 
-  counter = _Counter(written)
-  watching = {n: counter.watch(n, t) for n, t in written.items()}
-  with counter:
+  notes, bad = list(opened.notes), {}
+  tokenizer = _load_tokenizer(opened, target, notes)
+  total = sum(tensor.nbytes for tensor in written.values())
+  # None: only on a terminal.
+  disable = None if total >= _PROGRESS_BYTES else True
+  with tqdm.tqdm(
+    total=total, unit="B", unit_scale=True, disable=disable
+  ) as bar:
+    watching = {
+      name: watched(tensor, functools.partial(_count, bar, bad, name))
+      for name, tensor in written.items()
+    }
     if target == OURS:
-      files = _save_ours(out, watching, config, opened, notes, max_shard_bytes)
+      # Layers that are not stacked: one copy of each, which is the one written.
+      unstacked = dataclasses.replace(config, scan_layers=False)
+      save_model(
+        out,
+        unflatten_params(watching, unstacked, place=lambda array: array),
+        config,
+        tokenizer,
+        card=Card(facts={"converted from": opened.path.name}),
+        max_shard_bytes=max_shard_bytes,
+      )
+      files = sorted(path.name for path in out.iterdir())
     else:
-      tokenizer = _their_tokenizer(opened, notes)
       files = _save_theirs(out, watching, tree, tokenizer, max_shard_bytes)
-  notes += counter.notes()
+  notes += [
+    f"{name}: {count:,} values are not finite (kept)"
+    for name, count in list(bad.items())[:_SHOWN]
+  ]
+  if len(bad) > _SHOWN:
+    notes.append(f"{len(bad)} tensors with values that are not finite")
   return Report(source, target, opened, written, names, files, notes)
 
 
 def open_model(src: pathlib.Path, source: str, options: Options) -> Opened:
-  """Opens a model of any dialect; see `open_foreign` and `open_ours`."""
+  """Opens and checks a model of any dialect."""
   if source == OURS:
     return open_ours(src, options)
   return open_foreign(src, DIALECTS[source], options)
-
-
-def _check_out(src: pathlib.Path, out: pathlib.Path) -> None:
-  if out.resolve() == (src.parent if src.is_file() else src).resolve():
-    raise ValueError(f"--out={out}: the folder of --src={src}")
-  if out.exists() and not out.is_dir():
-    raise ValueError(f"--out={out}: a file, expected a folder")
-  if out.exists() and any(
-    not path.name.startswith(_STAGING) for path in out.iterdir()
-  ):
-    raise ValueError(f"--out={out}: not empty, expected a new folder")
 
 
 def _check_gate(config: ModelConfig, target: str, options: Options) -> None:
@@ -134,80 +158,40 @@ def _check_gate(config: ModelConfig, target: str, options: Options) -> None:
       )
 
 
-def _with_dtypes(
-  opened: Opened, target: str, options: Options
-) -> tuple[ModelConfig, dict[str, Lazy]]:
-  """The config and the tensors, in the dtypes to write."""
-  config, dtype = opened.config, None
-  if options.dtype:
-    dtype = options.dtype
-    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
-  elif target == OURS:
-    dtype = config.param_dtype  # one for all
-  return config, in_dtype(opened.tensors, dtype)
+def _count(bar: tqdm.tqdm, bad: dict[str, int], name: str, value) -> None:
+  """Shows progress, and counts numbers that are not finite; they are kept."""
+  bar.update(value.nbytes)
+  if count := value.size - int(np.count_nonzero(np.isfinite(value))):
+    bad[name] = count
 
 
-def _their_config(
-  config: ModelConfig, target: str, conv_order: str
-) -> dict[str, Any]:
-  tree = CONFIGS[target].write_config(config)
-  if conv_order != "oldest_first":
-    tree["conv_order"] = conv_order
-  return tree
-
-
-def _save_ours(out, tensors, config, opened, notes, max_shard_bytes):
-  tokenizer = _load_tokenizer(opened, notes)
-  # Layers that are not stacked: one copy of each, which is the one written.
-  unstacked = dataclasses.replace(config, scan_layers=False)
-  params = unflatten_params(tensors, unstacked, place=lambda array: array)
-  card = Card(facts={"converted from": opened.path.name})
-  save_model(
-    out, params, config, tokenizer, card=card, max_shard_bytes=max_shard_bytes
-  )
-  return sorted(path.name for path in out.iterdir())
-
-
-def _load_tokenizer(opened: Opened, notes: list[str]) -> Any:
+def _load_tokenizer(opened: Opened, target: str, notes: list[str]) -> Any:
+  """The tokenizer beside the weights, unless the target cannot read it."""
   if opened.tokenizer is None:
     return None
   try:
     tokenizer = load_tokenizer(opened.tokenizer)
-    if tokenizer.vocab_size <= opened.config.vocab_size:
-      return tokenizer
-    reason = f"{tokenizer.vocab_size} ids, more than the model has"
+    if tokenizer.vocab_size > opened.config.vocab_size:
+      reason = f"{tokenizer.vocab_size} ids, more than the model has"
+    elif target != OURS and not isinstance(tokenizer, BPETokenizer):
+      reason = "other programs cannot read it"
+    else:
+      return tokenizer if target == OURS else opened.tokenizer.read_bytes()
   except ValueError as e:
     reason = str(e)
   notes.append(f"tokenizer.json left behind: {reason}")
   return None
 
 
-def _their_tokenizer(opened: Opened, notes: list[str]) -> bytes | None:
-  """tokenizer.json, unless only this program reads it."""
-  tokenizer = _load_tokenizer(opened, notes)
-  if tokenizer is None:
-    return None
-  if not isinstance(tokenizer, BPETokenizer):
-    notes.append("tokenizer.json left behind: other programs cannot read it")
-    return None
-  return opened.tokenizer.read_bytes()
-
-
 def _save_theirs(
   out: pathlib.Path,
-  tensors: dict[str, Any],
+  tensors: Mapping[str, Any],
   tree: dict[str, Any],
   tokenizer: bytes | None,
   max_shard_bytes: int,
 ) -> list[str]:
   """Writes a folder of another program: all of its files or none."""
-  is_new = not out.exists()
-  out.mkdir(parents=True, exist_ok=True)
-  for abandoned in out.glob(f"{_STAGING}*"):
-    shutil.rmtree(abandoned)
-  staging = out / f"{_STAGING}{uuid.uuid4().hex[:8]}"
-  staging.mkdir()
-  try:
+  with staged(out) as staging:
     files = save_shards(staging, tensors, _METADATA, max_bytes=max_shard_bytes)
     if tokenizer is not None:
       write_atomic(staging / TOKENIZER, tokenizer)
@@ -217,54 +201,4 @@ def _save_theirs(
     for name in files:  # the config last: without it nothing loads
       os.replace(staging / name, out / name)
     sync_folder(out)
-  except BaseException:
-    shutil.rmtree(staging, ignore_errors=True)
-    if is_new:
-      with contextlib.suppress(OSError):
-        out.rmdir()
-    raise
-  staging.rmdir()
   return files
-
-
-class _Counter:
-  """Shows progress, and counts what is not finite, as tensors are read."""
-
-  def __init__(self, tensors: dict[str, Any]):
-    self._total = sum(tensor.nbytes for tensor in tensors.values())
-    self._bad: dict[str, int] = {}
-    self._bar: Any = None
-
-  def __enter__(self):
-    self._bar = tqdm.tqdm(
-      total=self._total,
-      unit="B",
-      unit_scale=True,
-      # None: only where somebody can see it move.
-      disable=None if self._total >= _PROGRESS_BYTES else True,
-    )
-
-  def __exit__(self, *error):
-    self._bar.close()
-
-  def watch(self, name: str, tensor: Any) -> Lazy:
-    """The same tensor, counted when it is read."""
-
-    def seen(value: np.ndarray) -> None:
-      self._bar.update(value.nbytes)
-      bad = value.size - int(np.count_nonzero(np.isfinite(value)))
-      if bad:
-        self._bad[name] = bad
-
-    return watched(tensor, seen)
-
-  def notes(self) -> list[str]:
-    """Lines about numbers that are not finite; they are kept as they are."""
-    return [
-      f"{name}: {bad:,} values are not finite (kept)"
-      for name, bad in list(self._bad.items())[:_SHOWN]
-    ] + (
-      [f"{len(self._bad)} tensors with values that are not finite"]
-      if len(self._bad) > _SHOWN
-      else []
-    )

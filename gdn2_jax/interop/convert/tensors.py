@@ -1,7 +1,7 @@
-"""Tensors that are computed when somebody reads them.
+"""Tensors that are computed when they are read.
 
-A model goes through here one tensor at a time: nothing is read before every
-name and shape has been checked, and nothing stays behind.
+A model is converted one tensor at a time: nothing is read before every name and
+shape has been checked, and nothing stays in memory.
 """
 
 import dataclasses
@@ -13,19 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdn2_jax.interop.names import DIALECTS, FLOAT32, Dialect, Move
+from gdn2_jax.interop.tree import listed
 
-_SHOWN = 6
+Tensors = Mapping[str, Any]  # by name: arrays, Entry, Lazy
 
 
 @dataclasses.dataclass(frozen=True)
 class Lazy:
-  """Shape and dtype of a tensor, and how to read it; `np.asarray` does.
-
-  Attributes:
-    shape: of the tensor.
-    dtype: of the tensor.
-    read: gives it, anew with every call.
-  """
+  """Shape and dtype of a tensor, and a function that reads it."""
 
   shape: tuple[int, ...]
   dtype: np.dtype
@@ -42,17 +37,10 @@ class Lazy:
     return value if dtype is None else value.astype(dtype)
 
 
-Tensors = Mapping[str, Any]  # arrays, Lazy, or other things that read lazily
-
-
 def check_names(
   found: Collection[str], expected: Collection[str], dialect: Dialect, path: Any
 ) -> None:
-  """Refuses tensors too few or too many.
-
-  Raises:
-    ValueError: listing them, and naming the dialect that they look like.
-  """
+  """Refuses missing and unexpected tensors; names a likelier dialect."""
   found, expected = set(found), set(expected)
   missing, extra = sorted(expected - found), sorted(found - expected)
   if not missing and not extra:
@@ -71,18 +59,13 @@ def check_names(
         f"{path}: the names do not begin with {layers}; pass --strip_prefix="
         + prefixes.pop()
       )
-  parts = []
-  for what, names in (("missing", missing), ("unexpected", extra)):
-    if names:
-      more = len(names) - _SHOWN
-      parts.append(
-        f"{len(names)} {what}: "
-        + ", ".join(names[:_SHOWN])
-        + (f" and {more} more" if more > 0 else "")
-      )
   raise ValueError(
     f"{path}: not the tensors of this model ({dialect.name}): "
-    + "; ".join(parts)
+    + "; ".join(
+      f"{len(names)} {kind}: {listed(names)}"
+      for kind, names in (("missing", missing), ("unexpected", extra))
+      if names
+    )
   )
 
 
@@ -92,49 +75,29 @@ def to_ours(
   shapes: Mapping[str, tuple[int, ...]],
   path: Any,
 ) -> dict[str, Lazy]:
-  """Parameters of ours from tensors of theirs.
-
-  Args:
-    theirs: by name, exactly those of `moves`.
-    moves: of the dialect and the model.
-    shapes: of ours.
-    path: of the file, for messages.
-
-  Raises:
-    ValueError: naming the first tensors whose shapes are not the model's.
-  """
+  """Parameters of ours, of these shapes, from tensors of theirs."""
   wrong, ours = [], {}
   for move in moves:
-    to_shapes = tuple(shapes[name] for name in move.ours)
-    found = tuple(tuple(theirs[name].shape) for name in move.theirs)
-    if not move.layout.accepts(to_shapes, found):
-      expected = move.layout.theirs(to_shapes)
-      wrong += [
-        f"{name} {list(a)}, expected {list(b)}"
-        for name, a, b in zip(move.theirs, found, expected, strict=True)
-      ]
-      continue
-    dtype = theirs[move.theirs[0]].dtype
-    for i, name in enumerate(move.ours):
-      ours[name] = Lazy(
-        to_shapes[i], np.dtype(dtype), _unpacker(theirs, move, to_shapes, i)
+    tensor = theirs[move.theirs]
+    to = tuple(shapes[name] for name in move.ours)
+    if not move.layout.accepts(tuple(tensor.shape), *to):
+      expected = move.layout.theirs(*to)
+      wrong.append(
+        f"{move.theirs} {list(tensor.shape)}, expected {list(expected)}"
       )
+    for i, name in enumerate(move.ours):
+      read = _unpacker(tensor, move, to, i)
+      ours[name] = Lazy(to[i], np.dtype(tensor.dtype), read)
   if wrong:
-    more = len(wrong) - _SHOWN
     raise ValueError(
       f"{path}: {len(wrong)} tensors have other shapes than the config says: "
-      + "; ".join(wrong[:_SHOWN])
-      + (f"; and {more} more" if more > 0 else "")
+      + listed(wrong)
     )
   return ours
 
 
 def to_theirs(ours: Tensors, moves: list[Move]) -> dict[str, Lazy]:
-  """Tensors of theirs from the parameters of ours.
-
-  Raises:
-    ValueError: parts of one tensor of theirs differ in dtype.
-  """
+  """Tensors of theirs from the parameters of ours."""
   theirs = {}
   for move in moves:
     parts = [ours[name] for name in move.ours]
@@ -142,68 +105,60 @@ def to_theirs(ours: Tensors, moves: list[Move]) -> dict[str, Lazy]:
     if len(dtypes) > 1:
       raise ValueError(
         f"{', '.join(move.ours)}: dtypes {sorted(map(str, dtypes))}, but they "
-        f"are one tensor {move.theirs[0]}; give --dtype"
+        f"are one tensor {move.theirs}; give --dtype"
       )
-    shapes = move.layout.theirs(tuple(tuple(part.shape) for part in parts))
-    for i, name in enumerate(move.theirs):
-      theirs[name] = Lazy(shapes[i], *dtypes, _packer(ours, move, i))
+    shape = move.layout.theirs(*(tuple(part.shape) for part in parts))
+    theirs[move.theirs] = Lazy(shape, *dtypes, _packer(parts, move))
   return theirs
 
 
-def cast(tensor: Any, dtype: np.dtype) -> Lazy:
-  """The same tensor in another dtype, or as it is."""
-  found = Lazy(
-    tuple(tensor.shape), np.dtype(tensor.dtype), lambda: np.asarray(tensor)
-  )
-  if found.dtype == dtype:
-    return found
-  return Lazy(found.shape, dtype, lambda: found.read().astype(dtype))
-
-
 def in_dtype(ours: Tensors, dtype: str | None) -> dict[str, Lazy]:
-  """Parameters of ours as a model holds them: A_log and dt_bias in float32.
+  """Parameters in a dtype or their own; A_log and dt_bias in float32."""
 
-  Args:
-    ours: by name.
-    dtype: of all the others, or None for those they have.
-  """
+  def wanted(name, tensor):
+    if name.split(".")[-1] in FLOAT32:
+      return np.dtype(np.float32)
+    return np.dtype(tensor.dtype if dtype is None else jnp.dtype(dtype))
+
   return {
-    name: cast(
-      tensor,
-      np.dtype(np.float32)
-      if name.split(".")[-1] in FLOAT32
-      else np.dtype(tensor.dtype if dtype is None else jnp.dtype(dtype)),
-    )
+    name: _mapped(tensor, lambda x, to: x.astype(to, copy=False), to)
     for name, tensor in ours.items()
+    for to in [wanted(name, tensor)]
   }
 
 
 def watched(tensor: Any, seen: Callable[[np.ndarray], None]) -> Lazy:
-  """The same tensor; `seen` is shown what is read."""
+  """The same tensor; `seen` gets the value whenever it is read."""
 
-  def read() -> np.ndarray:
-    value = np.asarray(tensor)
+  def see(value, _):
     seen(value)
     return value
 
-  return Lazy(tuple(tensor.shape), np.dtype(tensor.dtype), read)
+  return _mapped(tensor, see, np.dtype(tensor.dtype))
 
 
-# Functions, not closures in the loops: each binds its own move.
+# Functions, not closures in the loops: each binds its own tensor.
 
 
-def _unpacker(theirs, move, shapes, i):
+def _mapped(tensor, function, dtype):
   def read():
-    arrays = tuple(np.asarray(theirs[name]) for name in move.theirs)
+    return function(np.asarray(tensor), dtype)
+
+  return Lazy(tuple(tensor.shape), dtype, read)
+
+
+def _unpacker(tensor, move, shapes, i):
+  def read():
     # A view would keep its whole tensor, and be copied when it is written.
-    return np.ascontiguousarray(move.layout.unpack(arrays, shapes)[i])
+    return np.ascontiguousarray(
+      move.layout.unpack(np.asarray(tensor), *shapes)[i]
+    )
 
   return read
 
 
-def _packer(ours, move, i):
+def _packer(parts, move):
   def read():
-    arrays = tuple(np.asarray(ours[name]) for name in move.ours)
-    return np.ascontiguousarray(move.layout.pack(arrays)[i])
+    return np.ascontiguousarray(move.layout.pack(*map(np.asarray, parts)))
 
   return read

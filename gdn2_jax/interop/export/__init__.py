@@ -1,4 +1,4 @@
-"""Trained models as folders: for this library, or for JAX alone."""
+"""Export of prefill and decode as programs that need JAX alone."""
 
 from gdn2_jax.interop.export.program import export_programs
 

@@ -34,7 +34,7 @@ from gdn2_jax.train.checkpoint.manager import load_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
 _STEP = flags.DEFINE_integer(
-  "step", None, "Which checkpoint; by default the newest."
+  "step", None, "Step of the checkpoint; by default the newest."
 )
 _MODEL = flags.DEFINE_string(
   "model", None, "A published-model folder, instead of --workdir."
@@ -54,20 +54,24 @@ _PROGRAM = flags.DEFINE_bool(
   "program", False, "Also export prefill and decode for JAX alone."
 )
 _PLATFORMS = flags.DEFINE_list(
-  "platforms", ",".join(PLATFORMS), "Of --program: cpu, cuda, rocm, tpu."
+  "platforms",
+  ",".join(PLATFORMS),
+  "Platforms of --program: cpu, cuda, rocm, tpu.",
 )
 _CHUNK_SIZE = flags.DEFINE_integer(
   "chunk_size",
   CHUNK_SIZE,
-  "Of --program: tokens that a call of prefill takes, a power of two >= 16.",
+  "Tokens that a call of prefill takes, a power of two >= 16.",
 )
 _MAX_LENGTH = flags.DEFINE_integer(
   "max_length",
   None,
-  "Of --program: tokens that a sequence may have, for patterns with layers A.",
+  "Tokens that a sequence of --program may have, for patterns with layers A.",
 )
 _NAME = flags.DEFINE_string("name", "", "Heading of the model card.")
-_LICENSE = flags.DEFINE_string("license", "", "Of the weights: apache-2.0, ...")
+_LICENSE = flags.DEFINE_string(
+  "license", "", "License of the weights: apache-2.0, ..."
+)
 _DESCRIPTION = flags.DEFINE_string("description", "", "Text of the model card.")
 
 
@@ -99,7 +103,7 @@ def main(argv: list[str]) -> None:
 
 
 def _check_flags() -> None:
-  """Refuses what can be refused before a model is read."""
+  """Refuses bad flags before a model is read."""
   if bool(_WORKDIR.value) == bool(_MODEL.value):
     raise ValueError("expected one of --workdir=RUN and --model=FOLDER")
   if _MODEL.value and _STEP.value is not None:
@@ -111,7 +115,7 @@ def _check_flags() -> None:
 
 
 def _load() -> tuple[Model, dict[str, str]]:
-  """The model, and what the card should say about where it is from."""
+  """The model, and facts about its training for the card."""
   if _MODEL.value:
     return load_model(_MODEL.value), {}
   run = load_run(_WORKDIR.value, _STEP.value)

@@ -23,7 +23,7 @@ from jax import export, lax
 
 import gdn2_jax
 from gdn2_jax.inference.state import State, advance, init_state, read_chunk
-from gdn2_jax.interop.tree import leaf_sources, param_specs
+from gdn2_jax.interop.tree import leaf_sources, nested, param_specs
 from gdn2_jax.kernels import target
 from gdn2_jax.model.config import ModelConfig
 
@@ -45,15 +45,18 @@ def export_programs(
   max_length: int | None = None,
   eos_id: int | None = None,
 ) -> dict[str, bytes]:
-  """The files that let JAX alone run a model, by name; compiles nothing.
+  """Traces prefill and decode of a model; compiles nothing.
 
   Args:
-    config: of the model; named implementations of its ops become "xla".
+    config: of the model; its ops are exported with implementation="xla".
     chunk_size: tokens C that one call of prefill takes per row, a power of two
       from 16.
-    platforms: that the programs can run on, of "cpu", "cuda", "rocm", "tpu".
+    platforms: platforms to export for, of "cpu", "cuda", "rocm", "tpu".
     max_length: tokens that a sequence may have, for patterns that need it.
-    eos_id: of the tokenizer, noted down for those who generate.
+    eos_id: end-of-sequence id of the tokenizer, stored in program.json.
+
+  Returns:
+    Contents of prefill.jax, decode.jax, program.json and run.py by name.
 
   Raises:
     ValueError: a chunk size, platform or config of another kind.
@@ -64,7 +67,8 @@ def export_programs(
   config.validate()
   (b,) = export.symbolic_shape("b")
   params = _abstract_params(config)
-  state = _abstract_state(config, b, max_length)
+  leaves = _describe_state(config, max_length)
+  state = _abstract_state(leaves, b)
   tokens = jax.ShapeDtypeStruct((b, chunk_size), jnp.int32)
   row = jax.ShapeDtypeStruct((b,), jnp.int32)
 
@@ -90,8 +94,8 @@ def export_programs(
     "chunk_size": chunk_size,
     "max_length": max_length,
     "eos_id": eos_id,
-    "params": _describe_params(config),
-    "state": _describe_state(config, max_length),
+    "params": _describe_params(params, config),
+    "state": leaves,
     "prefill": {
       "file": PREFILL,
       "arguments": [
@@ -174,14 +178,7 @@ def _serialise(f: Callable[..., Any], *args: Any, platforms) -> bytes:
 
 def _nest(params: Mapping[str, Any]) -> dict[str, Any]:
   """{"a.b": x} as {"a": {"b": x}}."""
-  tree: dict[str, Any] = {}
-  for name, value in params.items():
-    *path, last = name.split(".")
-    owner = tree
-    for key in path:
-      owner = owner.setdefault(key, {})
-    owner[last] = value
-  return tree
+  return nested({tuple(name.split(".")): x for name, x in params.items()})
 
 
 def _abstract_params(config: ModelConfig) -> dict[str, Any]:
@@ -193,55 +190,35 @@ def _abstract_params(config: ModelConfig) -> dict[str, Any]:
   return found
 
 
-def _describe_params(config: ModelConfig) -> list[dict[str, Any]]:
-  abstract = _abstract_params(config)
+def _describe_params(
+  params: Mapping[str, Any], config: ModelConfig
+) -> list[dict[str, Any]]:
   return [
     {
       "name": name,
-      "shape": abstract[name].shape,
-      "dtype": str(abstract[name].dtype),
+      "shape": spec.shape,
+      "dtype": str(spec.dtype),
       "tensors": leaf.names,
       "stacked": leaf.stacked,
     }
-    for leaf in leaf_sources(config)
-    for name in [".".join(leaf.path)]
-  ]
-
-
-def _state_of(config, batch_size, max_length) -> dict[str, Any]:
-  return named_leaves(
-    jax.eval_shape(lambda: init_state(config, batch_size, max_length))
-  )
-
-
-def _batch_axes(config, max_length) -> dict[str, int]:
-  """Axis of the batch in every leaf: the one whose size follows it."""
-  two, three = (_state_of(config, n, max_length) for n in (2, 3))
-  axes = {}
-  for name, leaf in two.items():
-    sizes = zip(leaf.shape, three[name].shape, strict=True)
-    (axes[name],) = [i for i, (a, b) in enumerate(sizes) if a != b]
-  return axes
-
-
-def _abstract_state(config, b, max_length) -> dict[str, Any]:
-  axes = _batch_axes(config, max_length)
-  return {
-    name: jax.ShapeDtypeStruct(
-      (*leaf.shape[: axes[name]], b, *leaf.shape[axes[name] + 1 :]), leaf.dtype
+    for leaf, (name, spec) in zip(
+      leaf_sources(config), params.items(), strict=True
     )
-    for name, leaf in _state_of(config, 1, max_length).items()
-  }
+  ]
 
 
 def _describe_state(config, max_length) -> list[dict[str, Any]]:
   """Names, shapes with "b", dtypes, and the number each leaf starts from."""
-  axes, found = _batch_axes(config, max_length), []
-  for name, leaf in named_leaves(init_state(config, 1, max_length)).items():
+  one = named_leaves(init_state(config, 1, max_length))
+  two = named_leaves(jax.eval_shape(lambda: init_state(config, 2, max_length)))
+  found = []
+  for name, leaf in one.items():
     value = np.asarray(leaf)
     initial = value.flat[0].item()
     assert (value == initial).all(), name
-    axis = axes[name]
+    # The axis of the batch is the one whose size follows it.
+    sizes = zip(leaf.shape, two[name].shape, strict=True)
+    (axis,) = [i for i, (a, b) in enumerate(sizes) if a != b]
     found.append(
       {
         "name": name,
@@ -252,6 +229,16 @@ def _describe_state(config, max_length) -> list[dict[str, Any]]:
       }
     )
   return found
+
+
+def _abstract_state(leaves: list[dict[str, Any]], b: Any) -> dict[str, Any]:
+  """The described leaves for a batch of a symbolic size."""
+  return {
+    leaf["name"]: jax.ShapeDtypeStruct(
+      [b if size == "b" else size for size in leaf["shape"]], leaf["dtype"]
+    )
+    for leaf in leaves
+  }
 
 
 def _restore(leaves, config, max_length) -> State:

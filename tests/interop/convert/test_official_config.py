@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from gdn2_jax.weights.folder import load_model
 
 from gdn2_jax.interop.convert.options import Options
 from gdn2_jax.interop.convert.run import convert, open_model
+from gdn2_jax.interop.folder import load_model
 from tests.interop.convert import checkpoints
 
 # Other values that change nothing without layers of attention.

@@ -104,6 +104,16 @@ def test_sizes_of_fla_are_read(tmp_path):
   assert a.rope_base == 5000.0
 
 
+def test_keys_of_fla_that_are_not_read_are_listed(tmp_path):
+  tensors, config = checkpoints.fla()
+  config |= {"use_cache": True, "soft_cap": 30, "hidden_ratio": 4}
+  src = checkpoints.write(tmp_path, (tensors, config))
+  assert open_model(src, "fla", Options(ignored=("soft_cap",))).notes == [
+    "keys of the config that were not read: architectures, attn_mode, "
+    "torch_dtype, transformers_version, use_cache"
+  ]
+
+
 def test_full_attention_is_read_and_written(tmp_path):
   tensors, config = checkpoints.fla()
   spec = config["attn"] | {"layers": [3], "window_size": None}
@@ -322,11 +332,11 @@ def test_presets_have_the_published_number_of_parameters(preset):
   shown = Shown(kinds, False, 32000, 2304, None, 16, 16, 16, 128, 128, 4, {})
   claims = Claims(values, "preset")
   config = read_config(claims, shown, "silu")
-  claims.finish(HARMLESS, ())
+  claims.finish(harmless=HARMLESS)
   specs = param_specs(config)
   assert sum(spec.size for spec in specs.values()) == expected
   sizes = 0
   for move in moves(OFFICIAL, config):
     shapes = tuple(specs[name].shape for name in move.ours)
-    sizes += sum(np.prod(shape) for shape in move.layout.theirs(shapes))
+    sizes += np.prod(move.layout.theirs(*shapes))
   assert sizes == expected
