@@ -1,7 +1,7 @@
-"""Several processes as one run: how they meet, and losing one of them.
+"""Several processes as one run: meeting the others, and losing one of them.
 
-Nothing here happens unless it is asked for: any shell on a cluster carries
-some of the variables that `gdn2_jax.train.processes.place` reads.
+Nothing here happens unless it is asked for: any shell on a cluster carries some
+of the variables by which JAX detects SLURM and Open MPI.
 
 Exit codes, for whatever started the processes:
 
@@ -44,25 +44,14 @@ _STATUS_OF_THE_RUNTIME = re.compile(
 def join(
   place: Place, *, init_timeout: float = 300, heartbeat_timeout: float = 100
 ) -> None:
-  """Meets the other processes; call it before anything touches a device.
-
-  JAX would abort the process with a stack of C++ when the time is over; here
-  one line says what was waited for, and the exit code is `RETRY`.
-
-  Args:
-    place: of this process. One process alone has nobody to meet.
-    init_timeout: seconds until all processes must have met.
-    heartbeat_timeout: seconds of silence after which a process counts as lost.
-
-  Raises:
-    ValueError: the port is taken, or process 0 was told another number of
-      processes.
-  """
+  """Meets the other processes; call it before anything touches a device."""
   if place.num_processes == 1:
     return
   loopback = place.host in ("127.0.0.1", "localhost", "::1")
   if place.process_id == 0:
     _check_port_is_free(place)
+  # JAX would abort the process with a stack of C++ when the time is over: end
+  # it before, with one line and a code that says "try again".
   alarm = threading.Timer(init_timeout, _give_up, (place, init_timeout))
   alarm.daemon = True
   alarm.start()
@@ -130,10 +119,8 @@ def _answers(place: Place) -> bool:
 
 
 def leave(message: str, code: int) -> NoReturn:
-  """Prints one line and ends this process at once, without any clean-up.
-
-  A regular exit waits for peers that may be gone, and is then aborted.
-  """
+  """Prints one line and ends this process at once, without any clean-up."""
+  # A regular exit waits for peers that may be gone, and is then aborted.
   with contextlib.suppress(OSError, ValueError):
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
@@ -141,7 +128,7 @@ def leave(message: str, code: int) -> NoReturn:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-  """Whether an error is what the end of another process looks like here."""
+  """Whether the end of another process may have caused an error."""
   chain: list[BaseException] = []
   while error is not None and error not in chain:
     chain.append(error)

@@ -1,4 +1,4 @@
-"""Who a process is, how processes meet, and what is said when they do not."""
+"""Place of a process, meeting the others, and messages when that fails."""
 
 import os
 import re
@@ -13,13 +13,13 @@ import pytest
 from gdn2_jax.sharding import MeshConfig, batch_sharding, make_mesh
 from gdn2_jax.train.device_put import Part, part_to_read, put_batch
 from gdn2_jax.train.processes.join import RETRY, is_lost_peer, join
-from gdn2_jax.train.processes.place import Place, find_place, first_host
+from gdn2_jax.train.processes.place import Place, find_place
 from tests.tiny_run import ROOT
 
 SLURM = {
   "SLURM_JOB_ID": "70001",
   "SLURM_STEP_NODELIST": "gpu-a[3,7-9],gpu-b1",
-  "SLURM_STEP_NUM_TASKS": "5",
+  "SLURM_NTASKS": "5",
   "SLURM_STEP_TASKS_PER_NODE": "1(x5)",
   "SLURM_PROCID": "2",
   "SLURM_LOCALID": "0",
@@ -33,76 +33,76 @@ OPEN_MPI = {
 }
 
 
+@pytest.fixture
+def environ(monkeypatch):
+  """Sets variables of a cluster where no others are set."""
+  for name in [*os.environ]:
+    if name.startswith(("SLURM", "OMPI", "JAX_COORD", "CUDA_VIS", "KUBER")):
+      monkeypatch.delenv(name)
+
+  def set_all(variables):
+    for name, value in variables.items():
+      monkeypatch.setenv(name, value)
+
+  return set_all
+
+
 @pytest.mark.parametrize(
-  ("node_list", "first"),
+  ("variables", "place"),
   [
-    ("node7", "node7"),
-    ("node001,host2", "node001"),
-    ("node[001-015],host2", "node001"),
-    ("gpu-a[3,7-9]", "gpu-a3"),
-    ("rack[2-3]-node[04,06]-ib,x", "rack2-node04-ib"),
+    (SLURM, Place(f"gpu-a3:{61440 + 70001 % 4096}", 5, 2, None, "SLURM")),
+    (
+      SLURM | {"JAX_COORDINATOR_PORT": "1234"},
+      Place("gpu-a3:1234", 5, 2, None, "SLURM"),
+    ),
+    # Several tasks of a node share its devices,
+    (
+      SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8(x2),4", "SLURM_LOCALID": "3"},
+      Place(f"gpu-a3:{61440 + 70001 % 4096}", 5, 2, (3,), "SLURM"),
+    ),
+    # unless each is bound to one, which it sees as number 0.
+    (
+      SLURM
+      | {"SLURM_STEP_TASKS_PER_NODE": "8(x2),4", "CUDA_VISIBLE_DEVICES": "5"},
+      Place(f"gpu-a3:{61440 + 70001 % 4096}", 5, 2, None, "SLURM"),
+    ),
+    (
+      OPEN_MPI,
+      Place(
+        f"10.96.0.1:{61440 + 1531576320 // 4096 % 4096}", 4, 3, (1,), "Open MPI"
+      ),
+    ),
   ],
 )
-def test_first_host_of_a_node_list(node_list, first):
-  assert first_host(node_list) == first
+def test_clusters_tell_the_place(environ, variables, place):
+  environ(variables)
+  assert find_place() == place
 
 
-def test_slurm_tells_everything():
-  place = find_place(environ=SLURM)
-  port = 61440 + 70001 % 4096
-  assert place == Place(f"gpu-a3:{port}", 5, 2, None, "SLURM")
-  assert (place.host, place.port) == ("gpu-a3", port)
-  chosen = find_place(environ=SLURM | {"JAX_COORDINATOR_PORT": "1234"})
-  assert chosen.coordinator == "gpu-a3:1234"
-
-
-def test_several_tasks_of_a_node_share_its_devices():
-  shared = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8(x2),4"}
-  assert find_place(environ=shared).local_devices == (0,)
-  third = shared | {"SLURM_LOCALID": "3"}
-  assert find_place(environ=third).local_devices == (3,)
-  # Already bound to one device, which the process sees as number 0.
-  bound = third | {"CUDA_VISIBLE_DEVICES": "5"}
-  assert find_place(environ=bound).local_devices is None
-
-
-def test_open_mpi_tells_everything_up_to_version_4():
-  place = find_place(environ=OPEN_MPI)
-  assert place.found_by == "Open MPI"
-  assert place.host == "10.96.0.1"
-  assert (place.num_processes, place.process_id) == (4, 3)
-  assert place.local_devices == (1,)
-  version_5 = {k: v for k, v in OPEN_MPI.items() if "orte" not in k}
-  with pytest.raises(ValueError, match=r"coordinator_address .*host of rank 0"):
-    find_place(environ=version_5)
-  one_host = version_5 | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
-  assert find_place(environ=one_host).host == "127.0.0.1"
-
-
-def test_kubernetes_tells_the_index_and_flags_the_rest():
-  index = {"JOB_COMPLETION_INDEX": "1", "KUBERNETES_SERVICE_HOST": "10.0.0.1"}
-  place = find_place("run-worker-0-0.run:1234", 2, environ=index)
-  assert place == Place("run-worker-0-0.run:1234", 2, 1, None, "Kubernetes")
-  with pytest.raises(ValueError, match=r"coordinator_address.*jobset\.yaml"):
-    find_place(environ=index)
-
-
-def test_flags_win():
-  assert find_place("h:1", 3, 0, environ=SLURM) == Place("h:1", 3, 0)
-  assert find_place(num_processes=4, environ=SLURM).num_processes == 4
+def test_flags_win(environ):
+  environ(SLURM)
+  assert find_place("h:1", 3, 0) == Place("h:1", 3, 0)
+  assert find_place(num_processes=4).num_processes == 4
 
 
 @pytest.mark.parametrize(
-  ("given", "environ", "message"),
+  ("given", "variables", "message"),
   [
-    ((None, None, None), {}, "--coordinator_address is missing: no SLURM"),
-    (("h:1", None, 0), {}, r"--num_processes is missing.*coordinator=h:1"),
+    ((None, None, None), {}, "--coordinator_address is missing: no step of SL"),
+    (("h:1", None, 0), {}, "--num_processes is missing.*; give --coord"),
     (("h:1", 2, None), {}, "--process_id is missing"),
+    # JAX would ask the API of the cluster.
+    (("h:1", 2, None), {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "is missing"),
     # A shell inside an allocation, or a batch script without srun.
     (
       (None, None, None),
       {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"},
-      "SLURM does not tell it; start the processes with srun",
+      "start the processes with srun",
+    ),
+    (
+      (None, None, None),
+      {k: v for k, v in OPEN_MPI.items() if "orte" not in k},
+      "mpi4py.* Or give --coordinator_address, --num_proc",
     ),
     (("h", 2, 0), {}, "--coordinator_address='h': expected host:port"),
     (("h:port", 2, 0), {}, "expected host:port"),
@@ -112,9 +112,12 @@ def test_flags_win():
     (("h:1", 2, -1), {}, "--process_id=-1: expected 0 to 1"),
   ],
 )
-def test_wrong_or_missing_places_are_refused(given, environ, message):
+def test_wrong_or_missing_places_are_refused(
+  environ, given, variables, message
+):
+  environ(variables)
   with pytest.raises(ValueError, match=message):
-    find_place(*given, environ=environ)
+    find_place(*given)
 
 
 def test_errors_of_lost_peers_are_told_from_others():
@@ -193,15 +196,15 @@ def test_any_number_of_hosts_feeds_the_same_batches(dataset, count):
 _JOIN = """
 import sys
 from gdn2_jax import cli
-from gdn2_jax.train.processes import join, place
+from gdn2_jax.train.processes import join, place as place_lib
 import jax
 jax.config.update("jax_platforms", "cpu")
 address, count, index = (value or None for value in sys.argv[1:4])
 number = lambda text: None if text is None else int(text)
 with join.leaving_at_once(), cli.one_line_errors():
-  here = place.find_place(address, number(count), number(index))
-  join.join(here, init_timeout=float(sys.argv[4]), heartbeat_timeout=10)
-  print("met", jax.process_index(), jax.process_count(), here.found_by)
+  place = place_lib.find_place(address, number(count), number(index))
+  join.join(place, init_timeout=float(sys.argv[4]), heartbeat_timeout=10)
+  print("met", jax.process_index(), jax.process_count(), place.found_by)
 """
 
 
@@ -232,7 +235,7 @@ def port() -> int:
 def test_two_tasks_of_slurm_meet(port):
   step = SLURM | {
     "SLURM_STEP_NODELIST": "localhost",
-    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_NTASKS": "2",
     "JAX_COORDINATOR_PORT": str(port),
   }
   tasks = [
