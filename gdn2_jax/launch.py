@@ -73,7 +73,7 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclasses.dataclass
 class Stop:
-  """What the launcher was asked for by signals."""
+  """Signals that ask the launcher to stop."""
 
   received: int = 0
 
@@ -93,11 +93,8 @@ def exit_code(returncode: int) -> int:
 
 
 def verdict(codes: Sequence[int]) -> int:
-  """The one exit code that stands for those of all processes.
-
-  0 if all are 0; the first one that must not be retried, if there is any: the
-  others only lost a peer through it; else the first one that is not 0.
-  """
+  """Exit code for all processes: the first fatal one, else the first failed."""
+  # After a code that must not be retried the others only lost a peer.
   failed = [code for code in codes if code]
   fatal = [code for code in failed if code not in RETRYABLE]
   return (fatal or failed or [0])[0]
@@ -127,14 +124,7 @@ def _end_with_parent() -> None:
 
 
 class Gang:
-  """The processes of one start, each in a group of its own.
-
-  Args:
-    command: without the flags that tell a process its place.
-    num_processes: how many.
-    gpus: of each process, None for all of them.
-    cpus: stand-in devices of each process, None for none.
-  """
+  """The processes of one start, each in a process group of its own."""
 
   def __init__(
     self,
@@ -179,16 +169,7 @@ class Gang:
       child.wait()
 
   def wait(self, stop: Stop, grace: float, stop_grace: float) -> list[int]:
-    """Waits until all have ended.
-
-    Args:
-      stop: asked to stop; the processes get SIGTERM, or SIGKILL if twice.
-      grace: seconds from the first failure until the others are killed.
-      stop_grace: seconds from SIGTERM until those left are killed.
-
-    Returns:
-      The exit codes in the order in which the processes ended.
-    """
+    """Exit codes in the order in which the processes ended; see the flags."""
     ended: dict[int, int] = {}
     deadline, told = float("inf"), 0
     while len(ended) < len(self._children):

@@ -18,7 +18,8 @@ from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.gdn2 import GDN2Config
 from gdn2_jax.model.lm import LM
 from gdn2_jax.sharding import MeshConfig, make_mesh, use_mesh
-from gdn2_jax.train.checkpoint.manager import Checkpointer, make_meta
+from gdn2_jax.train.checkpoint.manager import Checkpointer
+from gdn2_jax.train.checkpoint.meta import make_meta
 from gdn2_jax.train.config import TrainConfig
 from gdn2_jax.train.state import TrainState, plan_state
 from tests.faults.child import environment

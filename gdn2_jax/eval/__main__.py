@@ -31,7 +31,7 @@ from gdn2_jax.eval.perplexity import (
 from gdn2_jax.eval.report import LossReport, format_positions, format_table
 from gdn2_jax.eval.targets import num_batches
 from gdn2_jax.sharding import MeshConfig, make_mesh, use_mesh
-from gdn2_jax.train.checkpoint.manager import Run, load_run
+from gdn2_jax.train.checkpoint import Run, load_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
 _STEP = flags.DEFINE_integer(

@@ -56,7 +56,7 @@ from gdn2_jax.inference.files.session import Session, load_session, save_session
 from gdn2_jax.inference.identity import Identity, identify
 from gdn2_jax.interop.folder import Model, load_model
 from gdn2_jax.kernels import self_check
-from gdn2_jax.train.checkpoint.manager import load_run
+from gdn2_jax.train.checkpoint import load_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
 _MODEL = flags.DEFINE_string(

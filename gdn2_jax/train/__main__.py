@@ -29,7 +29,7 @@ from gdn2_jax import cli, config_flag
 from gdn2_jax.data.tokenizer.api import load_tokenizer
 from gdn2_jax.inference import Sampler, generate
 from gdn2_jax.kernels import self_check
-from gdn2_jax.train.checkpoint.manager import SaveError
+from gdn2_jax.train.checkpoint.meta import SaveError
 from gdn2_jax.train.config import (
   TrainConfig,
   describe_fields,
@@ -39,7 +39,7 @@ from gdn2_jax.train.config import (
 from gdn2_jax.train.loop import train
 from gdn2_jax.train.processes import join as distributed
 from gdn2_jax.train.processes.place import find_place
-from gdn2_jax.train.report.metrics import DivergedError
+from gdn2_jax.train.report.report import DivergedError
 from gdn2_jax.train.report.writer import probe
 
 _CONFIG = config_flag.define()
@@ -52,18 +52,17 @@ _PROMPT = flags.DEFINE_string(
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
   False,
-  "This is one of several processes of the run; which one is taken from SLURM, "
-  "Open MPI or Kubernetes, or from the next three flags, any of which implies "
-  "this one.",
+  "This is one of several processes of the run; JAX detects which one in a "
+  "SLURM step or Open MPI job. Any of the next three flags implies this one.",
 )
 _COORDINATOR = flags.DEFINE_string(
-  "coordinator_address", None, "host:port where process 0 shall listen."
+  "coordinator_address", None, "host:port of process 0."
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-  "num_processes", None, "Number of processes of the run."
+  "num_processes", None, "Processes of the run."
 )
 _PROCESS_ID = flags.DEFINE_integer(
-  "process_id", None, "Which of the processes this is, from 0."
+  "process_id", None, "Index of this process, from 0."
 )
 _INIT_TIMEOUT = flags.DEFINE_float(
   "init_timeout",

@@ -7,6 +7,7 @@ data/, and so on. A config file returns a TrainConfig; flags such as
 """
 
 import dataclasses
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,8 +53,8 @@ class TrainConfig:
   """One training run.
 
   Attributes:
-    model: what is trained.
-    data: what it is trained on, the global batch size and the row length.
+    model: architecture.
+    data: text, tokenizer, global batch size and row length.
     optimizer: AdamW and its schedule.
     mesh: devices along each mesh axis.
     checkpoint: when to save, how many to keep, what a resume may change.
@@ -89,26 +90,35 @@ class TrainConfig:
   compilation_cache: bool = True
 
 
+_LEAST = {
+  "num_steps": 1,
+  "grad_accum": 1,
+  "log_every": 1,
+  "max_skipped": 1,
+  "watchdog_seconds": 0,
+  "data.seq_len": 1,
+  "data.batch_size": 1,
+  "checkpoint.keep": 1,
+  "checkpoint.every_steps": 0,
+  "checkpoint.max_failed_saves": 1,
+  "checkpoint.restore_step": 0,
+  "eval.every_steps": 0,
+  "eval.batches": 0,
+  "eval.batch_size": 1,
+}
+
+
 def validate(config: TrainConfig) -> None:
   """Refuses values that make no sense on any machine.
 
   Raises:
-    ValueError: naming the flag, its value and what was expected.
+    ValueError: names the flag, its value and what was expected.
   """
   config_json.check_types(config, "--config")
-  positive = ("num_steps", "grad_accum", "log_every", "max_skipped")
-  for name in positive:
-    _at_least(config, name, 1, "--config")
-  for name in ("seq_len", "batch_size"):
-    _at_least(config.data, name, 1, "--config.data")
-  _at_least(config.checkpoint, "keep", 1, "--config.checkpoint")
-  _at_least(config.checkpoint, "every_steps", 0, "--config.checkpoint")
-  _at_least(config.checkpoint, "max_failed_saves", 1, "--config.checkpoint")
-  _at_least(config.checkpoint, "restore_step", 0, "--config.checkpoint")
-  _at_least(config, "watchdog_seconds", 0, "--config")
-  _at_least(config.eval, "every_steps", 0, "--config.eval")
-  _at_least(config.eval, "batches", 0, "--config.eval")
-  _at_least(config.eval, "batch_size", 1, "--config.eval")
+  for path, least in _LEAST.items():
+    value = operator.attrgetter(path)(config)
+    if value < least:
+      raise ValueError(f"--config.{path}={value}: expected {least} or more")
   for multiple in config.eval.length_multiples:
     if multiple < 1:
       raise ValueError(
@@ -127,15 +137,10 @@ def validate(config: TrainConfig) -> None:
 def preflight(
   config: TrainConfig, num_devices: int, num_processes: int = 1
 ) -> None:
-  """Refuses a config that does not fit the machine; allocates nothing.
-
-  Args:
-    config: a validated config.
-    num_devices: devices of all processes.
-    num_processes: hosts that feed them.
+  """Refuses a validated config that does not fit the machine's devices.
 
   Raises:
-    ValueError: naming the flag, the dimension and the mesh axis.
+    ValueError: names the flag, the dimension and the mesh axis.
   """
   shape = mesh_shape(config.mesh, num_devices)
   model, batch_size = config.model, config.data.batch_size
@@ -182,36 +187,18 @@ def preflight(
     )
 
 
-def _at_least(config: Any, name: str, least: int, path: str) -> None:
-  value = getattr(config, name)
-  if value < least:
-    raise ValueError(f"{path}.{name}={value}: expected {least} or more")
-
-
 def config_to_json(config: TrainConfig) -> str:
   """The resolved config as indented JSON, every field spelled out."""
   return config_json.to_json(config)
 
 
 def config_from_json(text: str) -> TrainConfig:
-  """The inverse of `config_to_json`.
-
-  Fields that the text leaves out take their defaults.
-
-  Raises:
-    ValueError: not JSON, an unknown field, or a value of another type.
-  """
+  """The inverse of `config_to_json`; fields left out take their defaults."""
   return config_json.from_json(TrainConfig, text)
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
-  """Lines "field: old -> new" for the fields in which two configs differ.
-
-  Args:
-    old: nested dicts, from JSON or dataclasses.asdict.
-    new: the same, of the other config.
-    path: prefix of the field names.
-  """
+  """Lines "field: old -> new" where two nested dicts differ."""
   if isinstance(old, dict) and isinstance(new, dict):
     for name in sorted(old | new):
       child = f"{path}.{name}" if path else name

@@ -1,4 +1,4 @@
-"""From this process's rows of a batch to arrays over all devices."""
+"""Transfer of this process's rows of a batch to arrays over all devices."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,16 +19,9 @@ class Part:
 
 
 def part_to_read(sharding: Sharding, batch_size: int, seq_len: int) -> Part:
-  """The rows that the devices of this process need.
-
-  Processes that share rows, because their devices split the tokens of a row or
-  the heads of the model, read the same part.
-
-  Args:
-    sharding: of a batch [B, T].
-    batch_size: B.
-    seq_len: T.
-  """
+  """The rows [B / count, T] that the devices of this process need."""
+  # Processes whose devices split the tokens of a row, or the heads of the
+  # model, read the same part.
   indices = sharding.addressable_devices_indices_map((batch_size, seq_len))
   ranges = {rows.indices(batch_size)[:2] for rows, _ in indices.values()}
   first = min(start for start, _ in ranges)
@@ -43,10 +36,7 @@ def part_to_read(sharding: Sharding, batch_size: int, seq_len: int) -> Part:
 def put_batch(
   batch: Mapping[str, np.ndarray], sharding: Sharding, part: Part = Part()
 ) -> dict[str, jax.Array]:
-  """The rows of `part` [B / count, T] as global arrays [B, T], by name.
-
-  An explicit transfer, whatever the transfer guard says of implicit ones.
-  """
+  """The rows of `part` [B / count, T] as global arrays [B, T], by name."""
 
   def put(rows: np.ndarray) -> jax.Array:
     first, size = part.index * len(rows), part.count * len(rows)
@@ -58,5 +48,6 @@ def put_batch(
 
     return jax.make_array_from_callback((size, rows.shape[1]), sharding, shard)
 
+  # This transfer is meant; the loop disallows all others.
   with jax.transfer_guard("allow"):
     return {name: put(batch[name]) for name in _KEYS}

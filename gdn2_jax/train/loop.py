@@ -8,32 +8,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
 
 from gdn2_jax.data.pipeline import check_batch, open_dataset
-from gdn2_jax.model.accounting import count_parameters, train_flops_per_token
+from gdn2_jax.model.accounting import count_parameters
 from gdn2_jax.model.lm import LM
 from gdn2_jax.sharding import batch_sharding, make_mesh, use_mesh
-from gdn2_jax.train.checkpoint.manager import Checkpointer, make_meta
+from gdn2_jax.train.checkpoint.manager import Checkpointer
+from gdn2_jax.train.checkpoint.meta import make_meta
 from gdn2_jax.train.checkpoint.resume import resume
-from gdn2_jax.train.config import (
-  TrainConfig,
-  config_to_json,
-  preflight,
-  validate,
-)
+from gdn2_jax.train.config import TrainConfig, preflight, validate
 from gdn2_jax.train.device_put import part_to_read, put_batch
-from gdn2_jax.train.evaluation import brief, eval_row, evaluate
 from gdn2_jax.train.optimizer import learning_rate
+from gdn2_jax.train.processes.guard import Guard
 from gdn2_jax.train.processes.join import leaving_if_a_peer_is_lost
 from gdn2_jax.train.processes.lock import WorkdirLock
-from gdn2_jax.train.processes.preemption import Preemption
 from gdn2_jax.train.processes.watchdog import Watchdog
 from gdn2_jax.train.report import writer as writer_lib
-from gdn2_jax.train.report.final import finish
-from gdn2_jax.train.report.metrics import MetricsReader, Progress
-from gdn2_jax.train.report.skipped import SkippedBatches
-from gdn2_jax.train.report.throughput import Throughput
+from gdn2_jax.train.report.report import Report
 from gdn2_jax.train.state import TrainState, init_state, plan_state
 from gdn2_jax.train.step import make_train_step
 
@@ -89,10 +80,6 @@ def train(
     _check_vocabulary(config, dataset)
     versions = writer_lib.versions()
     say(_summary(config, versions))
-    throughput = Throughput(
-      config.data.batch_size * config.data.seq_len,
-      train_flops_per_token(config.model, config.data.seq_len),
-    )
 
     mesh = stack.enter_context(use_mesh(make_mesh(config.mesh)))
     model = LM(config.model)
@@ -113,119 +100,63 @@ def train(
     resumed = resume(
       config.checkpoint, checkpointer, blueprint.abstract, meta, say
     )
+    # Only now: a run that is refused leaves the files of the workdir alone.
     state, step = resumed or (init_state(model, blueprint, config.seed), 0)
     if first:
-      _describe_run(root, config, versions, dataset)
+      writer_lib.write_json(root / "versions.json", versions)
+      writer_lib.write_json(root / "config.json", dataclasses.asdict(config))
+      dataset.tokenizer.save(root / "tokenizer.json")
 
-    writer = stack.enter_context(
-      contextlib.closing(writer_lib.Writer(root, step))
-    )
-    progress = stack.enter_context(
-      contextlib.closing(
-        Progress(step, config.num_steps, say if first else None)
-      )
-    )
+    report = Report(config, root, dataset, step, say if first else None)
+    stack.callback(report.close)
     watchdog = stack.enter_context(Watchdog(config.watchdog_seconds))
+    guard = Guard(lock, watchdog, checkpointer.reached_preemption)
     # Innermost: what was entered before waits for the peers as it leaves.
     stack.enter_context(leaving_if_a_peer_is_lost())
-    result = _run_steps(
-      config,
-      state,
-      step,
-      train_step,
-      dataset=dataset,
-      sharding=batch_sharding(mesh),
-      checkpointer=checkpointer,
-      meta=meta,
-      writer=writer,
-      throughput=throughput,
-      progress=progress,
-      skipped=SkippedBatches(root / "skipped.jsonl", dataset),
-      beat=lock.beat if lock else (lambda: None),
-      watchdog=watchdog,
+
+    # Each process reads the rows that its devices hold.
+    sharding = batch_sharding(mesh)
+    part = part_to_read(sharding, config.data.batch_size, config.data.seq_len)
+    batches = dataset.train_batches(
+      start_step=step, process_index=part.index, process_count=part.count
     )
+    stopped_by = ""
+    with guard.taking_signals():
+      while step < config.num_steps and not stopped_by:
+        batch = next(batches)
+        # On the host: on a device an id out of range reads some other row.
+        check_batch(batch, config.model.vocab_size)
+        # Anything that moves between host and device by accident is an error.
+        with jax.transfer_guard("disallow"):
+          state, metrics = train_step(state, put_batch(batch, sharding, part))
+        step += 1
+        # Reads the step before this one: the devices always have work queued
+        # while the host waits for numbers and writes them down.
+        report.push(step, metrics)
+        guard.beat()
+
+        # With several processes all ask, and all get the same answer.
+        stopped_by = guard.stop_reason(step)
+        stops = bool(stopped_by) or step == config.num_steps
+        if _is_due(step, config.eval.every_steps) and not stops:
+          report.pause()
+          with watchdog.paused():
+            report.evaluate(step, state.params)
+        if stops or _is_due(step, config.checkpoint.every_steps):
+          # The rows up to a step are on disk before its checkpoint is: a
+          # resume drops later rows and finds no gap.
+          report.pause()
+          with watchdog.saving():
+            checkpointer.save(step, state, meta)
+    # Its threads and workers end here, not after the evaluation.
+    del batches
     with watchdog.saving():
-      checkpointer.finish(result.step, result.state, meta)
-    if result.stopped_by:
-      say(f"{result.stopped_by}: saved step {result.step}, stopping")
+      checkpointer.finish(step, state, meta)
+    if stopped_by:
+      say(f"{stopped_by}: saved step {step}, stopping")
     else:
-      progress.close()
       with watchdog.paused():
-        finish(
-          config,
-          root,
-          result.state.params,
-          dataset,
-          step=result.step,
-          writer=writer,
-          say=say,
-        )
-  return result
-
-
-def _run_steps(
-  config: TrainConfig,
-  state: TrainState,
-  first_step: int,
-  train_step: Callable,
-  *,
-  dataset: Any,
-  sharding: NamedSharding,
-  checkpointer: Checkpointer,
-  meta: dict[str, Any],
-  writer: writer_lib.Writer,
-  throughput: Throughput,
-  progress: Progress,
-  skipped: SkippedBatches,
-  beat: Callable[[], None],
-  watchdog: Watchdog,
-) -> Result:
-  """The loop: dispatch a step, read the step before, save and evaluate."""
-  reader = MetricsReader(
-    writer,
-    throughput,
-    progress,
-    log_every=config.log_every,
-    max_skipped=config.max_skipped,
-    note_skipped=skipped.note,
-  )
-  part = part_to_read(sharding, config.data.batch_size, config.data.seq_len)
-  batches = dataset.train_batches(
-    start_step=first_step,
-    process_index=part.index,
-    process_count=part.count,
-  )
-  step, stopped_by = first_step, ""
-  with Preemption(checkpointer.reached_preemption) as preemption:
-    while step < config.num_steps and not stopped_by:
-      batch = next(batches)
-      check_batch(batch, config.model.vocab_size)
-      # Anything that moves between host and device by accident is an error.
-      with jax.transfer_guard("disallow"):
-        state, metrics = train_step(state, put_batch(batch, sharding, part))
-      step += 1
-      reader.push(step, metrics)
-      beat()
-      if step > first_step + 1:
-        # A step has been read back; the first one may have compiled for long.
-        watchdog.beat()
-
-      if preemption.due(step):
-        stopped_by = preemption.reason
-      last = step == config.num_steps
-      if _is_due(step, config.eval.every_steps) and not (last or stopped_by):
-        reader.pause()
-        with watchdog.paused():
-          reports = evaluate(config, state.params, dataset, multiples=(1,))
-        writer.write(step, "eval", eval_row(reports, (1,)))
-        progress.say(f"step {step:>6}  validation {brief(reports[0])}")
-      if last or stopped_by or _is_due(step, config.checkpoint.every_steps):
-        # The rows up to a step are on disk before its checkpoint is: a resume
-        # drops later rows and finds no gap.
-        reader.pause()
-        with watchdog.saving():
-          checkpointer.save(step, state, meta)
-  reader.flush()
+        report.finish(step, state.params)
   return Result(state=state, step=step, stopped_by=stopped_by)
 
 
@@ -240,12 +171,6 @@ def _check_vocabulary(config: TrainConfig, dataset: Any) -> None:
       f"--config.model.vocab_size={config.model.vocab_size}: the tokenizer "
       f"{config.data.tokenizer!r} has {have} tokens"
     )
-
-
-def _describe_run(root: pathlib.Path, config, versions, dataset) -> None:
-  writer_lib.write_json(root / "versions.json", versions)
-  writer_lib.write_atomically(root / "config.json", config_to_json(config))
-  dataset.tokenizer.save(root / "tokenizer.json")
 
 
 def _summary(config: TrainConfig, versions: Mapping[str, str]) -> str:

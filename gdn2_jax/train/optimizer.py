@@ -110,17 +110,9 @@ def learning_rate(
 
 
 def decay_mask(config: OptimizerConfig, boxed_params: Any) -> Any:
-  """Which parameters weight decay applies to.
-
-  Args:
-    config: `decay_mask` is read.
-    boxed_params: parameters, or their shapes, boxed with axis names. Names
-      decide, not the number of axes: the axis that stacks scanned layers must
-      not turn a vector into a matrix, and dt_bias [H, K] is not one either.
-
-  Returns:
-    A tree of bool, one per parameter.
-  """
+  """A tree of bool: the parameters, boxed with axis names, that decay."""
+  # Names decide, not the number of axes: the axis that stacks scanned layers
+  # must not turn a vector into a matrix, and dt_bias [H, K] is not one either.
 
   def decays(leaf: nn.LogicallyPartitioned) -> bool:
     axes = [name for name in leaf.names if name != "layers"]

@@ -38,7 +38,7 @@ class TrainState(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Blueprint:
-  """Everything known about the state before any of it is allocated.
+  """Shapes, shardings and optimizer of a state that is not allocated yet.
 
   Attributes:
     optimizer: the transformation that made opt_state.

@@ -51,16 +51,9 @@ def split_microbatches(batch: Batch, accumulate: int) -> dict[str, Array]:
 def loss_and_grads(
   model: nn.Module, params: Any, batch: Batch, accumulate: int
 ) -> tuple[Float[Array, ""], Any]:
-  """The loss over the whole batch and its gradient, both float32.
-
-  Args:
-    model: with a `token_losses` method.
-    params: parameters.
-    batch: inputs, targets, segment_ids [B, T] int32, loss_mask [B, T] float32.
-    accumulate: microbatches the batch is split into, a divisor of B. They
-      share one denominator, so microbatches with few unmasked tokens weigh
-      exactly as much as their tokens.
-  """
+  """The loss over the whole batch and its gradient, both float32."""
+  # One denominator for all microbatches: those with few unmasked tokens weigh
+  # exactly as much as their tokens.
   count = jnp.sum(batch["loss_mask"], dtype=jnp.float32)
 
   def loss_fn(params, part):
@@ -106,11 +99,11 @@ def make_train_step(
   `optax.apply_if_finite` lets the NaN through after a while.
 
   Args:
-    model: with a `token_losses` method.
-    blueprint: of the state.
+    model: has a `token_losses` method.
+    blueprint: shapes and shardings of the state, and the optimizer.
     mesh: the devices; call the step under `gdn2_jax.sharding.use_mesh`.
     schedule: learning rate of a step, only reported here.
-    accumulate: microbatches per batch.
+    accumulate: microbatches per batch, a divisor of its rows.
     skip_norm: skip, as if it were not finite, an update whose gradient norm
       before clipping is larger; 0 skips none.
 

@@ -11,8 +11,8 @@ from typing import Any
 from gdn2_jax.model.lm import LM
 from gdn2_jax.sharding import make_mesh, use_mesh
 from gdn2_jax.train.checkpoint.digest import digest, total
-from gdn2_jax.train.checkpoint.manager import (
-  Checkpointer,
+from gdn2_jax.train.checkpoint.manager import Checkpointer
+from gdn2_jax.train.checkpoint.meta import (
   CheckpointError,
   committed_steps,
   make_meta,

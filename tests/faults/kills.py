@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 
-from gdn2_jax.train.checkpoint.manager import committed_steps
+from gdn2_jax.train.checkpoint.meta import committed_steps
 from tests.faults.child import train_rows
 from tests.faults.lab import GRID, Lab, newest
 from tests.faults.outcome import Outcome, tries

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 
 from gdn2_jax.train.checkpoint.digest import total
-from gdn2_jax.train.checkpoint.manager import committed_steps, read_meta
+from gdn2_jax.train.checkpoint.meta import committed_steps, read_meta
 from tests.faults.child import Child, Row, train_rows
 
 CONFIG = """from tests.faults.tiny import tiny_config

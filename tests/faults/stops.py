@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from gdn2_jax.train.checkpoint.manager import load_run
+from gdn2_jax.train.checkpoint import load_run
 from tests.faults.child import train_rows
 from tests.faults.lab import Lab, newest
 from tests.faults.outcome import Outcome, tries

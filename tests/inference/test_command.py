@@ -11,7 +11,7 @@ from gdn2_jax.inference.files.session import Session, load_session, save_session
 from gdn2_jax.inference.identity import identify
 from gdn2_jax.inference.state import init_state, prefill
 from gdn2_jax.interop.folder import save_model
-from gdn2_jax.train.checkpoint.manager import load_run
+from gdn2_jax.train.checkpoint import load_run
 from tests.inference.conftest import damage_params, damage_state
 from tests.tiny_run import make_run, run_many, run_module
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdn2_jax.train.checkpoint.manager import Checkpointer, make_meta
+from gdn2_jax.train.checkpoint.manager import Checkpointer
+from gdn2_jax.train.checkpoint.meta import make_meta
 from gdn2_jax.train.checkpoint.resume import resume
 from gdn2_jax.train.config import CheckpointConfig
 from gdn2_jax.train.state import TrainState

@@ -30,7 +30,7 @@ from gdn2_jax.interop.export.program import (
 )
 from gdn2_jax.interop.folder import check_target
 from gdn2_jax.interop.tree import cast_params
-from gdn2_jax.train.checkpoint.manager import load_run
+from gdn2_jax.train.checkpoint import load_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
 _STEP = flags.DEFINE_integer(

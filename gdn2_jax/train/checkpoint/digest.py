@@ -1,4 +1,4 @@
-"""A fingerprint of arrays that does not depend on where they live.
+"""Fingerprints of arrays, the same on every mesh.
 
     digest_c(x) = sum_i mix(bits(x_i) xor mix(i + c))      mod 2^32
 
@@ -71,13 +71,7 @@ def _compiled(mesh: Mesh | None):
 
 
 def digest(tree: Any) -> dict[str, str]:
-  """{path: 16 hex digits} of every array of a tree; waits for the arrays.
-
-  Every process must call it with its part of the same global arrays.
-
-  Args:
-    tree: jax.Arrays of any real dtype, sharded in any way over one mesh.
-  """
+  """{path: 16 hex digits} of every array of a tree; every process calls it."""
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
   shardings = [x.sharding for _, x in leaves]
   mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)

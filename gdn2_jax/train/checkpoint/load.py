@@ -35,7 +35,7 @@ _MOST_LAYERS = 100_000
 
 
 def first_line(error: Exception) -> str:
-  """What a library has to say, without its middle part if that is long."""
+  """First line of an error, without its middle part if that is long."""
   text = (str(error).strip() or "no message").splitlines()[0]
   if len(text) > 400:
     text = f"{text[:200]} ... {text[-200:]}"
@@ -47,12 +47,7 @@ _NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "DEADLINE_EXCEEDED")
 
 
 def read_arrays(path: pathlib.Path, abstract: Any) -> Any:
-  """The arrays of one item, in the shapes and shardings of `abstract`.
-
-  Raises:
-    DamagedError: the files are not those of such arrays.
-    Exception: they cannot be read for a reason of another kind.
-  """
+  """The arrays of one item, or DamagedError if the files do not hold them."""
   try:
     with ocp.StandardCheckpointer() as reader:
       return reader.restore(path, abstract)
@@ -67,17 +62,7 @@ def read_arrays(path: pathlib.Path, abstract: Any) -> Any:
 
 
 def verify(items: dict[str, Any], meta: dict[str, Any]) -> None:
-  """Compares arrays with the digests they were saved with.
-
-  Args:
-    items: {name of an item: its arrays}, any part of the checkpoint.
-    meta: of the checkpoint; format 1 has no digests and passes.
-
-  Raises:
-    DamagedError: naming the arrays that differ.
-  """
-  if meta["format"] == 1:
-    return
+  """Raises DamagedError unless the arrays have the digests of their saving."""
   saved, found = meta.get("digests"), digest(items)
   if not isinstance(saved, dict):
     raise DamagedError("the digests are missing")
@@ -94,10 +79,10 @@ class Run:
   """A trained model, as `load_run` finds it.
 
   Attributes:
-    config: of the run that wrote the checkpoint.
+    config: the config of the run that wrote the checkpoint.
     params: parameters, in the dtype they were trained in.
-    tokenizer: with encode, decode, vocab_size and eos_id.
-    step: of the checkpoint.
+    tokenizer: has encode, decode, vocab_size and eos_id.
+    step: finished steps.
   """
 
   config: TrainConfig
@@ -120,7 +105,7 @@ def load_run(
   """Loads parameters and tokenizer of a run; the optimizer stays on disk.
 
   Args:
-    workdir: of the run.
+    workdir: directory of the run.
     step: which checkpoint, and no other; None takes the newest good one.
     mesh: devices to shard the parameters over by the rules of
       `gdn2_jax.sharding`; None puts them on the first device.

@@ -25,9 +25,7 @@ from jax.experimental import multihost_utils
 
 from gdn2_jax.train.checkpoint.digest import digest
 from gdn2_jax.train.checkpoint.load import (
-  Run,
   first_line,
-  load_run,
   read_arrays,
   verify,
 )
@@ -37,45 +35,27 @@ from gdn2_jax.train.checkpoint.meta import (
   DamagedError,
   SaveError,
   check_files,
-  check_meta,
   committed_steps,
   is_step,
-  make_meta,
   read_meta,
   seal,
-  tree_spec,
 )
 from gdn2_jax.train.checkpoint.orbax_cleanup import end_orphans
 from gdn2_jax.train.config import CheckpointConfig
 from gdn2_jax.train.processes.join import is_lost_peer
 from gdn2_jax.train.state import TrainState
 
-__all__ = [
-  "FORMAT",
-  "CheckpointError",
-  "Checkpointer",
-  "DamagedError",
-  "Run",
-  "SaveError",
-  "check_meta",
-  "committed_steps",
-  "load_run",
-  "make_meta",
-  "read_meta",
-  "tree_spec",
-]
-
 _TRASH = ".trash"
 _SET_ASIDE = ".set_aside"
 
 
 class Checkpointer:
-  """Saves and restores TrainState; every method on every process.
+  """Saves and restores TrainState; every process calls every method.
 
   Args:
-    directory: of the numbered steps; made if missing.
+    directory: holds the numbered steps; made if missing.
     config: how many to keep, how many failures to survive.
-    warn: takes a line about a save that failed.
+    warn: prints a line about a save that failed.
   """
 
   def __init__(
@@ -223,19 +203,16 @@ class Checkpointer:
   def restore(
     self, step: int, abstract: TrainState, meta: dict[str, Any] | None = None
   ) -> TrainState:
-    """The state of a step, placed as `abstract` says.
-
-    Shapes and dtypes must have been compared before (`check_meta`).
+    """The state of a step, placed as `abstract` says, after `check_meta`.
 
     Args:
-      step: of a complete checkpoint.
+      step: step of a complete checkpoint.
       abstract: shapes, dtypes and shardings of all leaves.
-      meta: of that step, if it was read before.
+      meta: its meta data, if it was read before.
 
     Raises:
       DamagedError: files are missing or altered, or an array is not what was
         saved.
-      CheckpointError: as `read_meta`.
     """
     meta = read_meta(self.directory, step) if meta is None else meta
     folder = self.directory / str(step)
@@ -256,24 +233,16 @@ class Checkpointer:
 
   def reached_preemption(self, step: int) -> bool:
     """Whether all of several processes agreed to stop at this step."""
-    return jax.process_count() > 1 and self._manager.reached_preemption(step)
+    return self._manager.reached_preemption(step)
 
   def wait(self) -> None:
-    """Blocks until the save in progress is committed.
-
-    Raises:
-      SaveError: the last save failed.
-    """
+    """Blocks until the save in progress is committed, or raises SaveError."""
     self._settle()
     if self._failed:
       raise self._failed[-1]
 
   def finish(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
-    """Waits for the last save of a run, and tries once more if it failed.
-
-    Raises:
-      SaveError: it failed again.
-    """
+    """Waits for the last save of a run, and tries once more if it failed."""
     self._settle()
     if self._failed and step not in committed_steps(self.directory):
       self.save(step, state, meta)
@@ -289,7 +258,7 @@ class Checkpointer:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-  """What is saved as an item of its own: inference reads params alone."""
+  """Items of a checkpoint: inference reads params alone."""
   optimizer = {
     field.name: getattr(state, field.name)
     for field in dataclasses.fields(state)

@@ -14,12 +14,11 @@ from typing import Any
 
 import jax
 
+from gdn2_jax.config_json import from_dict
 from gdn2_jax.model.config import EXECUTION, NUMERICS, ModelConfig, without
 from gdn2_jax.train.config import TrainConfig, differences
 
-# Format 1 had no digests.
 FORMAT = 2
-READABLE = (1, 2)
 COMMITTED = "commit_success.txt"
 
 _ENTRIES = {
@@ -114,12 +113,7 @@ def _hash(meta: dict[str, Any]) -> str:
 
 
 def read_meta(directory: str | os.PathLike, step: int) -> dict[str, Any]:
-  """Meta data of a committed checkpoint.
-
-  Raises:
-    DamagedError: it is missing, damaged, or of another step.
-    CheckpointError: a format that this version does not read.
-  """
+  """Meta data of a checkpoint; DamagedError, or CheckpointError by format."""
   path = pathlib.Path(directory) / str(step) / "meta" / "metadata"
   try:
     found = path.lstat()
@@ -137,12 +131,12 @@ def read_meta(directory: str | os.PathLike, step: int) -> dict[str, Any]:
   sealed = meta.pop("sha256", None)
   if sealed is not None and sealed != _hash(meta):
     raise DamagedError(f"{path}: the meta data was altered (sha256)")
-  if meta.get("format") not in READABLE:
+  if meta.get("format") != FORMAT:
     raise CheckpointError(
       f"{path}: checkpoint format {meta.get('format')!r}, this version reads "
-      + " and ".join(map(str, READABLE))
+      f"{FORMAT}"
     )
-  if sealed is None and meta["format"] > 1:
+  if sealed is None:
     raise DamagedError(f"{path}: the hash of the meta data is missing")
   if meta.get("step") != step:
     raise DamagedError(f"{path}: the meta data is of step {meta.get('step')!r}")
@@ -152,22 +146,14 @@ def read_meta(directory: str | os.PathLike, step: int) -> dict[str, Any]:
 def check_meta(
   saved: dict[str, Any], wanted: dict[str, Any], *, allow_data_change: bool
 ) -> None:
-  """Refuses a checkpoint that another experiment wrote.
-
-  Orbax itself casts dtypes silently and knows nothing of architectures.
-
-  Args:
-    saved: meta data of the checkpoint.
-    wanted: `make_meta` of the run that wants to resume from it.
-    allow_data_change: accept another data fingerprint.
-
-  Raises:
-    CheckpointError: showing the checkpoint's value and the run's value.
-  """
+  """Raises CheckpointError if another experiment wrote a checkpoint."""
+  # Orbax itself casts dtypes silently and knows nothing of architectures.
   check_fields(saved)
+  # Fields that were added since take their defaults, as in `load_run`.
+  model = from_dict(ModelConfig, saved["config"]["model"], "config.model")
   changes = list(
     differences(
-      without(_filled(saved["config"]["model"]), *NUMERICS, *EXECUTION),
+      without(dataclasses.asdict(model), *NUMERICS, *EXECUTION),
       without(wanted["config"]["model"], *NUMERICS, *EXECUTION),
       "--config.model",
     )
@@ -217,29 +203,8 @@ def _is_spec(value: Any) -> bool:
   )
 
 
-def _filled(model: dict[str, Any]) -> dict[str, Any]:
-  """The model of a config, with the fields that older versions did not have."""
-  default = dataclasses.asdict(ModelConfig())
-  parts = {
-    name: {**default.get(name, {}), **value}
-    for name, value in model.items()
-    if isinstance(value, dict)
-  }
-  return default | model | parts
-
-
 def check_files(step_dir: pathlib.Path, claimed_bytes: int = 0) -> None:
-  """Refuses a checkpoint whose files are not what a run of ours writes.
-
-  Args:
-    step_dir: of one step.
-    claimed_bytes: what the arrays will take in memory, 0 if that is known
-      from elsewhere.
-
-  Raises:
-    DamagedError: a link, a pickle, an unknown entry, or arrays far larger
-      than their files.
-  """
+  """Refuses links, pickles, unknown entries, and arrays beyond their files."""
   if step_dir.is_symlink():
     raise DamagedError(f"{step_dir}: a link, not a directory")
   if not step_dir.is_dir():

@@ -17,15 +17,15 @@ from typing import Any
 
 import jax
 
-from gdn2_jax.train.checkpoint.manager import (
-  Checkpointer,
+from gdn2_jax.train.checkpoint.manager import Checkpointer
+from gdn2_jax.train.checkpoint.meta import (
   CheckpointError,
   DamagedError,
   check_meta,
   committed_steps,
+  numbered_steps,
   read_meta,
 )
-from gdn2_jax.train.checkpoint.meta import numbered_steps
 from gdn2_jax.train.config import CheckpointConfig, differences
 from gdn2_jax.train.state import TrainState
 
@@ -40,13 +40,6 @@ def resume(
   say: Say,
 ) -> tuple[TrainState, int] | None:
   """The state to go on from and its step; None to start from the seed.
-
-  Args:
-    config: what a resume may do.
-    checkpointer: of the workdir; nothing was saved with it yet.
-    abstract: the state of this run.
-    meta: `make_meta` of this run.
-    say: prints a line.
 
   Raises:
     CheckpointError: the run must not start, see above; nothing was moved.
@@ -83,8 +76,6 @@ def resume(
     checkpointer.set_aside(s for s in present if s > step or s in damage)
     for line in differences(saved["config"], meta["config"], "--config"):
       say(f"changed since the checkpoint: {line}")
-    if saved["format"] == 1:
-      say(f"step {step}: written without digests, it could not be verified")
     say(f"resumed from step {step}")
     return state, step
   if damage:

@@ -27,14 +27,10 @@ def _end(message: str) -> None:
 
 
 class Watchdog:
-  """A thread that waits for `beat`; armed by the first one.
+  """A thread that waits for `beat`, armed by the first one; 0 s is off.
 
   It needs the interpreter lock to act. Waiting for devices, collectives, files
   and locks releases it.
-
-  Args:
-    seconds: longest time between two beats; 0 turns it off.
-    end: called once with a message when time is up; must not return in earnest.
   """
 
   def __init__(self, seconds: float, end: Callable[[str], None] = _end):

@@ -28,13 +28,7 @@ def plot_loss(
   rows: Sequence[Mapping[str, Any]],
   baselines: Mapping[str, float] | None = None,
 ) -> None:
-  """Draws training loss, validation points and baselines over the steps.
-
-  Args:
-    path: of the PNG.
-    rows: of metrics.jsonl; training rows need loss, the others loss_1x.
-    baselines: name -> nats per token, drawn as horizontal lines.
-  """
+  """Draws losses of metrics.jsonl, and baselines {name: nats per token}."""
   # Imported late: a fit of fonts takes seconds and most steps draw nothing.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure

@@ -23,7 +23,7 @@ _STRIDE = 10**12
 
 @dataclasses.dataclass(frozen=True)
 class _RowNumbers(PackedRows):
-  """Rows that consist of their own number, and that of their source."""
+  """Rows that hold their own number, and that of their source."""
 
   source: int = 0
 
@@ -32,15 +32,8 @@ class _RowNumbers(PackedRows):
 
 
 def rows_of(dataset: Any, step: int) -> list[tuple[int, int]]:
-  """(source, row) of every row of a global batch, in the order of the batch.
-
-  Args:
-    dataset: what `open_dataset` returns.
-    step: from 0, as `train_batches` counts.
-
-  Returns:
-    An empty list where rows have no numbers: text packed while training.
-  """
+  """(source, row) of every row of the batch of `step`, which counts from 0."""
+  # Text that is packed while training has no row numbers.
   if getattr(dataset, "texts", None) is not None:
     return []
   sources = []
@@ -62,23 +55,14 @@ def rows_of(dataset: Any, step: int) -> list[tuple[int, int]]:
 
 
 class SkippedBatches:
-  """Writes skipped.jsonl; on process 0 only.
-
-  Args:
-    path: of the file.
-    dataset: of the run.
-  """
+  """Writes skipped.jsonl, on process 0 only."""
 
   def __init__(self, path: pathlib.Path, dataset: Any):
     self._path = path
     self._dataset = dataset
 
   def note(self, step: int, loss: float, grad_norm: float) -> str:
-    """Appends a line about the batch of `step`, counted from 1.
-
-    Returns:
-      A few words about its rows.
-    """
+    """Appends the batch of `step`, from 1; returns its rows in words."""
     rows = rows_of(self._dataset, step - 1)
     line = {
       "step": step,

@@ -25,16 +25,10 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 class Throughput:
-  """Rates over the steps since the last reading.
+  """Rates over the steps since the last reading, padding included.
 
-  The first steps after a start or a pause compile or wait for something else
-  than training: call `restart` after them.
-
-  Args:
-    tokens_per_step: positions of a global batch, padding included.
-    flops_per_token: of forward and backward.
-    devices: that share the work.
-    clock: in seconds.
+  The first step after a start or a pause compiles or waits for something other
+  than training: call `restart` after it.
   """
 
   def __init__(
@@ -57,12 +51,7 @@ class Throughput:
     self._since = (step, self._clock())
 
   def read(self, step: int) -> dict[str, float]:
-    """Rates up to `step` finished steps, and restarts; {} if there are none.
-
-    Returns:
-      tokens_per_s and step_s of the whole run, tflops_per_device, and mfu (the
-      share of the bfloat16 peak) where that is known.
-    """
+    """Rates up to `step` finished steps, and restarts; {} if there are none."""
     since, now = self._since, self._clock()
     self._since = (step, now)
     if since is None or step <= since[0] or now <= since[1]:

@@ -1,4 +1,4 @@
-"""Files of a run for people: metrics.jsonl, TensorBoard, versions.
+"""Files that people read: metrics.jsonl, TensorBoard, versions.
 
 metrics.jsonl has one JSON object per line, {"step": ..., "kind": ...} with kind
 "train", "eval" or "final"; numbers that are not finite are written as null.
@@ -20,6 +20,8 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 
+from gdn2_jax.data.files import write_atomic
+
 _PACKAGES = (
   "gdn2-jax",
   "jax",
@@ -32,30 +34,15 @@ _PACKAGES = (
 )
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Replaces a file in one step: readers see the old or the new one."""
-  temporary = path.with_name(path.name + ".tmp")
-  with open(temporary, "w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  temporary.replace(path)
-
-
 def write_json(path: pathlib.Path, tree: Any) -> None:
-  """Writes indented JSON in one step."""
-  write_atomically(path, json.dumps(tree, indent=2) + "\n")
+  """Writes indented JSON in one step: readers see the old or the new file."""
+  write_atomic(path, (json.dumps(tree, indent=2) + "\n").encode())
 
 
 def probe(directory: pathlib.Path) -> None:
-  """Makes the directory and writes to it, so that hours later nothing fails.
-
-  Its checkpoints may lie on another disk: if they exist, they are tried too.
-
-  Raises:
-    ValueError: a directory cannot be made or written to.
-  """
-  # Several processes may share the directory.
+  """Makes the directory and writes to it; ValueError where that fails."""
+  # Now, not at the first save hours later. Checkpoints may lie on another disk
+  # and are tried where they exist. Several processes may share the directory.
   name = f".probe-{socket.gethostname()}-{os.getpid()}"
   for folder in (directory, directory / "checkpoints"):
     path = folder / name
@@ -64,7 +51,7 @@ def probe(directory: pathlib.Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
       elif not folder.is_symlink() and not folder.exists():
         continue
-      write_atomically(path, "probe")
+      write_atomic(path, b"probe")
       path.unlink()
     except OSError as e:
       raise ValueError(f"--workdir={folder}: cannot write there: {e}") from e
@@ -117,12 +104,7 @@ def _git_commit() -> str | None:
 
 
 class Writer:
-  """Writes metrics.jsonl and TensorBoard events; only on process 0.
-
-  Args:
-    workdir: of the run.
-    first_step: finished steps at the start; later rows are dropped.
-  """
+  """Writes metrics.jsonl and TensorBoard events, on process 0 only."""
 
   def __init__(self, workdir: str | os.PathLike, first_step: int = 0):
     self._enabled = jax.process_index() == 0
@@ -137,7 +119,7 @@ class Writer:
         if row["step"] <= first_step and row["kind"] != "final"
       ]
       text = "".join(json.dumps(row) + "\n" for row in rows)
-      write_atomically(path, text)
+      write_atomic(path, text.encode())
     self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
     # purge_step makes TensorBoard forget what the resume will repeat.
     self._events = SummaryWriter(

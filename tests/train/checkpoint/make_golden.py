@@ -21,7 +21,8 @@ from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.gdn2 import GDN2Config
 from gdn2_jax.model.lm import LM
 from gdn2_jax.sharding import MeshConfig, make_mesh, use_mesh
-from gdn2_jax.train.checkpoint.manager import Checkpointer, make_meta, read_meta
+from gdn2_jax.train.checkpoint.manager import Checkpointer
+from gdn2_jax.train.checkpoint.meta import make_meta, read_meta
 from gdn2_jax.train.checkpoint.resume import resume
 from gdn2_jax.train.config import TrainConfig, config_from_json
 from gdn2_jax.train.optimizer import learning_rate

@@ -11,9 +11,9 @@ from gdn2_jax.data.build.in_memory import build_packed
 from gdn2_jax.data.pipeline import open_dataset
 from gdn2_jax.data.text.corpus import Corpus, Document
 from gdn2_jax.data.tokenizer.api import BytesTokenizer
-from gdn2_jax.train.checkpoint.manager import read_meta
+from gdn2_jax.train.checkpoint.meta import read_meta
 from gdn2_jax.train.loop import train
-from gdn2_jax.train.report.metrics import DivergedError
+from gdn2_jax.train.report.report import DivergedError, Report
 from gdn2_jax.train.report.skipped import rows_of
 from gdn2_jax.train.report.writer import read_rows
 from tests.train.conftest import make_config
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("fast_compiles")
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
   """Nothing here is about the evaluation at the end of a run."""
-  monkeypatch.setattr("gdn2_jax.train.loop.finish", lambda *_, **__: None)
+  monkeypatch.setattr(Report, "finish", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

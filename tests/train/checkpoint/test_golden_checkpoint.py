@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from gdn2_jax.train.checkpoint.manager import read_meta
+from gdn2_jax.train.checkpoint.meta import read_meta
 from tests.train.checkpoint.make_golden import FOLDER, SAVED, go_on
 
 VERSIONS = sorted(
@@ -27,7 +27,7 @@ def test_training_goes_on_as_it_did(version, tmp_path):
   """The same losses, gradients and learning rates, up to rounding."""
   with tarfile.open(FOLDER / f"{version}.tar.xz") as archive:
     archive.extractall(tmp_path, filter="data")
-  assert read_meta(tmp_path / "checkpoints", SAVED)["format"] in (1, 2)
+  assert read_meta(tmp_path / "checkpoints", SAVED)["format"] == 2
   expected = json.loads((tmp_path / "expected.json").read_text())
   batches = [
     dict(np.load(tmp_path / f"batch-{number}.npz"))

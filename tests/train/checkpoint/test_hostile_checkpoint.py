@@ -9,8 +9,8 @@ import shutil
 
 import pytest
 
-from gdn2_jax.train.checkpoint.manager import CheckpointError, load_run
-from gdn2_jax.train.checkpoint.meta import seal
+from gdn2_jax.train.checkpoint import load_run
+from gdn2_jax.train.checkpoint.meta import CheckpointError, seal
 from tests import tiny_run
 
 pytestmark = [

@@ -16,7 +16,7 @@ from absl import flags
 from gdn2_jax import cli
 from gdn2_jax.sharding import MeshConfig
 from gdn2_jax.train.config import TrainConfig
-from gdn2_jax.train.report import metrics
+from gdn2_jax.train.report.report import Progress
 from tests.train.conftest import make_config
 
 
@@ -36,7 +36,7 @@ def two_process_config(cache_dir: str) -> TrainConfig:
 def main(argv: list[str], train) -> None:
   root = pathlib.Path(flags.FLAGS.workdir)
   (root / f"pid-{flags.FLAGS.process_id}").write_text(str(os.getpid()))
-  row = metrics.Progress.row
+  row = Progress.row
 
   def row_with_bits(self, step, values):
     bits = [float(values[name]).hex() for name in ("loss", "grad_norm")]
@@ -44,7 +44,7 @@ def main(argv: list[str], train) -> None:
       file.write(" ".join([str(step), *bits]) + "\n")
     row(self, step, values)
 
-  metrics.Progress.row = row_with_bits
+  Progress.row = row_with_bits
   train(argv)
 
 

@@ -12,12 +12,14 @@ import pytest
 
 from gdn2_jax.data.pipeline import open_dataset
 from gdn2_jax.sharding import MeshConfig
-from gdn2_jax.train.checkpoint.manager import committed_steps
+from gdn2_jax.train.checkpoint.meta import committed_steps
 from gdn2_jax.train.loop import train
 from gdn2_jax.train.report.writer import read_rows
 from tests.tiny_run import ROOT
 from tests.train.processes.rank import two_process_config
 from tests.train.test_loop import Faulty, interrupted
+
+pytestmark = pytest.mark.slow
 
 _CONFIG = """
 from tests.train.processes.rank import two_process_config

@@ -1,7 +1,6 @@
 """metrics.jsonl across resumes, throughput, the loss curve, versions."""
 
 import json
-import os
 import struct
 
 import jax
@@ -58,19 +57,6 @@ def test_probe_names_a_workdir_it_cannot_make(tmp_path):
     writer_lib.probe(tmp_path / "file" / "run")
   writer_lib.probe(tmp_path / "run")
   assert not list((tmp_path / "run").iterdir())
-
-
-def test_atomic_write_leaves_the_old_file_on_failure(tmp_path, monkeypatch):
-  path = tmp_path / "file"
-  writer_lib.write_atomically(path, "old")
-
-  def fail(fd):
-    raise OSError("disk full")
-
-  monkeypatch.setattr(os, "fsync", fail)
-  with pytest.raises(OSError, match="disk full"):
-    writer_lib.write_atomically(path, "new")
-  assert path.read_text() == "old"
 
 
 def test_versions_name_what_produced_the_numbers():

@@ -1,6 +1,7 @@
-"""From device scalars to rows, progress and the decision to give up."""
+"""Metrics of a run: rows, progress, evaluations, and giving up."""
 
 import datetime
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,10 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from gdn2_jax.model.accounting import train_flops_per_token
+from gdn2_jax.train.config import TrainConfig
+from gdn2_jax.train.report.evaluation import evaluate, write_summary
+from gdn2_jax.train.report.skipped import SkippedBatches
 from gdn2_jax.train.report.throughput import Throughput
 from gdn2_jax.train.report.writer import Writer
 
@@ -17,13 +22,7 @@ class DivergedError(RuntimeError):
 
 
 class Progress:
-  """A progress bar on a terminal, a line every so often elsewhere.
-
-  Args:
-    first_step: finished steps at the start.
-    num_steps: of the whole run.
-    say: prints a line; None keeps silent, as every process but the first.
-  """
+  """A progress bar on a terminal, else lines; silent where `say` is None."""
 
   def __init__(
     self, first_step: int, num_steps: int, say: Callable[[str], None] | None
@@ -75,37 +74,30 @@ class Progress:
     """Leaves the bar as it is."""
     if self._bar is not None:
       self._bar.close()
+      self._bar = None
 
 
-class MetricsReader:
-  """Reads the metrics of step n - 1 while the devices compute step n.
-
-  Args:
-    writer: of the rows.
-    throughput: restarted whenever the loop did something else than steps.
-    progress: shows the rows.
-    log_every: steps between rows.
-    max_skipped: batches in a row without an update before DivergedError.
-    note_skipped: (step, loss, gradient norm) -> a few words about the batch,
-      called for each one without an update.
-  """
+class Report:
+  """Metrics files, progress and evaluations of a run from `first_step` on."""
 
   def __init__(
     self,
-    writer: Writer,
-    throughput: Throughput,
-    progress: Progress,
-    *,
-    log_every: int,
-    max_skipped: int,
-    note_skipped: Callable[[int, float, float], str],
+    config: TrainConfig,
+    workdir: pathlib.Path,
+    dataset: Any,
+    first_step: int,
+    say: Callable[[str], None] | None,
   ):
-    self._writer = writer
-    self._throughput = throughput
-    self._progress = progress
-    self._log_every = log_every
-    self._max_skipped = max_skipped
-    self._note_skipped = note_skipped
+    self._config = config
+    self._workdir = workdir
+    self._dataset = dataset
+    self._writer = Writer(workdir, first_step)
+    self._progress = Progress(first_step, config.num_steps, say)
+    self._throughput = Throughput(
+      config.data.batch_size * config.data.seq_len,
+      train_flops_per_token(config.model, config.data.seq_len),
+    )
+    self._skipped = SkippedBatches(workdir / "skipped.jsonl", dataset)
     self._pending: tuple[int, Any] | None = None
     self._measuring = False
 
@@ -115,11 +107,7 @@ class MetricsReader:
     self._pending = (step, metrics)
 
   def flush(self) -> None:
-    """Reads what is pending; waits for its step.
-
-    Raises:
-      DivergedError: max_skipped batches in a row were skipped.
-    """
+    """Reads what is pending, waiting for its step; may raise DivergedError."""
     if self._pending is None:
       return
     (step, metrics), self._pending = self._pending, None
@@ -132,22 +120,22 @@ class MetricsReader:
       self._measuring = True
     records = ""
     if in_a_row:
-      records = self._note_skipped(step, values["loss"], values["grad_norm"])
+      records = self._skipped.note(step, values["loss"], values["grad_norm"])
       self._progress.say(
         f"step {step}: loss {values['loss']}, gradient norm "
         f"{values['grad_norm']}: update skipped ({in_a_row} in a row), "
         f"{records}"
       )
-    if step % self._log_every == 0:
+    if step % self._config.log_every == 0:
       values |= self._throughput.read(step)
       self._writer.write(step, "train", values)
       self._progress.row(step, values)
-    if in_a_row >= self._max_skipped:
+    if in_a_row >= self._config.max_skipped:
       raise DivergedError(
         f"steps {step - in_a_row + 1} to {step}: {in_a_row} batches in a row "
         "gave no finite loss and gradient, or none below "
         f"--config.optimizer.skip_norm (--config.max_skipped="
-        f"{self._max_skipped}); the parameters are those before step "
+        f"{self._config.max_skipped}); the parameters are those before step "
         f"{step - in_a_row + 1}. The last batch had {records}; skipped.jsonl "
         "in the workdir has them all. Try a lower --config.optimizer.lr, a "
         "longer --config.optimizer.warmup_fraction, or "
@@ -155,6 +143,33 @@ class MetricsReader:
       )
 
   def pause(self) -> None:
-    """The loop is about to do something that is not training."""
+    """Reads what is pending before work that is not training."""
     self.flush()
     self._measuring = False
+
+  def evaluate(self, step: int, params: Any) -> None:
+    """Writes and prints the held-out loss at the training length."""
+    (report,), row = evaluate(self._config, params, self._dataset, (1,))
+    self._writer.write(step, "eval", row)
+    self._progress.say(
+      f"step {step:>6}  validation {report.nats_per_token:.4f} nats/token, "
+      f"{report.bits_per_byte:.4f} bits/byte"
+    )
+
+  def finish(self, step: int, params: Any) -> None:
+    """Writes the last row, eval.json and loss.png; prints the table."""
+    self._progress.close()
+    multiples = self._config.eval.length_multiples
+    models, row = evaluate(self._config, params, self._dataset, multiples)
+    self._writer.write(step, "final", row)
+    if jax.process_index() == 0:
+      table = write_summary(
+        self._config, self._workdir, self._dataset, step, models
+      )
+      self._progress.say("")
+      self._progress.say(table)
+
+  def close(self) -> None:
+    """Closes the files and leaves the bar as it is."""
+    self._progress.close()
+    self._writer.close()
