@@ -207,7 +207,7 @@ def open_ours(src: pathlib.Path, options: Options) -> Opened:
   notes: list[str] = []
   if (src / "checkpoints").is_dir():
     # Not at the top: only this needs orbax, which takes seconds to import.
-    from gdn2_jax.train.checkpoint.manager import load_run
+    from gdn2_jax.train.checkpoint import load_run
 
     run = load_run(src, options.step)
     config = run.config.model
