@@ -1,12 +1,12 @@
-r"""Does to real training runs what clusters, disks and people do to them.
+r"""Injects faults into real training runs: kills, damage, full disks, hangs.
 
   python -m tests.faults                    the long version: `make faults`
   python -m tests.faults --scale=0.1        a tenth of the tries
   python -m tests.faults --only=flip,stuck  these faults
 
-Prints a table and writes it as JSON, after every fault; what a file already
-says about other faults stays. Exit code 0 if every try survived, no committed
-step was lost and nothing went on with wrong numbers.
+Prints a table and, after every fault, updates its entry in the JSON file. Exit
+code 0 if every try survived, no committed step was lost and no run went on with
+wrong numbers.
 """
 
 import datetime
@@ -18,24 +18,52 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 
 from absl import flags
 from tqdm import tqdm
 
 from gdn2_jax import cli
 from gdn2_jax.train.report.writer import versions, write_json
-from tests.faults import pair
+from tests.faults import cluster, damage, signals, stops
 from tests.faults.lab import Lab
 from tests.faults.outcome import Outcome, format_table
-from tests.faults.table import FAULTS, PAIR_FAULTS, Fault
+
+Fault = Callable[[Lab, int, Callable[[], object]], Outcome]
+
+# Name: function, and tries at --scale=1.
+FAULTS: dict[str, tuple[Fault, int]] = {
+  "kill": (signals.kill_loop, 50),
+  "kill_in_retention": (signals.kill_in_retention, 15),
+  "sigterm": (signals.sigterm, 5),
+  "second_signal": (signals.second_signal, 4),
+  "flip": (damage.bit_flips, 100),
+  "cut": (damage.cut_files, 60),
+  "broken_steps": (damage.broken_steps, 1),
+  "disk_full": (damage.disk_full, 3),
+  "failed_last_save": (damage.failed_last_save, 2),
+  "nan": (stops.not_a_number, 2),
+  "stuck": (stops.stuck, 3),
+  "in_use": (stops.in_use, 1),
+  "meshes": (cluster.other_meshes, 4),
+}
+
+# Two processes have a truth of their own: sums over devices round otherwise.
+PAIR_FAULTS: dict[str, tuple[Fault, int]] = {
+  "kill_one_of_two": (cluster.kill_one, 10),
+  "sigterm_one_of_two": (cluster.sigterm_one, 4),
+  "stuck_one_of_two": (cluster.stuck_one, 2),
+}
 
 _SCALE = flags.DEFINE_float(
-  "scale", 1.0, "Share of the tries; 1 each at least."
+  "scale", 1.0, "Factor on the number of tries; every fault has at least one."
 )
-_ONLY = flags.DEFINE_list("only", [], "Names of faults; by default all.")
-_JSON = flags.DEFINE_string("json", None, "Where to write the results.")
-_FOLDER = flags.DEFINE_string("folder", None, "Kept; by default a scratch one.")
-_STEPS = flags.DEFINE_integer("steps", 400, "Of a run.")
+_ONLY = flags.DEFINE_list("only", [], "Names of faults to run; default: all.")
+_JSON = flags.DEFINE_string("json", None, "JSON file to add the results to.")
+_FOLDER = flags.DEFINE_string(
+  "folder", None, "Folder for the runs, kept; default: a temporary one."
+)
+_STEPS = flags.DEFINE_integer("steps", 400, "Training steps of a run.")
 
 
 def _chosen(faults: dict[str, tuple[Fault, int]]) -> dict:
@@ -64,7 +92,7 @@ def _run_all(folder: pathlib.Path) -> list[Outcome]:
         continue
       bar.set_description("uninterrupted run")
       lab = Lab(folder / name, steps)
-      lab.prepare() if name == "one" else pair.prepare(lab)
+      lab.prepare() if name == "one" else cluster.prepare(lab)
       for fault, (run, count) in planned.items():
         bar.set_description(fault)
         outcomes.append(run(lab, count, bar.update))

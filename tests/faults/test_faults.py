@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.faults import damage, kills, signals, stops, storage
+from tests.faults import damage, signals, stops
 from tests.faults.lab import GRID, Lab
 from tests.faults.outcome import Outcome, format_table, tries
 
@@ -38,12 +38,12 @@ def test_the_uninterrupted_run_is_the_truth(lab):
 
 
 def test_killed_runs_lose_nothing(lab):
-  outcome = passed(kills.kill_loop, lab, 2)
+  outcome = passed(signals.kill_loop, lab, 2)
   assert "bit-identical" in outcome.notes["state after the last kill"]
 
 
 def test_killed_half_way_through_removing_a_step(lab):
-  passed(kills.kill_in_retention, lab, 1, faults=("die_in_trash",))
+  passed(signals.kill_in_retention, lab, 1, faults=("die_in_trash",))
 
 
 def test_stuck_process_ends_within_a_second_of_the_watchdog(lab):
@@ -52,7 +52,7 @@ def test_stuck_process_ends_within_a_second_of_the_watchdog(lab):
 
 
 def test_the_last_save_fails(lab):
-  passed(storage.failed_last_save, lab, 1)
+  passed(damage.failed_last_save, lab, 1)
 
 
 def test_second_sigterm_during_the_save(lab):
