@@ -5,12 +5,12 @@ r"""Compiles kernels and the training step for an H100, without a GPU.
   make aot ARGS=--nokernels
   make aot ARGS='--implementation=xla --json=aot.json'
 
-Prints what every kernel takes and what the 1.3B hybrid's training step needs
-on one and on eight H100s. Exits with code 1 if a kernel spills registers, if
-ptxas serialises its wgmma, if it wants more shared memory than there is, if it
-exceeds its own budget, or if the step exceeds 80 GB. On one H100 the step has
-limits of its own for products, bytes moved, launches and memory
-(`step_budget.ONE_DEVICE`), and a table of what its parts take.
+Prints the resources of every kernel, and memory and communication of the 1.3B
+hybrid's training step on one and on eight H100s. Exits with code 1 if a kernel
+spills registers, if ptxas serialises its wgmma, if it needs more shared memory
+than a CTA has, if it exceeds its own budget, or if the step exceeds 80 GB. On
+one H100 the step also has limits for products, bytes moved, launches and memory
+(`step_budget.ONE_DEVICE`), and a table of costs by part of the model.
 
 Bytes per token-head count every operand and result of a kernel once; operands
 that several CTAs read from HBM cost more.
@@ -41,18 +41,18 @@ _TRITON_TARGETS = (80, 89, 120)
 def define_flags() -> None:
   """Defines the flags; on import they would clash with other entry points."""
   flags.DEFINE_string(
-    "only", "", "Compile the kernels whose case has this in its name."
+    "only", "", "Compile only the kernels whose case name contains this."
   )
   flags.DEFINE_bool("kernels", True, "Compile the kernels one by one.")
-  flags.DEFINE_string("json", None, "Also write all figures to FILE.")
+  flags.DEFINE_string("json", None, "JSON file to write all figures to.")
   flags.DEFINE_bool(
-    "train_step", True, "Compile the training step, some twenty minutes."
+    "train_step", True, "Compile the training step; about 20 minutes."
   )
   flags.DEFINE_enum(
     "implementation",
     "mosaic_gpu",
     ["mosaic_gpu", "xla"],
-    "Of the GDN-2 op in the training step.",
+    "Implementation of the GDN-2 op in the training step.",
   )
 
 
@@ -90,11 +90,7 @@ def _first_line(error: Exception) -> str:
 
 
 def compile_triton(only: str) -> tuple[list[dict[str, Any]], list[str]]:
-  """Compiles the Triton kernels where triton is installed, and prints them.
-
-  gdn2_jax.triton.aot.compile_all(compute capabilities) gives a dict for every
-  kernel and target; its "failures", if any, are sentences.
-  """
+  """Compiles and prints the Triton kernels where triton is installed."""
   for package in ("gdn2_jax.triton", "triton"):
     if importlib.util.find_spec(package) is None:
       print(f"triton kernels: not compiled: {package} is not installed")

@@ -1,6 +1,6 @@
-"""The kernels that the ahead-of-time check compiles.
+"""Kernels to compile ahead of time.
 
-A kernel module says what to compile, in a function
+A kernel module lists them in a function
 
   aot_cases() -> [(name, function, [jax.ShapeDtypeStruct, ...]), ...]
 
@@ -40,11 +40,11 @@ class Case:
   """One function to compile for the GPU.
 
   Attributes:
-    name: shown in the table.
-    function: of arrays; launches at least one kernel.
-    shapes: of its arguments, without shardings.
-    limits: budget of its kernels, see LIMITS.
-    token_heads: by which the bytes moved are divided.
+    name: Name in the table.
+    function: Function of arrays that launches at least one kernel.
+    shapes: Shapes of its arguments, without shardings.
+    limits: Budget of its kernels, see LIMITS.
+    token_heads: B T H, by which the bytes moved are divided.
   """
 
   name: str
@@ -60,11 +60,7 @@ def make_case(
   shapes: Sequence[Any],
   options: Mapping[str, int] | None = None,
 ) -> Case:
-  """The Case of one tuple of aot_cases().
-
-  Raises:
-    ValueError: an unknown option, or no way to count tokens and heads.
-  """
+  """Case of one tuple of aot_cases()."""
   limits = dict(options or {})
   token_heads = limits.pop("token_heads", None)
   unknown = sorted(set(limits) - set(LIMITS))
@@ -93,16 +89,7 @@ def make_case(
 def find_cases(
   only: str = "", modules: Iterable[str] = MODULES
 ) -> tuple[list[Case], list[str], list[str]]:
-  """The cases whose name contains `only`; a broken module hides no other.
-
-  Args:
-    only: part of a name; "" takes all.
-    modules: that offer aot_cases().
-
-  Returns:
-    The cases, the modules that do not exist, and what is wrong with the others,
-    one sentence each.
-  """
+  """Cases whose name contains `only`, missing modules, and failures."""
   cases: dict[str, Case] = {}
   absent, failures = [], []
   for module in modules:

@@ -1,4 +1,4 @@
-"""Compiles kernels for an H100 and reads what became of them.
+"""Compilation of kernels for an H100, and their resources.
 
 JAX's CUDA plugin needs no GPU to compile: the program goes through LLVM and
 ptxas to machine code, and Mosaic GPU leaves its intermediate files where
@@ -36,12 +36,12 @@ class KernelReport:
   """One kernel of one case.
 
   Attributes:
-    case: name of the case.
-    kernel: name of the kernel's function.
-    usage: registers, spills, shared memory.
-    limits: budget of the case.
-    bytes_per_token_head: of operands and results, each counted once.
-    compile_seconds: of the whole case, lowering included.
+    case: Name of the case.
+    kernel: Name of the kernel's function.
+    usage: Registers, spills, shared memory.
+    limits: Budget of the case.
+    bytes_per_token_head: Bytes of operands and results, each counted once.
+    compile_seconds: Seconds of the whole case, lowering included.
   """
 
   case: str
@@ -53,7 +53,7 @@ class KernelReport:
 
   @property
   def failures(self) -> list[str]:
-    """What is wrong with it, one sentence each."""
+    """Failed checks, one sentence each."""
     label = f"{self.case} ({self.kernel})"
     return [f"{label}: {e}" for e in ptxas.judge(self.usage, self.limits)]
 
@@ -92,11 +92,7 @@ def without_noise() -> Iterator[None]:
 
 
 def kernel_bytes(module: Any) -> list[int]:
-  """Bytes of operands and results of every Mosaic GPU call, in order.
-
-  Args:
-    module: StableHLO module, from `lowered.compiler_ir("stablehlo")`.
-  """
+  """Bytes of operands and results of every Mosaic GPU call in StableHLO."""
   found = []
 
   def walk(operation):
@@ -126,7 +122,7 @@ def type_bytes(text: str) -> int:
 
 @contextlib.contextmanager
 def dumps() -> Iterator[pathlib.Path]:
-  """A folder that Mosaic GPU dumps to while the with block runs."""
+  """Folder that Mosaic GPU dumps to inside the with block."""
   with (
     tempfile.TemporaryDirectory() as folder,
     _dumping_to(folder),
@@ -136,20 +132,13 @@ def dumps() -> Iterator[pathlib.Path]:
 
 
 class Reader:
-  """Reads dumps, of one compilation after another.
-
-  A kernel that this process has compiled before is not compiled again and
-  leaves no report of ptxas; so reports are kept.
-  """
+  """Reader of dumps; keeps reports, as JAX compiles an equal kernel once."""
 
   def __init__(self):
     self._seen: dict[str, ptxas.Usage] = {}
 
   def read(self, folder: pathlib.Path) -> list[tuple[str, ptxas.Usage | None]]:
-    """Name and usage of every kernel that was lowered, in this order.
-
-    The usage is None where no program with this kernel was compiled.
-    """
+    """Name, and usage if it was compiled, of every kernel lowered, in order."""
 
     def number(path):
       return int(path.name.removesuffix(_MODULE).rpartition("_")[2])
@@ -177,18 +166,14 @@ class Reader:
 
 
 class Compiler:
-  """Compiles cases one after another, for the device of a sharding."""
+  """Compiler of cases for the device of a sharding."""
 
   def __init__(self, sharding: jax.sharding.Sharding, reader: Reader):
     self._sharding = sharding
     self._reader = reader
 
   def compile(self, case: Case) -> list[KernelReport]:
-    """Compiles a case; its kernels in the order of launch.
-
-    Raises:
-      ValueError: it launches no kernel, or a kernel's report is missing.
-    """
+    """Compiles a case; reports of its kernels in the order of launch."""
     arguments = jax.tree.map(self._place, tuple(case.shapes))
     start = time.perf_counter()
     with dumps() as folder, target.use("compile"):

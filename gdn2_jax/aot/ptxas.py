@@ -1,16 +1,16 @@
-"""Reads what ptxas says about a kernel, and judges it.
+"""Resources of a kernel as ptxas prints them, and limits on them.
 
-The messages of interest, with their codes where ptxas gives one:
+The messages, with their codes where ptxas gives one:
 
   Used N registers                        per thread
   N bytes spill stores, N bytes spill loads   registers kept in local memory
   C7510 to C7514                          wgmma is serialised: every product
                                           waits for the one before
   warning                                 anything else
-  other C75..                             waits that ptxas put in; shown only
+  other C75..                             waits that ptxas inserts; shown only
 
-Shared memory is dynamic, so ptxas does not know it; the launch in Mosaic GPU's
-module does.
+Shared memory is dynamic and unknown to ptxas; its size stands in the launch in
+Mosaic GPU's module.
 """
 
 import dataclasses
@@ -43,19 +43,19 @@ _SCRATCH = re.compile(r"smem_scratch_bytes=(\d+)")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Usage:
-  """What one kernel takes.
+  """Resources of one kernel.
 
   Attributes:
-    registers: per thread.
-    spill_stores: bytes.
-    spill_loads: bytes.
-    stack_frame: bytes of local memory per thread.
-    threads: per CTA.
-    shared_bytes: per CTA.
-    serialized: ptxas's lines about serialised wgmma.
-    warnings: its other warnings.
-    notes: its other remarks that have a code.
-    out_of_turn: what turns.py found, which ptxas cannot know.
+    registers: Registers per thread.
+    spill_stores: Bytes of spilled registers stored.
+    spill_loads: Bytes of spilled registers loaded.
+    stack_frame: Bytes of local memory per thread.
+    threads: Threads per CTA.
+    shared_bytes: Shared memory per CTA.
+    serialized: Lines of ptxas about serialised wgmma.
+    warnings: Its other warnings.
+    notes: Its other remarks that have a code.
+    out_of_turn: Failures found by turns.py, which ptxas cannot know.
   """
 
   registers: int
@@ -90,23 +90,14 @@ def _only(pattern: re.Pattern, text: str, what: str) -> tuple[int, ...]:
 
 
 def parse(ptxas: str, ptx: str, module: str, resources: str = "") -> Usage:
-  """Reads the dumps of one kernel.
-
-  Args:
-    ptxas: output of `ptxas -v`.
-    ptx: for the threads of a CTA.
-    module: Mosaic GPU's module, for the shared memory of the launch.
-    resources: Mosaic GPU's estimate, taken where the module has no launch.
-
-  Raises:
-    ValueError: a figure is missing, which must not pass for a good one.
-  """
+  """Usage from a kernel's dumps; a missing figure is a ValueError."""
   (registers,) = _only(_REGISTERS, ptxas, "'Used N registers'")
   stack, stores, loads = _only(_MEMORY, ptxas, "'N bytes stack frame, ...'")
   x, y, z = _only(_THREADS, ptx, "'.maxntid N'")
   if _SHARED.search(module):
     (shared,) = _only(_SHARED, module, "'dynamic_shared_memory_size N'")
   else:
+    # The module has no launch: Mosaic GPU's own estimate.
     (shared,) = _only(_SCRATCH, resources, "'smem_scratch_bytes=N'")
   remarks: dict[str, list[str]] = {
     "serialized": [],
@@ -134,12 +125,7 @@ def parse(ptxas: str, ptx: str, module: str, resources: str = "") -> Usage:
 
 
 def judge(usage: Usage, limits: Mapping[str, int]) -> list[str]:
-  """What is wrong with a kernel, one sentence each; empty if nothing is.
-
-  Args:
-    usage: of the kernel.
-    limits: its own budget: any of LIMITS.
-  """
+  """Failed checks of a kernel and its own LIMITS, one sentence each."""
   found = []
   if usage.spill_stores or usage.spill_loads:
     found.append(

@@ -1,4 +1,4 @@
-"""The reports of kernels as text and as JSON-ready figures."""
+"""Reports of kernels as a Markdown table and as JSON values."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""H100s that are not there: devices to compile for, on any machine."""
+"""Compile-only H100 devices, on any machine."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ TARGET = pathlib.Path(__file__).with_name("h100.txtpb")
 
 
 def missing_tool() -> str | None:
-  """What this machine lacks to compile for CUDA, in one line, or None."""
+  """One line on the missing CUDA plugin or ptxas, or None."""
   plugins = importlib.util.find_spec("jax_plugins")
   if (
     plugins is None
