@@ -1,14 +1,14 @@
-r"""Says what a config costs before anything is allocated.
+r"""Parameters, memory and FLOPs of a config, with nothing allocated.
 
   python -m gdn2_jax.plan --config=configs/gdn2_1p3b.py
   python -m gdn2_jax.plan --config=configs/gdn2_1p3b.py --devices=8 \
     --config.mesh.fsdp=-1 --config.grad_accum=4 --json
 
-Parameters, state bytes of a sequence and FLOPs are counted; the memory of a
-training step per device is read off the compiled program, which runs on no
-data. It is compiled for the CPU backend with as many stand-in devices as the
-mesh has: arguments (parameters, optimizer state, batch) are exact for any
-backend, temporaries (activations) are a guide to those of a GPU.
+Parameters, state bytes of a sequence and FLOPs are counted. The memory of a
+training step per device comes from the compiled program, which is never run. It
+is compiled for the CPU backend with as many simulated devices as the mesh has:
+arguments (parameters, optimizer state, batch) are exact for any backend,
+temporaries (activations) are an estimate of those on a GPU.
 """
 
 import json
@@ -20,7 +20,6 @@ import jax
 from absl import flags
 
 from gdn2_jax import cli, config_flag
-from gdn2_jax.data.pipeline import DataConfig
 from gdn2_jax.model.accounting import (
   count_parameters,
   forward_flops_per_token,
@@ -31,48 +30,41 @@ from gdn2_jax.model.config import KINDS
 from gdn2_jax.model.lm import LM
 from gdn2_jax.sharding import (
   MESH_AXES,
-  batch_sharding,
   make_mesh,
   mesh_shape,
   use_mesh,
 )
 from gdn2_jax.train.config import TrainConfig, preflight, validate
-from gdn2_jax.train.optimizer import learning_rate
+from gdn2_jax.train.lower import lower_step
 from gdn2_jax.train.state import TrainState, plan_state
-from gdn2_jax.train.step import make_train_step
 
 _CONFIG = config_flag.define()
 _DEVICES = flags.DEFINE_integer(
   "devices",
   None,
-  "Devices to plan for; by default as many as the mesh names.",
+  "Number of devices to plan for; default: the size of the mesh.",
   lower_bound=1,
 )
-_JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead.")
-_COMPILE = flags.DEFINE_bool(
-  "compile", True, "Compile the training step for its memory."
+_JSON = flags.DEFINE_bool(
+  "json", False, "Print one JSON object in place of text."
 )
-
-_BATCH_DTYPES = {
-  "inputs": "int32",
-  "targets": "int32",
-  "segment_ids": "int32",
-  "loss_mask": "float32",
-}
+_COMPILE = flags.DEFINE_bool(
+  "compile", True, "Compile the training step to find its memory."
+)
 
 
 def plan(
   config: TrainConfig, num_devices: int, compile_step: bool = True
 ) -> dict[str, Any]:
-  """All figures of a config as one JSON-ready dict.
+  """All figures of a config as a JSON-ready dict.
 
   Args:
-    config: the experiment; nothing of its data is read.
-    num_devices: devices of the mesh. To compile, JAX must have that many.
-    compile_step: whether to compile the step for its memory.
+    config: The experiment; its data is not read.
+    num_devices: Devices of the mesh. To compile, JAX must have that many.
+    compile_step: Whether to compile the step to find its memory.
 
   Raises:
-    ValueError: naming the flag that is wrong or does not fit the devices.
+    ValueError: A field is wrong or does not fit the devices.
   """
   validate(config)
   preflight(config, num_devices)
@@ -114,29 +106,13 @@ def plan(
 def compiled_step(
   config: TrainConfig, num_devices: int
 ) -> tuple[jax.stages.Compiled, TrainState]:
-  """Compiles the training step for arrays that do not exist.
-
-  Args:
-    config: the experiment.
-    num_devices: the first so many devices take part.
-
-  Returns:
-    The program, and the state it takes as shapes that carry their shardings.
-  """
+  """Compiles the step on shapes; also returns the state's sharded shapes."""
   devices = jax.devices()[:num_devices]
   with use_mesh(make_mesh(config.mesh, devices)) as mesh:
     model = LM(config.model)
     blueprint = plan_state(model, config.optimizer, config.num_steps, mesh)
-    schedule = learning_rate(config.optimizer, config.num_steps)
-    step = make_train_step(
-      model,
-      blueprint,
-      mesh,
-      schedule=schedule,
-      accumulate=config.grad_accum,
-    )
-    lowered = step.lower(blueprint.abstract, _abstract_batch(config.data, mesh))
-    # LLVM decides neither on buffers nor on collectives: let it hurry.
+    lowered = lower_step(config, model, blueprint, mesh)
+    # Faster to compile; buffers and collectives are chosen before LLVM.
     options = {"xla_backend_optimization_level": 0}
     return lowered.compile(compiler_options=options), blueprint.abstract
 
@@ -161,15 +137,6 @@ def _step_memory(config: TrainConfig, num_devices: int) -> dict[str, Any]:
     "total": total,
     "compiled_for": jax.default_backend(),
     "compile_seconds": round(seconds, 1),
-  }
-
-
-def _abstract_batch(data: DataConfig, mesh) -> dict[str, jax.ShapeDtypeStruct]:
-  shape = (data.batch_size, data.seq_len)
-  sharding = batch_sharding(mesh)
-  return {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-    for name, dtype in _BATCH_DTYPES.items()
   }
 
 
@@ -239,7 +206,7 @@ def main(argv: list[str]) -> None:
     sizes = (getattr(config.mesh, axis) for axis in MESH_AXES)
     named = math.prod(n for n in sizes if n > 0)
     num_devices = _DEVICES.value or named
-    # Stand-ins on the CPU: planning for eight GPUs takes none.
+    # Simulated CPU devices: planning for eight GPUs needs none.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", num_devices)
     figures = plan(config, num_devices, _COMPILE.value)

@@ -1,28 +1,24 @@
-"""The training step of the 1.3B hybrid, compiled for H100s.
+"""Compilation of the 1.3B hybrid's training step for H100s.
 
-Nothing is allocated and nothing runs. XLA's buffer assignment for the GPU says
-how much memory a device needs, the compiled program how it communicates, and on
-one device what it computes and moves.
+Nothing is allocated and nothing runs. Memory per device comes from XLA's buffer
+assignment for the GPU, collectives from the compiled program, and on one device
+also the products computed and the bytes moved.
 """
 
 import collections
 import dataclasses
 import re
 import time
-from typing import Any
-
-import jax
 
 from gdn2_jax.aot import ptxas, step_budget
 from gdn2_jax.aot.kernels import Reader, dumps
 from gdn2_jax.aot.topology import h100_devices
 from gdn2_jax.kernels import target
 from gdn2_jax.model.lm import LM
-from gdn2_jax.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
+from gdn2_jax.sharding import MeshConfig, make_mesh, use_mesh
 from gdn2_jax.train.config import TrainConfig, preflight, validate
-from gdn2_jax.train.optimizer import learning_rate
+from gdn2_jax.train.lower import lower_step
 from gdn2_jax.train.state import plan_state
-from gdn2_jax.train.step import make_train_step
 
 MEMORY_BUDGET = 80e9  # bytes of a device
 ROWS = 4  # of SEQ_LEN tokens, on every shard of the batch
@@ -34,12 +30,6 @@ MESHES = {
   "fsdp=4 tensor=2": MeshConfig(fsdp=4, tensor=2),
 }
 
-_BATCH_DTYPES = {
-  "inputs": "int32",
-  "targets": "int32",
-  "segment_ids": "int32",
-  "loss_mask": "float32",
-}
 _COLLECTIVE = re.compile(
   r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
   r"(?:-start)?\("
@@ -52,20 +42,20 @@ class StepReport:
   """One compiled training step; sizes in bytes of one device.
 
   Attributes:
-    mesh: name of the mesh.
-    devices: how many devices it has.
-    rows: of the global batch.
-    seq_len: tokens of a row.
-    arguments: parameters, optimizer state and batch.
-    outputs: that do not reuse the memory of arguments.
-    temporaries: activations, gradients and the like.
-    collectives: instructions by kind; one in a loop over layers counts once.
-    custom_calls: instructions by target, counted likewise.
-    kernels: name and usage of our kernels, without repetition.
-    costs: see `step_budget.step_costs`; empty on several devices.
-    limits: of the costs and of the memory, beside MEMORY_BUDGET.
-    lower_seconds: tracing and lowering.
-    compile_seconds: XLA, LLVM and ptxas.
+    mesh: Name of the mesh.
+    devices: Number of devices.
+    rows: Rows of the global batch.
+    seq_len: Tokens of a row.
+    arguments: Parameters, optimizer state and batch.
+    outputs: Outputs that do not reuse the memory of arguments.
+    temporaries: Activations, gradients and the like.
+    collectives: Instructions by kind; one in a loop over layers counts once.
+    custom_calls: Instructions by target, counted likewise.
+    kernels: Name and usage of our kernels, without repetition.
+    costs: Result of `step_budget.step_costs`; empty on several devices.
+    limits: Limits of costs and memory, beside MEMORY_BUDGET.
+    lower_seconds: Seconds of tracing and lowering.
+    compile_seconds: Seconds of XLA, LLVM and ptxas.
   """
 
   mesh: str
@@ -90,7 +80,7 @@ class StepReport:
 
   @property
   def failures(self) -> list[str]:
-    """What is wrong with it, one sentence each."""
+    """Failed checks, one sentence each."""
     label = f"train step on {self.mesh}"
     found = [
       f"{label} ({kernel}): {failure}"
@@ -119,14 +109,7 @@ def count_instructions(hlo: str) -> tuple[dict[str, int], dict[str, int]]:
 def compile_train_step(
   config: TrainConfig, name: str, reader: Reader
 ) -> StepReport:
-  """Compiles the step of `config` on the mesh MESHES[name], ROWS a shard.
-
-  Args:
-    config: the model and optimizer; its batch, mesh and accumulation are set
-      here.
-    name: key of MESHES.
-    reader: of the kernels' dumps.
-  """
+  """Compiles the step on MESHES[name]; changes the config's mesh and batch."""
   config.mesh = MESHES[name]
   shards = config.mesh.data * config.mesh.fsdp
   devices = h100_devices(shards * config.mesh.tensor)
@@ -138,10 +121,8 @@ def compile_train_step(
   with dumps() as folder, target.use("compile"), use_mesh(mesh):
     model = LM(config.model)
     blueprint = plan_state(model, config.optimizer, config.num_steps, mesh)
-    schedule = learning_rate(config.optimizer, config.num_steps)
-    step = make_train_step(model, blueprint, mesh, schedule=schedule)
     start = time.perf_counter()
-    lowered = step.lower(blueprint.abstract, _abstract_batch(config, mesh))
+    lowered = lower_step(config, model, blueprint, mesh)
     lowering_ends = time.perf_counter()
     compiled = lowered.compile()
     end = time.perf_counter()
@@ -170,14 +151,6 @@ def compile_train_step(
     lower_seconds=lowering_ends - start,
     compile_seconds=end - lowering_ends,
   )
-
-
-def _abstract_batch(config: TrainConfig, mesh: Any) -> dict[str, Any]:
-  shape = (config.data.batch_size, config.data.seq_len)
-  return {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
-    for name, dtype in _BATCH_DTYPES.items()
-  }
 
 
 def step_lines(report: StepReport, implementation: str) -> str:

@@ -1,5 +1,6 @@
-"""The training step of the 1.3B hybrid on one GPU, 16K tokens at a time."""
+"""Training step of the 1.3B hybrid on one GPU, on 16K tokens."""
 
+import copy
 import functools
 import importlib
 import time
@@ -39,7 +40,7 @@ def run(recorder: Recorder, rehearse: bool) -> None:
 
 
 class _Bench:
-  """The model, and the state that its steps hand on."""
+  """The model, and the state that the steps of all shapes update."""
 
   def __init__(self, rehearse: bool):
     self._seconds = 0.0 if rehearse else _SECONDS
@@ -58,7 +59,7 @@ class _Bench:
     gdn2 = self._config.model.gdn2
     head = (1, 1, gdn2.num_heads, gdn2.key_dim)
     inputs = 6 * (jax.ShapeDtypeStruct(head, self._config.model.dtype),)
-    # Here, and not while it is traced: its first use checks the kernels.
+    # Before tracing: the first use of a kernel runs its self-check.
     self._implementation = gdn2.implementation or select_implementation(*inputs)
     with self._under_mesh():
       self._model = LM(self._config.model)
@@ -67,23 +68,13 @@ class _Bench:
       )
 
   def lower(self, T: int, B: int) -> Any:
-    """The step on B rows of T tokens."""
-    from gdn2_jax.sharding import batch_sharding
-    from gdn2_jax.train.optimizer import learning_rate
-    from gdn2_jax.train.step import make_train_step
+    """Lowered step on B rows of T tokens."""
+    from gdn2_jax.train.lower import lower_step
 
-    schedule = learning_rate(self._config.optimizer, self._config.num_steps)
+    config = copy.deepcopy(self._config)
+    config.data.seq_len, config.data.batch_size = T, B
     with self._under_mesh():
-      step = make_train_step(
-        self._model, self._blueprint, self._mesh, schedule=schedule
-      )
-      batch = {
-        name: jax.ShapeDtypeStruct(
-          x.shape, x.dtype, sharding=batch_sharding(self._mesh)
-        )
-        for name, x in jax.eval_shape(lambda: self._batch(T, B)).items()
-      }
-      return step.lower(self._blueprint.abstract, batch)
+      return lower_step(config, self._model, self._blueprint, self._mesh)
 
   def measure(self, recorder: Recorder, future: Any, T: int, B: int) -> Row:
     """Trains for some seconds; out of memory is a result."""
