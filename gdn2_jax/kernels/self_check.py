@@ -27,6 +27,8 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
+from gdn2_jax.kernels.errors import relative_rms
+
 # In units of the dtype's rounding: the kernels' largest error in any output of
 # the case is 0.5 of them in either 16-bit dtype (4.2e-3 and 4.6e-4 relative RMS
 # in the interpreter). Not an accuracy contract, which tests hold.
@@ -133,9 +135,7 @@ def _errors(run, reference, make_case, dtype, device):
   for _ in range(_RUNS):
     outputs = outputs_of(run, *inputs)
     for output, x, y in zip(case.names, outputs, exact, strict=True):
-      error = np.sqrt(
-        np.mean((np.asarray(x, np.float64) - y) ** 2) / np.mean(y**2)
-      )
+      error = relative_rms(np.asarray(x, np.float64), y)
       errors[output] = float(np.maximum(errors[output], error))  # NaN stays
   return errors
 
