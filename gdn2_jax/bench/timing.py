@@ -1,4 +1,4 @@
-"""Compiles functions and times them fairly: interleaved, medians, one clock."""
+"""Compilation and timing of functions: interleaved, medians, one clock."""
 
 import dataclasses
 import os
@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class Compiled:
   temp_bytes: int
 
 
+_LARGEST_COPY = 1 << 28  # bytes
 _ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
@@ -82,3 +85,34 @@ def race(
       jax.block_until_ready(function.call(*args))
       times[name].append(now() - start)
   return {name: statistics.median(x) for name, x in times.items()}
+
+
+class Copy:
+  """Copy of an array, with as many bytes read and written as `moved`.
+
+  On CPU a memcpy to memory that is already mapped, which XLA, returning a new
+  buffer each time, cannot do.
+  """
+
+  def __init__(self, moved: int):
+    size = min(max(moved // 2, 1), _LARGEST_COPY)
+    self._scale = moved / 2 / size
+    self._on_cpu = jax.default_backend() == "cpu"
+    ones = np.ones if self._on_cpu else jnp.ones
+    self._source = ones(size, "uint8")
+    self._target = np.ones_like(self._source) if self._on_cpu else None
+    self._jitted = jax.jit(jnp.copy)
+
+  def seconds(self, calls: int) -> float:
+    """Mean seconds of a copy."""
+    now = clock()
+    if not self._on_cpu:
+      jax.block_until_ready(self._jitted(self._source))
+    start = now()
+    for _ in range(calls):
+      if self._on_cpu:
+        np.copyto(self._target, self._source)
+      else:
+        self._target = self._jitted(self._source)
+    jax.block_until_ready(self._target)
+    return self._scale * (now() - start) / calls

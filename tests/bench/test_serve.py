@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from gdn2_jax.bench.results import text_table
 from gdn2_jax.bench.serve import models as serve_models
 from gdn2_jax.bench.serve import plot as serve_plot
 from gdn2_jax.bench.serve import run as serve
@@ -165,7 +166,7 @@ def test_table_and_plot_show_every_row(result):
   lines = [
     line
     for line in text.splitlines()
-    if line[:8].strip() in ("hybrid", "softmax")
+    if line.partition(" ")[0] in ("hybrid", "softmax")
   ]
   assert len(lines) == len(result["rows"])
   options = result["options"] | {"price_per_hour": None}
@@ -183,7 +184,7 @@ def test_what_does_not_fit_or_takes_too_long_is_said():
   subject = serve_time.Subject(name="softmax", config=config, params=())
   (row,) = serve_time.decode([subject], [1 << 20], [4], 1, 1e9)
   assert "not run: 2.1 GB" in row["note"]
-  assert "not run: 2.1 GB" in serve._line(row, priced=True)
+  assert "not run: 2.1 GB" in text_table([row], serve._COLUMNS)[1]
 
 
 def test_a_model_that_decodes_wrongly_is_not_timed(monkeypatch):

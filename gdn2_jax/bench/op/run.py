@@ -1,18 +1,15 @@
-"""`python -m gdn2_jax.bench op`: gdn2 against its token scan.
+"""`python -m gdn2_jax.bench op`: implementations of gdn2 compared.
 
 Nothing is timed before its error is known and within the contract: relative
 RMS error of every output and gradient at most 1e-5 in float32, and at most
 twice the error of the token scan in lower precision.
 """
 
-import datetime
-import json
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 import tqdm
 from absl import flags
@@ -20,8 +17,10 @@ from absl import flags
 from gdn2_jax.bench import timing
 from gdn2_jax.bench.op import decode as op_decode
 from gdn2_jax.bench.op import peers as op_peers
+from gdn2_jax.bench.results import Column, environment, text_table, write_json
 from gdn2_jax.ops.gdn2 import arg_specs
-from gdn2_jax.ops.gdn2.api import gdn2, select_implementation
+from gdn2_jax.ops.gdn2.api import gdn2
+from gdn2_jax.ops.kernels.errors import relative_rms
 
 BOUND = 1e-5
 LOW_PRECISION_FACTOR = 2
@@ -30,22 +29,38 @@ LOW_PRECISION_FACTOR = 2
 _FLOAT64_STATES = 1 << 26
 _NAMES = ("o", "state", "dq", "dk", "dv", "dg", "db", "dw")
 
+_COLUMNS = (
+  Column("shape", "spec"),
+  Column("implementation", "implementation"),
+  Column("error", "error", ".1e"),
+  Column("fwd ms", "forward_ms", ".1f"),
+  Column("x", "forward_vs_reference", ".2f"),
+  Column("fwd+bwd ms", "both_ms", ".1f"),
+  Column("x", "both_vs_reference", ".1f"),
+  Column("B/token-head", "temp_bytes_per_token_head", ".0f"),
+  Column("compile s", "compile_s", ".1f"),
+)
+
 
 def define_flags() -> None:
-  """Defines the flags of this benchmark."""
+  """Defines the flags, some of them shared with `serve`."""
   flags.DEFINE_list(
-    "spec", None, "shapes to run (default: those that suit the device)"
+    "spec", None, "op: shapes to run; default: all that suit the device"
   )
-  flags.DEFINE_list("implementation", ["reference", "xla"], "what to run")
-  flags.DEFINE_string("json", None, "also write the results to this file")
+  flags.DEFINE_list("implementation", ["reference", "xla"], "op: what to time")
+  flags.DEFINE_string("json", None, "op, serve: JSON file to write")
   flags.DEFINE_bool(
     "one_core",
     True,
-    "on CPU, time the work of one core; --noone_core takes all cores and the "
-    "wall clock, which other programs disturb",
+    "op, serve: on a CPU, use one core and its CPU time; --noone_core uses all "
+    "cores and the wall clock",
   )
-  flags.DEFINE_bool("peers", False, "add the token scan of torch and fla")
-  flags.DEFINE_integer("rounds", 7, "timed calls of each", lower_bound=1)
+  flags.DEFINE_bool(
+    "peers", False, "op: also time fla's naive recurrence in torch"
+  )
+  flags.DEFINE_integer(
+    "rounds", 7, "op, serve: timed calls of each function", lower_bound=1
+  )
 
 
 def main(values: Any) -> None:
@@ -63,15 +78,13 @@ def main(values: Any) -> None:
   result["decode"] = op_decode.run(values.rounds)
   print(_table(result))
   if values.json:
-    path = pathlib.Path(values.json)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(pathlib.Path(values.json), result)
 
 
 def run_spec(
   spec: arg_specs.ArgSpec, implementations: list[str], rounds: int
 ) -> list[dict[str, Any]]:
-  """Error, time and memory of each implementation on one shape."""
+  """Rows of error, time and memory of each implementation on one shape."""
   inputs, segment_ids = arg_specs.make_inputs(spec)
   forward, both = {}, {}
   for name in implementations:
@@ -153,12 +166,10 @@ def _errors(exact, outputs, both, inputs):
   actual = list(outputs)
   if both is not None:
     actual += both.call(*inputs)
-  errors = {}
-  for name, x, y in zip(_NAMES, actual, exact, strict=False):
-    difference = np.asarray(x, np.float64) - y
-    size = np.sqrt(np.mean(y**2))
-    errors[name] = float(np.sqrt(np.mean(difference**2)) / size)
-  return errors
+  return {
+    name: relative_rms(np.asarray(x, np.float64), y)
+    for name, x, y in zip(_NAMES, actual, exact, strict=False)
+  }
 
 
 def _passes(spec, errors, floor):
@@ -213,68 +224,25 @@ def _specs(names):
   return [spec for spec in arg_specs.ARG_SPECS if tag in spec.tags]
 
 
-def environment() -> dict[str, Any]:
-  """Date, device, clock and versions, as every result file has them."""
-  device = jax.devices()[0]
-  return {
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "device": device.device_kind,
-    "cpu": _cpu_name(),
-    "clock": "one core, CPU time" if timing.is_one_core() else "wall time",
-    "jax": jax.__version__,
-    "jaxlib": jaxlib.__version__,
-    "default_implementation": select_implementation(),
-  }
-
-
-def _cpu_name():
-  try:
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-  except OSError:
-    return "unknown"
-  names = [line for line in lines if line.startswith("model name")]
-  return names[0].partition(":")[2].strip() if names else "unknown"
-
-
 def _table(result):
-  lines = [f"{result['device']} ({result['cpu']}), {result['clock']}"]
-  head = ("shape", "implementation", "error", "fwd ms", "x", "fwd+bwd ms", "x")
-  head += ("B/token-head", "compile s")
-  lines.append(
-    "{:<9} {:<14} {:>8} {:>9} {:>5} {:>10} {:>5} {:>12} {:>9}".format(*head)
-  )
+  rows = []
   for row in result["rows"]:
-    if "note" in row:
-      lines.append(
-        f"{row['spec']:<9} {row['implementation']:<14} {row['note']}"
-      )
-      continue
-    cells = [f"{row['spec']:<9}", f"{row['implementation']:<14}"]
-    cells.append(f"{row['error']:8.1e}")
-    if not row["passed"]:
-      cells.append("fails its error check: not timed")
-    else:
-      heaviest = "both" if "both_ms" in row else "forward"
-      cells += [
-        _cell(row, "forward_ms", 9, 1),
-        _cell(row, "forward_vs_reference", 5, 2),
-        _cell(row, "both_ms", 10, 1),
-        _cell(row, "both_vs_reference", 5, 1),
-        _cell(row, f"{heaviest}_temp_bytes_per_token_head", 12, 0),
-        _cell(row, f"{heaviest}_compile_s", 9, 1),
-      ]
-    lines.append(" ".join(cells))
-  truths = sorted({r["truth"] for r in result["rows"] if "truth" in r})
+    kind = "both" if "both_ms" in row else "forward"
+    for key in ("temp_bytes_per_token_head", "compile_s"):
+      if f"{kind}_{key}" in row:
+        row = row | {key: row[f"{kind}_{key}"]}
+    if row.get("passed") is False:
+      note = f"error {row['error']:.1e}: fails its error check, not timed"
+      row = row | {"note": note}
+    rows.append(row)
+  lines = [f"{result['device']} ({result['cpu']}), {result['clock']}"]
+  lines += text_table(rows, _COLUMNS)
+  truths = sorted({r["truth"] for r in rows if "truth" in r})
   lines.append(f"error: worst relative RMS, against {' or '.join(truths)}")
-  lines.append("x: times as fast as the token scan; both: all six gradients")
+  lines.append("x: times as fast as the token scan; bwd: all six gradients")
   for name, entry in result["scaling"].items():
     if isinstance(entry, dict):
       ms = ", ".join(f"{x:.1f}" for x in entry["ms"])
       lines.append(f"scaling {name}: slope {entry['slope']:.2f} ({ms} ms)")
   lines += op_decode.table(result["decode"])
   return "\n".join(lines)
-
-
-def _cell(row, key, width, digits):
-  value = row.get(key)
-  return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"

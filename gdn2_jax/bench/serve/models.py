@@ -1,8 +1,8 @@
 """Models of one size that `bench serve` compares, and their memory traffic.
 
 GDN-2 ("G"), the hybrid ("GS") and a softmax transformer ("A") share width,
-layers, vocabulary and code; the width of the MLPs makes up for what the mixers
-differ in, as it does in the paper's two 1.3B models.
+layers, vocabulary and code; the width of the MLPs is chosen for equal parameter
+counts, as in the paper's two 1.3B models.
 """
 
 import dataclasses
@@ -29,15 +29,15 @@ class Preset:
   """Sizes that the three models share.
 
   Attributes:
-    vocab_size: of the embedding and of the head.
-    dim: width of the residual stream.
-    layers: mixers, an even number.
-    heads: of GDN-2, of `channels` key and value channels each.
-    attention_heads: of softmax attention, of `channels` channels.
-    channels: of a head.
-    window: of the hybrid's attention.
-    mlp: width of the recurrent model's MLPs; the others' are matched to it.
-    mlp_step: widths are multiples of it.
+    vocab_size: Rows of the embedding and of the head.
+    dim: Width of the residual stream.
+    layers: Number of mixers, even.
+    heads: Heads of GDN-2.
+    attention_heads: Heads of softmax attention.
+    channels: Channels of a head.
+    window: Window of the hybrid's attention.
+    mlp: Width of GDN-2's MLPs; the other models' are chosen to match its size.
+    mlp_step: Divisor of all MLP widths.
   """
 
   vocab_size: int
@@ -113,7 +113,7 @@ PRESETS = {
 def make_configs(
   preset: Preset, dtype: str, names: tuple[str, ...] = tuple(PATTERNS)
 ) -> dict[str, ModelConfig]:
-  """The models by name, all with as many parameters as the recurrent one."""
+  """Configs by name, all with about as many parameters as GDN-2."""
   target = count_parameters(_config(preset, "G", preset.mlp, dtype)).total
   configs = {}
   for name in names:
@@ -161,7 +161,7 @@ def random_params(config: ModelConfig, seed: int = 0) -> Any:
 
 
 def read_weight_bytes(config: ModelConfig, batch: int) -> int:
-  """Bytes of parameters that a decoding step reads: of the table, rows."""
+  """Bytes of parameters that a step reads; of the embedding, one row each."""
   params = abstract_params(config)
   table = bytes_of(params["embedding"])
   row = table // config.vocab_size
@@ -198,11 +198,7 @@ def capacity(length: int) -> int:
 
 
 def state_at(config: ModelConfig, batch: int, length: int) -> State:
-  """A state of sequences that have `length` tokens, filled with noise.
-
-  What a step costs does not depend on the values. Every slot that a token
-  would have filled is, and positions are those of real sequences.
-  """
+  """State after `length` tokens, filled with noise; positions are real."""
   state = init_state(config, batch, capacity(length))
   noise = jax.random.normal(jax.random.key(0), (_TILE,))
   cache = tuple(_filled(part, length, noise) for part in state.cache)
@@ -211,10 +207,7 @@ def state_at(config: ModelConfig, batch: int, length: int) -> State:
 
 
 def rewound(state: State, length: int) -> State:
-  """The state with its softmax caches back at `length` tokens.
-
-  Rings and recurrent states cost the same wherever they are.
-  """
+  """State with its softmax caches back at `length` tokens."""
 
   def back(part):
     if not isinstance(part, KVCache):

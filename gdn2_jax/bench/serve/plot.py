@@ -1,4 +1,4 @@
-"""The figure of `bench serve`."""
+"""Figure of `bench serve`."""
 
 from typing import Any
 
@@ -21,11 +21,7 @@ _MARKERS = {"GDN-2": "o", "hybrid": "s", "softmax": "^"}
 
 
 def draw(result: dict[str, Any]) -> Figure:
-  """Time, throughput, memory and prompts against the length of the context.
-
-  Args:
-    result: of `serve.run`, as in its JSON.
-  """
+  """Draws the result of `serve.run` against the length of the context."""
   sizes = result["models"].get(result["options"]["preset"], {})
   most = max((m["parameters"] for m in sizes.values()), default=0)
   where = result["cpu"] if result["device"] == "cpu" else result["device"]

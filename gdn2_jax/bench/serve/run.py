@@ -1,12 +1,11 @@
-"""`python -m gdn2_jax.bench serve`: what a token costs after how many others.
+"""`python -m gdn2_jax.bench serve`: cost of a token against context and batch.
 
-GDN-2, the hybrid and a softmax transformer of the same size in the same code:
-time of a token, tokens per second and memory against the length of the context
-and the batch, and how long prompts take to read. No model is timed before its
-decoding is checked against a pass over the whole sequence.
+Compares GDN-2, the hybrid and a softmax transformer of the same size in the
+same code: time of a token, tokens per second and memory, and the time to read
+prompts. Each model's decoding is checked against a pass over the whole sequence
+before it is timed.
 """
 
-import json
 import math
 import pathlib
 from typing import Any
@@ -15,12 +14,28 @@ import jax
 from absl import flags
 
 from gdn2_jax.bench import timing
-from gdn2_jax.bench.op import run as op
+from gdn2_jax.bench.results import Column, environment, text_table, write_json
 
 SECTIONS = ("decode", "prefill", "constancy")
 _NAMES = ("GDN-2", "hybrid", "softmax")
 _PRESETS = ("tiny", "nano", "small", "120M", "1.3B")
 _KILO = 1024
+
+_COLUMNS = (
+  Column("model", "model"),
+  Column("batch", "batch"),
+  Column("context", "context"),
+  Column("ms", "ms", ".3f"),
+  Column("min", "ms_min", ".3f"),
+  Column("max", "ms_max", ".3f"),
+  Column("tokens/s", "tokens_per_s", ".1f"),
+  Column("temp MB", "temp_bytes", ".2f", 1e-6),
+  Column("state MB", "state_bytes", ".3f", 1e-6),
+  Column("floor ms", "floor_ms", ".3f"),
+  Column("of floor", "floor_share", ".0%"),
+  Column("process MB", "process_bytes", ".0f", 1e-6),
+  Column("USD/M tokens", "usd_per_million_tokens", ".4g"),
+)
 
 METHOD = {
   "decode": "One token per row and greedy choice of the next, in a compiled "
@@ -45,45 +60,47 @@ def define_flags() -> None:
     "preset",
     None,
     _PRESETS,
-    "serve: size of the models (small; 1.3B on a GPU)",
+    "serve: size of the models; default: small, on a GPU 1.3B",
   )
   flags.DEFINE_enum(
     "dtype",
     None,
     ("float32", "bfloat16"),
-    "serve: of weights and activations (float32; bfloat16 on a GPU)",
+    "serve: dtype of weights and activations; default: float32, on a GPU "
+    "bfloat16",
   )
-  flags.DEFINE_list("models", list(_NAMES), "serve: what to compare")
-  flags.DEFINE_list("sections", list(SECTIONS), "serve: what to measure")
+  flags.DEFINE_list("models", list(_NAMES), "serve: models to compare")
+  flags.DEFINE_list("sections", list(SECTIONS), "serve: measurements to make")
   flags.DEFINE_list(
     "lengths",
     ["1K", "2K", "4K", "8K", "16K", "32K", "64K", "128K"],
-    "serve: tokens of context",
+    "serve: tokens of context before the timed token",
   )
-  flags.DEFINE_list("batches", ["1", "8"], "serve: rows decoded together")
+  flags.DEFINE_list("batches", ["1", "8"], "serve: batch sizes of decoding")
   flags.DEFINE_list(
     "constancy_lengths",
     ["1K", "2K", "4K", "8K", "16K", "32K", "64K", "128K", "256K"],
-    "serve: tokens that are really read before decoding",
+    "serve: prompt tokens read before decoding, in the section constancy",
   )
   flags.DEFINE_enum(
-    "constancy_preset", None, _PRESETS, "serve: size of its models (nano)"
+    "constancy_preset",
+    None,
+    _PRESETS,
+    "serve: size of the models of the section constancy; default: nano",
   )
-  flags.DEFINE_integer("chunk", 512, "serve: tokens a prompt is read at a time")
-  flags.DEFINE_float(
-    "prefill_seconds", 60.0, "serve: prompts that take longer are not read"
-  )
+  flags.DEFINE_integer("chunk", 512, "serve: tokens of a prompt per call")
+  flags.DEFINE_float("prefill_seconds", 60.0, "serve: time limit of one prompt")
   flags.DEFINE_float(
     "most_gb",
     None,
-    "serve: weights and state that may be held (4; 60 on a GPU)",
+    "serve: limit of weights and state in GB; default: 4, on a GPU 60",
   )
   flags.DEFINE_float(
     "price_per_hour",
     None,
-    "serve: of the device, in USD; adds the cost of a million tokens",
+    "serve: price of the device in USD; adds the cost of a million tokens",
   )
-  flags.DEFINE_string("plot", None, "serve: also draw the results to this PNG")
+  flags.DEFINE_string("plot", None, "serve: PNG file to draw")
 
 
 def main(values: Any) -> None:
@@ -94,9 +111,7 @@ def main(values: Any) -> None:
   result = run(options)
   print(table(result))
   if values.json:
-    path = pathlib.Path(values.json)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(pathlib.Path(values.json), result)
   if values.plot:
     from gdn2_jax.bench.serve import plot as serve_plot
 
@@ -105,11 +120,7 @@ def main(values: Any) -> None:
 
 
 def read_options(values: Any) -> dict[str, Any]:
-  """The flags as numbers; a rehearsal's are tiny.
-
-  Raises:
-    ValueError: naming the flag that is wrong.
-  """
+  """Validated flags as numbers; tiny ones in a rehearsal."""
   options = {
     "preset": values.preset,
     "constancy_preset": values.constancy_preset or "nano",
@@ -151,11 +162,7 @@ def read_options(values: Any) -> dict[str, Any]:
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:
-  """All measurements, as a JSON-ready dict.
-
-  Raises:
-    ValueError: a model fails its check; nothing was timed.
-  """
+  """All measurements as a JSON-ready dict; none if a model fails its check."""
   # Not at the top: the other benchmarks run where flax is not installed.
   import flax
 
@@ -168,7 +175,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
   o["preset"] = o["preset"] or ("small" if on_cpu else "1.3B")
   o["dtype"] = o["dtype"] or ("float32" if on_cpu else "bfloat16")
   o["most_gb"] = o["most_gb"] or (4.0 if on_cpu else 60.0)
-  result = op.environment() | {"flax": flax.__version__}
+  result = environment() | {"flax": flax.__version__}
   result |= {"options": o, "method": METHOD, "models": {}, "rows": []}
 
   def subjects(preset, names):
@@ -233,7 +240,7 @@ def usd_per_million(price_per_hour: float, tokens_per_s: float) -> float:
 
 
 def table(result: dict[str, Any]) -> str:
-  """The results for the terminal."""
+  """Results as text for the terminal."""
   lines = [f"{result['device']} ({result['cpu']}), {result['clock']}"]
   if result["options"]["rehearse"]:
     lines.append("REHEARSAL: tiny models; the times mean nothing")
@@ -251,38 +258,20 @@ def table(result: dict[str, Any]) -> str:
     "constancy": "decoding one row after prompts that were really read",
   }
   priced = result["options"]["price_per_hour"] is not None
+  columns = _COLUMNS if priced else _COLUMNS[:-1]
   for section, head in heads.items():
-    rows = [row for row in result["rows"] if row["section"] == section]
+    rows = [
+      row | {"context": _context(row["length"])}
+      for row in result["rows"]
+      if row["section"] == section
+    ]
     if rows:
-      lines += ["", head, _heading(section, priced)]
-      lines += [_line(row, priced) for row in rows]
+      lines += ["", head, *text_table(rows, columns)]
   return "\n".join(lines)
 
 
-def _heading(section, priced):
-  cells = f"{'model':<8} {'batch':>5} {'context':>8} {'ms':>10} {'min':>9} "
-  cells += f"{'max':>9} {'tokens/s':>10} {'temp MB':>8}"
-  cells += "" if section == "prefill" else f" {'state MB':>9}"
-  cells += f" {'floor ms':>9} {'of floor':>8}" if section == "decode" else ""
-  cells += f" {'process MB':>10}" if section == "constancy" else ""
-  return cells + (f" {'USD/M tokens':>12}" if priced else "")
-
-
-def _line(row, priced):
-  context = row["length"]
-  size = f"{context // _KILO}K" if context % _KILO == 0 else str(context)
-  line = f"{row['model']:<8} {row['batch']:>5} {size:>8} "
-  if "note" in row:
-    return line + row["note"]
-  line += f"{row['ms']:>10.3f} {row['ms_min']:>9.3f} {row['ms_max']:>9.3f} "
-  line += f"{row['tokens_per_s']:>10.1f} {row['temp_bytes'] / 1e6:>8.2f}"
-  if "state_bytes" in row:
-    line += f" {row['state_bytes'] / 1e6:>9.3f}"
-  if "floor_ms" in row:
-    line += f" {row['floor_ms']:>9.3f} {100 * row['floor_share']:>7.0f}%"
-  if "process_bytes" in row:
-    line += f" {row['process_bytes'] / 1e6:>10.0f}"
-  return line + (f" {row['usd_per_million_tokens']:>12.4g}" if priced else "")
+def _context(length):
+  return f"{length // _KILO}K" if length % _KILO == 0 else str(length)
 
 
 def _among(name, values, known):
@@ -301,7 +290,7 @@ def _positive(name, value):
 
 
 def _count(name, text):
-  """A number as 4096 or 4K."""
+  """Number from 4096 or 4K."""
   number, kilo = (text[:-1], _KILO) if text[-1:] in "kK" else (text, 1)
   if not number.isascii() or not number.isdigit() or int(number) < 1:
     raise ValueError(f"--{name}={text}: expected numbers such as 8 or 4K")

@@ -1,8 +1,8 @@
-"""The measurements of `bench serve`: decoding, prompts, very long prompts.
+"""Measurements of `bench serve`: decoding, prompts, very long prompts.
 
-Decoding at a length starts from a state that is filled with noise as if so many
-tokens had been read; prompts, and what the constancy section decodes after, are
-really read. Models take turns within every round.
+Decoding at a length starts from a state filled with noise as if so many tokens
+had been read; the prompts of the other two sections are really read. Models
+take turns within every round.
 """
 
 import dataclasses
@@ -24,23 +24,17 @@ from gdn2_jax.inference.state import State, advance, init_state, read_chunk
 from gdn2_jax.model.accounting import state_bytes
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.lm import LM
+from gdn2_jax.ops.kernels.errors import relative_rms
 
 Row = dict[str, Any]
 # Relative RMS error of logits: decoding against the whole sequence at once.
 BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2, "float64": 1e-4}
-_LARGEST_COPY = 1 << 28  # bytes
 _CALL_SECONDS = 0.05  # of steps in a round, about
 
 
 @dataclasses.dataclass(kw_only=True)
 class Subject:
-  """A model under test.
-
-  Attributes:
-    name: as in the tables.
-    config: of the model.
-    params: its parameters.
-  """
+  """A model under test."""
 
   name: str
   config: ModelConfig
@@ -49,13 +43,13 @@ class Subject:
 
 @functools.partial(jax.jit, donate_argnames="state")
 def step(params: Any, token: Any, state: State) -> tuple[Any, State]:
-  """Reads a token and takes the likeliest next one, [B] int32 both."""
+  """Reads a token and returns the most likely next one, [B] int32 both."""
   logits, state = advance(params, token, state)
   return jnp.argmax(logits, axis=-1).astype(jnp.int32), state
 
 
 def check(subject: Subject) -> float:
-  """Error of a prompt in two chunks and tokens one by one, against one pass."""
+  """Error of chunks and single steps against one pass over the sequence."""
   config, chunk, total = subject.config, 8, 24
   tokens = random_tokens(config, 2, total)
   want, _ = jax.jit(LM(config).apply)({"params": subject.params}, tokens)
@@ -73,12 +67,12 @@ def check(subject: Subject) -> float:
     logits, state = one(subject.params, tokens[:, t], state)
     got.append((t, logits))
   exact = np.stack([np.asarray(want[:, t], np.float64) for t, _ in got])
-  error = np.stack([np.asarray(x, np.float64) for _, x in got]) - exact
-  return float(np.sqrt(np.mean(error**2) / np.mean(exact**2)))
+  actual = np.stack([np.asarray(x, np.float64) for _, x in got])
+  return relative_rms(actual, exact)
 
 
 def random_tokens(config: ModelConfig, batch: int, length: int) -> Any:
-  """Ids [batch, length]."""
+  """Token ids [batch, length]."""
   rng = np.random.default_rng(0)
   return jnp.asarray(
     rng.integers(0, config.vocab_size, (batch, length)), "int32"
@@ -92,15 +86,7 @@ def decode(
   rounds: int,
   most_bytes: float,
 ) -> list[Row]:
-  """Rows of a token's time and memory, against the memory's bandwidth.
-
-  Args:
-    subjects: models that take turns.
-    lengths: tokens that have been read.
-    batches: rows decoded together.
-    rounds: timed rounds.
-    most_bytes: of weights and state; what needs more is not run.
-  """
+  """Rows of a token's time and memory; above `most_bytes` only a note."""
   compiled: dict[Any, Any] = {}
   result = []
   cases = [(batch, length) for batch in batches for length in lengths]
@@ -132,95 +118,83 @@ def _memory_needed(subject, batch, length):
   return weights + serve_models.bytes_of(state)
 
 
+class _Stepper:
+  """Steps of a model that continue from one state."""
+
+  def __init__(self, call, params, state):
+    self._call, self._params = call, params
+    self._token = jnp.zeros(state.position.shape, jnp.int32)
+    self.state, self.times = state, []
+
+  def run(self, calls):
+    """Mean seconds of so many steps."""
+    now = timing.clock()
+    jax.block_until_ready(self.state)
+    start = now()
+    for _ in range(calls):
+      self._token, self.state = self._call(
+        self._params, self._token, self.state
+      )
+    jax.block_until_ready(self.state)
+    return (now() - start) / calls
+
+
 class _Decoder:
-  """Steps of one model from one length on, and copies of as many bytes."""
+  """Steps of one model after one length, and copies of as many bytes."""
 
   def __init__(self, subject, batch, length, compiled, row):
-    self._now = timing.clock()
-    self._params, self._length, self._row = subject.params, length, row
+    self._length, self._row = length, row
     state = serve_models.state_at(subject.config, batch, length)
-    self._token = jnp.zeros((batch,), jnp.int32)
     key = (subject.name, *(a.shape for a in jax.tree.leaves(state)))
     if key not in compiled:
-      compiled[key] = step.lower(subject.params, self._token, state).compile()
-    self._step = compiled[key]
+      compiled[key] = _compile_step(subject, state)
     weights = serve_models.read_weight_bytes(subject.config, batch)
     moved = serve_models.moved_state_bytes(state, length)
     per_row = state_bytes(subject.config, length)
-    memory = self._step.memory_analysis()
     row |= {
       "weight_bytes_read": weights,
       "state_bytes_moved": moved,
       "state_bytes": batch * sum(per_row.values()),
-      "argument_bytes": memory.argument_size_in_bytes,
-      "temp_bytes": memory.temp_size_in_bytes,
-    }
-    self._copy = _Copy(weights + moved)
-    self._steps, self._copies = [], []
-    self._state = state
+    } | _memory(compiled[key])
+    self._copy, self._copies = timing.Copy(weights + moved), []
+    self._steps = _Stepper(compiled[key], subject.params, state)
     for _ in range(2):  # the first pays for memory that is mapped
-      once = self._run(1)
-    self._once = once
+      self._once = self._run(1)
 
   def _run(self, calls):
-    """Seconds of a step, mean of so many."""
-    token, state = self._token, self._state
-    jax.block_until_ready(state)
-    start = self._now()
-    for _ in range(calls):
-      token, state = self._step(self._params, token, state)
-    jax.block_until_ready(state)
-    seconds = (self._now() - start) / calls
-    self._state = serve_models.rewound(state, self._length)
+    seconds = self._steps.run(calls)
+    self._steps.state = serve_models.rewound(self._steps.state, self._length)
     return seconds
 
   def one_round(self, rounds):
     most = serve_models.ROOM // (rounds + 1)
     calls = max(1, min(most, 32, round(_CALL_SECONDS / max(self._once, 1e-6))))
-    self._steps.append(self._run(calls))
+    self._steps.times.append(self._run(calls))
     self._copies.append(self._copy.seconds(max(1, min(calls, 8))))
 
   def finish(self):
     row = self._row
     floor = statistics.median(self._copies)
-    row |= _milliseconds(self._steps)
+    row |= _milliseconds(self._steps.times)
     row["tokens_per_s"] = row["batch"] * 1e3 / row["ms"]
     row["floor_ms"] = 1e3 * floor
     row["floor_share"] = 1e3 * floor / row["ms"]
     moved = row["weight_bytes_read"] + row["state_bytes_moved"]
     row["copy_gb_per_s"] = moved / floor / 1e9
-    self._state = None
+    self._steps = None  # frees the state
 
 
-class _Copy:
-  """Copying, so that as many bytes are read and written as a step must move.
+def _compile_step(subject, state):
+  token = jnp.zeros(state.position.shape, jnp.int32)
+  return step.lower(subject.params, token, state).compile()
 
-  On CPU a memcpy to memory that is already mapped, which XLA, returning a new
-  buffer each time, cannot do.
-  """
 
-  def __init__(self, moved: int):
-    size = min(max(moved // 2, 1), _LARGEST_COPY)
-    self._scale = moved / 2 / size
-    self._on_cpu = jax.default_backend() == "cpu"
-    ones = np.ones if self._on_cpu else jnp.ones
-    self._source = ones(size, "uint8")
-    self._target = np.ones_like(self._source) if self._on_cpu else None
-    self._jitted = jax.jit(jnp.copy)
-
-  def seconds(self, calls: int) -> float:
-    """Of copying once."""
-    now = timing.clock()
-    if not self._on_cpu:
-      jax.block_until_ready(self._jitted(self._source))
-    start = now()
-    for _ in range(calls):
-      if self._on_cpu:
-        np.copyto(self._target, self._source)
-      else:
-        self._target = self._jitted(self._source)
-    jax.block_until_ready(self._target)
-    return self._scale * (now() - start) / calls
+def _memory(compiled):
+  memory = compiled.memory_analysis()
+  return {
+    "argument_bytes": memory.argument_size_in_bytes,
+    "temp_bytes": memory.temp_size_in_bytes,
+  }
 
 
 class _Reader:
@@ -235,18 +209,14 @@ class _Reader:
     jitted = jax.jit(read_chunk, donate_argnames="state")
     args = (subject.params, self._tokens, self._lengths)
     self._call = jitted.lower(*args, self.empty(), self._logits).compile()
-    memory = self._call.memory_analysis()
-    self.memory = {
-      "argument_bytes": memory.argument_size_in_bytes,
-      "temp_bytes": memory.temp_size_in_bytes,
-    }
+    self.memory = _memory(self._call)
     self.read(self.empty(), 1)
 
   def empty(self):
     return init_state(self._subject.config, 1, self._max_length)
 
   def read(self, state, chunks):
-    """The state after so many chunks, and the seconds they took."""
+    """State after so many chunks, and the seconds they took."""
     now = timing.clock()
     jax.block_until_ready(state)
     start, params = now(), self._subject.params
@@ -265,15 +235,7 @@ def prefill(
   chunk: int,
   most_seconds: float,
 ) -> list[Row]:
-  """Rows of the time to read a prompt of one row.
-
-  Args:
-    subjects: models that take turns.
-    lengths: tokens of the prompt, multiples of the chunk or below it.
-    rounds: timed rounds, fewer where one takes long.
-    chunk: tokens of a dispatch.
-    most_seconds: of one prompt; what is expected to take longer is not run.
-  """
+  """Rows of the time to read a prompt; above `most_seconds` only a note."""
   last: dict[str, tuple[int, float]] = {}
   kept: dict[Any, _Reader] = {}
   result = []
@@ -283,8 +245,7 @@ def prefill(
       row = {"section": "prefill", "model": subject.name}
       row |= {"batch": 1, "length": length, "chunk": min(chunk, length)}
       rows.append(row)
-      # Attention to everything takes up to four times as long for twice as
-      # much.
+      # Full attention takes up to four times as long for twice the tokens.
       power = 2 if "A" in subject.config.pattern else 1
       before, seconds = last.get(subject.name, (length, 0.0))
       expected = seconds * (length / before) ** power
@@ -314,13 +275,7 @@ def constancy(
 ) -> list[Row]:
   """Rows of a token's time and memory after prompts that are really read.
 
-  The states after every length are kept, so that their steps take turns.
-
-  Args:
-    subjects: models whose state does not grow.
-    lengths: tokens, increasing multiples of the chunk.
-    rounds: timed rounds.
-    chunk: tokens of a dispatch.
+  The states after all lengths are kept, so that their steps take turns.
   """
   decoders = []
   for subject in subjects:
@@ -334,41 +289,19 @@ def constancy(
       row["prefill_us_per_token"] = 1e6 * seconds / (length - read)
       row["process_bytes"] = _process_bytes()
       row["finite"] = _is_finite(state)
-      token = jnp.zeros((1,), jnp.int32)
-      if compiled is None:
-        compiled = step.lower(subject.params, token, state).compile()
+      compiled = compiled or _compile_step(subject, state)
       copy = jax.tree.map(jnp.copy, state)
       row["state_bytes"] = serve_models.bytes_of(copy)
       row["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
-      decoders.append((row, _Stepper(compiled, subject.params, token, copy)))
+      decoders.append((row, _Stepper(compiled, subject.params, copy)))
       read = length
   for _ in range(rounds):
     for _, stepper in decoders:
-      stepper.one_round()
+      stepper.times.append(stepper.run(16))
   for row, stepper in decoders:
     row |= _milliseconds(stepper.times)
     row["tokens_per_s"] = 1e3 / row["ms"]
   return [row for row, _ in decoders]
-
-
-class _Stepper:
-  """Steps that go on from one state."""
-
-  def __init__(self, call, params, token, state):
-    self._call, self._params = call, params
-    self._token, self._state = token, state
-    self.times: list[float] = []
-
-  def one_round(self, calls=16):
-    now = timing.clock()
-    jax.block_until_ready(self._state)
-    start = now()
-    for _ in range(calls):
-      self._token, self._state = self._call(
-        self._params, self._token, self._state
-      )
-    jax.block_until_ready(self._state)
-    self.times.append((now() - start) / calls)
 
 
 def _milliseconds(times):
@@ -387,7 +320,7 @@ def _is_finite(state):
 
 
 def _process_bytes():
-  """Memory of this process: of the device, or resident where it is a CPU."""
+  """Memory in use: of the device, on a CPU of the process."""
   stats = jax.devices()[0].memory_stats()
   if stats and "bytes_in_use" in stats:
     return stats["bytes_in_use"]
