@@ -1,4 +1,4 @@
-r"""Benchmarks that check their subject before they time it.
+r"""Benchmarks of the op, of the GPU kernels and of serving.
 
   python -m gdn2_jax.bench op [--spec=small,large] [--json=FILE] [--peers]
   python -m gdn2_jax.bench gpu [--rehearse] [--seconds=510]
@@ -8,11 +8,13 @@ r"""Benchmarks that check their subject before they time it.
 Subcommands:
   op    gdn2: error, time, memory and compile time of each implementation,
         decoding against copy bandwidth, time against length.
-  gpu   on an NVIDIA GPU: every kernel checked and timed against "xla" and fla,
-        and the training step of the 1.3B hybrid; under nine minutes.
+  gpu   on an NVIDIA GPU: every kernel checked and timed against "xla", the
+        training step of the 1.3B hybrid, fla's kernels; under nine minutes.
   serve time, memory and cost of a token against context and batch: GDN-2, the
-        hybrid and a softmax transformer of the same size; and that a token
-        after 256K others costs what it costs after 1K.
+        hybrid and a softmax transformer of the same size, after up to 256K
+        tokens.
+
+All results are checked before they are timed.
 """
 
 import sys

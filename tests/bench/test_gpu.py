@@ -1,25 +1,29 @@
 """The GPU benchmark, rehearsed on a CPU, and what it does when things fail."""
 
+import contextlib
 import functools
 import json
 import pathlib
 import re
+import sys
 import time
+import types
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from gdn2_jax.bench.gpu import check as gpu_check
-from gdn2_jax.bench.gpu import errors, peers
+from gdn2_jax.bench.gpu import cases, errors, peers
 from gdn2_jax.bench.gpu import part as gpu_part
 from gdn2_jax.bench.gpu import run as gpu
 from gdn2_jax.bench.gpu import table as gpu_table
-from gdn2_jax.bench.gpu.names import COLUMNS, PARTS
+from gdn2_jax.bench.gpu.names import OURS, PARTS, PEERS
 from tests.tiny_run import ROOT, run_module
 
 README = ROOT / "benchmarks" / "README.md"
 
 
+@pytest.mark.slow
 def test_rehearsal_runs_every_part():
   before = README.read_text()
   done = run_module("gdn2_jax.bench", "gpu", "--rehearse", "--seconds=280")
@@ -32,7 +36,11 @@ def test_rehearsal_runs_every_part():
   result = json.loads(path.read_text())
   rows = {row["label"]: row for row in result["rows"]}
   assert {row["part"] for row in rows.values()} == set(PARTS)
-  assert set(rows["1x128, mosaic_gpu"]["errors"]) == set(gpu_check.NAMES)
+  assert set(rows["1x128, mosaic_gpu"]["errors"]) == {
+    "o",
+    "state",
+    *cases.GRADIENTS,
+  }
   for label in (
     "1x128",
     "step B=1",
@@ -44,12 +52,13 @@ def test_rehearsal_runs_every_part():
   assert rows["xla itself, xla"]["passed"]
   assert rows["step B=1, triton"]["note"].startswith("not run: ")
   for label in ("forward 1x128", "forward+backward 1x128", "decode B=1"):
-    row = rows[label]
-    assert set(row["ms"]) | set(row["notes"]) == set(COLUMNS)
-    assert {"mosaic_gpu", "xla"} <= set(row["ms"])
+    assert set(rows[label]["ms"]) == set(OURS) and not rows[label]["notes"]
+    for peer in PEERS:
+      assert rows[f"{label}, {peer}"]["part"] == "peers"
+      assert rows[f"{label}, {peer}"]["note"].startswith("not run: ")
   for op in ("gated norm", "short conv packed"):
     row = rows[f"forward+backward {op} 1x64"]
-    assert set(row["ms"]) == {"mosaic_gpu", "xla"} and not row["notes"]
+    assert set(row["ms"]) == set(OURS) and not row["notes"]
   for label in ("step 32x2", "step 64x1"):
     assert rows[label]["passed"] and rows[label]["tokens_per_s"] > 0
 
@@ -135,12 +144,91 @@ def test_a_part_that_cannot_start_is_one_failed_row(monkeypatch):
   assert row["passed"] is False and "ended with 1" in row["note"]
 
 
-def test_peers_say_why_they_are_missing():
-  x = jnp.ones((1, 4, 1, 16))
-  with pytest.raises(peers.Missing):
-    peers.sequence("fla gdn2", 6 * (x,), None)
-  with pytest.raises(peers.Missing):
-    peers.step("fla kda", 6 * (x[:, 0],), jnp.ones((1, 1, 16, 16)))
+def test_peers_say_why_they_are_missing(tmp_path):
+  recorder = _recorder(tmp_path)
+  peers.run(recorder, rehearse=True)
+  rows = gpu._read(recorder.path)
+  assert "forward 1x128, fla gdn2" in rows and "decode B=1, fla kda" in rows
+  for row in rows.values():
+    assert row["note"].startswith("not run: ") and "passed" not in row
+
+
+@pytest.mark.parametrize("label", PEERS)
+@pytest.mark.parametrize("kind", ["forward", "forward+backward", "decode"])
+def test_peers_get_our_arrays(label, kind):
+  """With NumPy in torch's place: what is called, and with which shapes."""
+  calls = []
+
+  class Tensor(np.ndarray):
+    def clone(self):
+      return self.copy()
+
+    contiguous = detach = clone
+
+    def requires_grad_(self):
+      calls.append("gradient")
+
+  def function(*tensors, **options):
+    calls.append([x.shape for x in tensors])
+    calls.append(sorted(options))
+    return tensors[0], tensors[0]
+
+  def grad(outputs, inputs, cotangents):
+    calls.append((len(outputs), len(inputs), len(cotangents)))
+
+  torch = types.SimpleNamespace(
+    from_dlpack=lambda x: np.asarray(x).view(Tensor),
+    no_grad=contextlib.nullcontext,
+    autograd=types.SimpleNamespace(grad=grad),
+  )
+  (case,) = (c for k, c in cases.timed_recurrences(True) if k == kind)
+  arguments = case.make()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(sys.modules, "torch", torch)
+    peers.make_call(label, kind, function, *arguments)()
+  T = 1 if kind == "decode" else 128
+  shapes = 6 * [(1, T, 1, 64)]
+  if label == "fla kda":
+    shapes = [*shapes[:4], (1, T, 1)]
+  options = ["output_final_state"]
+  if kind == "decode":
+    options.insert(0, "initial_state")
+  want = [shapes, options]
+  if kind == "forward+backward":
+    want = len(shapes) * ["gradient"] + want + [(2, len(shapes), 2)]
+  assert calls == want
+
+
+def test_our_figures_are_on_disk_before_the_peers_run(tmp_path, monkeypatch):
+  """Even if the whole benchmark is ended while they run."""
+
+  def supervise(part, deadline, rehearse):
+    if part == "peers":
+      raise KeyboardInterrupt
+    environment = {"label": "environment", "device": "NVIDIA X"}
+    row = {"part": part, "label": "a", "note": "not run: no reason"}
+    return [environment, row]
+
+  monkeypatch.setattr(gpu, "_supervise", supervise)
+  values = types.SimpleNamespace(
+    part=None,
+    parts=list(PARTS),
+    rehearse=False,
+    output=str(tmp_path),
+    seconds=9.0,
+  )
+  with pytest.raises(KeyboardInterrupt):
+    gpu.main(values)
+  result = json.loads((tmp_path / "results" / "gpu_nvidia_x.json").read_text())
+  assert [row["part"] for row in result["rows"]] == list(PARTS[:-1])
+
+
+def test_a_peer_that_hangs_costs_no_figure_and_fails_nothing():
+  assert PARTS[-1] == "peers"
+  row = {"part": "peers", "label": "forward z, fla kda", "passed": False}
+  row["note"] = "failed: no result after 60 s"
+  assert gpu_table.failures([row]) == []
+  assert gpu_table.failures([row | {"part": "time"}]) != []
 
 
 def test_table_says_what_failed_and_what_did_not_run():
@@ -153,7 +241,17 @@ def test_table_says_what_failed_and_what_did_not_run():
       "label": "forward z",
       "ms": {"mosaic_gpu": 0.5, "xla": 2.0},
       "gb_per_s": {"mosaic_gpu": 1000.0, "xla": 250.0},
-      "notes": {"fla gdn2": "not run: no torch"},
+      "notes": {"xla": "not run: no reason"},
+    },
+    {
+      "part": "peers",
+      "label": "forward z, fla gdn2",
+      "note": "not run: no torch",
+    },
+    {
+      "part": "peers",
+      "label": "forward z, fla kda",
+      "ms": {"fla kda": 0.25},
     },
     {
       "part": "step",
@@ -164,9 +262,12 @@ def test_table_says_what_failed_and_what_did_not_run():
   ]
   result = {"rows": rows, "rehearsal": False, "driver": "1", "date": "today"}
   text = gpu_table.tables(result | {"packages": {}})
-  assert "FAILED: 1 of 5 rows\n* check: y: failed: boom" in text
-  assert "| forward z | 0.5 | 2 (x4.00) | - | - | 1000 | 50% |" in text
+  assert "FAILED: 1 of 7 rows\n* check: y: failed: boom" in text
+  assert (
+    "| forward z | 0.5 | 2 (x4.00) | - | 0.25 (x0.50) | 1000 | 50% |" in text
+  )
   assert "* fla gdn2: not run: no torch (forward z)" in text
+  assert "* xla: not run: no reason (forward z)" in text
   assert re.search(r"step 2048x8 .* 90.0 GB \| out of memory", text)
   assert "REHEARSAL" not in text
 

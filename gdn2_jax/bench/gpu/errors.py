@@ -1,11 +1,8 @@
-"""Errors of results on the chip.
+"""Errors of results on the GPU, next to the error of rounding alone.
 
-An error is the relative RMS over an output or a gradient; next to it stands
-the error that rounding the exact result to the dtype of the inputs would make.
-The bound is one rounding step of that dtype, as in the tests.
+The bound is one rounding step of the inputs' dtype, as in the tests.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -13,60 +10,39 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdn2_jax.bench.gpu.part import Row
+from gdn2_jax.ops.kernels.errors import relative_rms
 
 FLOAT32_BOUND = 1e-5
 
 
 def compare(names: tuple[str, ...], actual: Any, exact: Any, dtype: str) -> Row:
-  """A row of errors.
+  """Row of relative RMS errors by output, computed on the device.
 
   Args:
-    names: of the outputs.
-    actual: arrays to judge.
-    exact: float32 arrays.
-    dtype: of the inputs, whose rounding is the unit of the errors.
+    names: Names of the outputs.
+    actual: Arrays to judge.
+    exact: Float32 arrays.
+    dtype: The inputs' dtype.
 
   Returns:
-    `errors` and `rounding` by name, `worst` (name), `bound`, `passed`.
+    `errors`, and in `rounding` the errors of rounding the exact output to
+    `dtype`, by name; `worst` (a name), `bound`, `passed`.
   """
-  bound = FLOAT32_BOUND
-  if dtype != "float32":
-    bound = float(jnp.finfo(dtype).eps)
+  info = jnp.finfo(dtype)
+  bound = FLOAT32_BOUND if dtype == "float32" else float(info.eps)
   errors, rounding = {}, {}
   for name, x, y in zip(names, actual, exact, strict=True):
-    difference, size, unit = (float(z) for z in _sizes(x, y, dtype))
-    errors[name] = _ratio(difference, size)
-    rounding[name] = _ratio(unit, size)
+    y = y.astype(jnp.float32)
+    # Not by casts: XLA may drop a pair of them.
+    rounded = jax.lax.reduce_precision(y, info.nexp, info.nmant)
+    errors[name] = relative_rms(x.astype(jnp.float32), y)
+    rounding[name] = relative_rms(rounded, y)
   worst = max(errors, key=lambda n: (not np.isfinite(errors[n]), errors[n]))
   return {
-    "errors": {n: _plain(e) for n, e in errors.items()},
+    # JSON has no NaN and no infinity.
+    "errors": {n: e if np.isfinite(e) else str(e) for n, e in errors.items()},
     "rounding": rounding,
     "worst": worst,
     "bound": bound,
     "passed": bool(errors[worst] <= bound),
   }
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _sizes(x, y, dtype):
-  """RMS of the error, of the exact result, and of rounding it to dtype."""
-
-  def rms(x):
-    return jnp.sqrt(jnp.mean(jnp.square(x)))
-
-  y = y.astype(jnp.float32)
-  # Not by casts: XLA may drop a pair of them.
-  bits = jnp.finfo(dtype)
-  rounded = jax.lax.reduce_precision(y, bits.nexp, bits.nmant)
-  return rms(x.astype(jnp.float32) - y), rms(y), rms(rounded - y)
-
-
-def _ratio(difference, size):
-  if size == 0:
-    return 0.0 if difference == 0 else float("inf")
-  return difference / size
-
-
-def _plain(error):
-  """JSON has no NaN and no infinity."""
-  return error if np.isfinite(error) else str(error)

@@ -1,6 +1,9 @@
 """Names that the parent and the parts share; imports nothing."""
 
-PARTS = ("check", "time", "step")
-COLUMNS = ("mosaic_gpu", "xla", "fla gdn2", "fla kda")
+# The peers come last: nothing of ours waits for their autotuning.
+PARTS = ("check", "time", "step", "peers")
+PEERS = ("fla gdn2", "fla kda")
+OURS = ("mosaic_gpu", "xla")
+COLUMNS = (*OURS, *PEERS)
 DEVICE_LOST = 3  # exit code of a part: the next row needs a new process
 NO_GPU = 4

@@ -1,8 +1,7 @@
-"""Shared parts of the GPU benchmark; each part is a process of its own.
+"""Rows and compilation in the process of one part of the GPU benchmark.
 
-A kernel that reads where it must not takes the device away from its process,
-one that waits for ever takes the process: what was measured before must
-survive both, so every row is in the file before the next one starts.
+An illegal memory access ends the CUDA context and a deadlock the process, so
+every row is in the file before the next one starts.
 """
 
 import concurrent.futures
@@ -28,13 +27,13 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recorder:
-  """Runs the rows of a part and writes each down, before and after.
+  """Runs the rows of a part and writes each to a file, before and after.
 
   Attributes:
-    part: its name.
+    part: Name of the part.
     path: JSON lines; {"started": true} before a row, the row after it.
-    deadline: on the clock of time.time; no row starts after it.
-    done: labels of rows that an earlier process finished or died of.
+    deadline: On the clock of time.time; no row starts after it.
+    done: Labels of rows that an earlier process finished or that ended it.
   """
 
   part: str
@@ -48,11 +47,7 @@ class Recorder:
       file.write(json.dumps({"part": self.part, **row}) + "\n")
 
   def run(self, label: str, measure: Callable[[], Row]) -> None:
-    """Adds the row that `measure` returns, or what kept it from doing so.
-
-    Raises:
-      SystemExit: with DEVICE_LOST, where no further row can run here.
-    """
+    """Adds the row of `measure`, or its error; exits if the device is lost."""
     if label in self.done:
       return
     if time.time() >= self.deadline:
@@ -76,46 +71,38 @@ class Recorder:
 
 
 class Compiler:
-  """Compiles ahead of use: the compilers of XLA and NVIDIA have many cores.
-
-  Tracing and lowering take turns, as Python does anyway.
-  """
+  """Compiles in threads, ahead of use; tracing and lowering take turns."""
 
   def __init__(self, workers: int):
     self._pool = concurrent.futures.ThreadPoolExecutor(workers)
     self._lowering = threading.Lock()
 
   def submit(self, lower: Callable[[], Any]) -> concurrent.futures.Future:
-    """Compiles what `lower` returns; the result is (executable, seconds)."""
+    """Compiles what `lower` returns; the result is the executable."""
     context = contextvars.copy_context()  # the kernels' target is in it
 
     def work():
-      start = time.perf_counter()
       with self._lowering:
         lowered = context.run(lower)
-      return lowered.compile(), time.perf_counter() - start
+      return lowered.compile()
 
     return self._pool.submit(work)
 
   def close(self) -> None:
-    """Drops what has not begun."""
+    """Cancels compilations that have not begun."""
     self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def wait(future: concurrent.futures.Future, recorder: Recorder) -> Any:
-  """The executable of Compiler.submit, if it is there in time.
-
-  Raises:
-    TimeoutError: it is not.
-  """
+  """Executable of Compiler.submit; TimeoutError after the deadline."""
   try:
-    return future.result(timeout=recorder.remaining())[0]
+    return future.result(timeout=recorder.remaining())
   except concurrent.futures.TimeoutError:
     raise TimeoutError("out of time while it compiled") from None
 
 
 def first_line(error: BaseException, width: int = 200) -> str:
-  """What an exception says, short enough for a table."""
+  """First line of an exception's text, cut for a table."""
   lines = str(error).strip().splitlines() or [""]
   name = type(error).__name__
   expected = isinstance(error, (NotImplementedError, ImportError, TimeoutError))

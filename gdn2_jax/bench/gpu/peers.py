@@ -1,88 +1,81 @@
-"""fla's Triton kernels, on the arrays that ours get, where torch has them."""
+"""fla's Triton kernels, timed on the arrays that ours get.
 
+Their first calls autotune for minutes. So they run last, in a process and rows
+of their own: a row that takes too long costs no figure of ours.
+"""
+
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-# Label: module and function. chunk_kda is the simpler op with one erase and
-# write strength per token: it has less to read.
-_SEQUENCES = {
-  "fla gdn2": ("fla.ops.gdn2", "chunk_gdn2"),
-  "fla kda": ("fla.ops.kda", "chunk_kda"),
+from gdn2_jax.bench.gpu import cases
+from gdn2_jax.bench.gpu.names import PEERS
+from gdn2_jax.bench.gpu.part import Recorder, Row
+from gdn2_jax.bench.gpu.time import make_row, race
+
+# Label: module, function on sequences, function on one token. KDA is the
+# simpler op with one erase and write strength per token: it reads less.
+_FUNCTIONS = {
+  "fla gdn2": ("fla.ops.gdn2", "chunk_gdn2", "fused_recurrent_gdn2"),
+  "fla kda": ("fla.ops.kda", "chunk_kda", "fused_recurrent_kda"),
 }
-_STEPS = {
-  "fla gdn2": ("fla.ops.gdn2", "fused_recurrent_gdn2"),
-  "fla kda": ("fla.ops.kda", "fused_recurrent_kda"),
-}
-LABELS = tuple(_SEQUENCES)
 
 
 class Missing(NotImplementedError):
-  """Why a peer cannot run."""
+  """Reason why a peer cannot run."""
 
 
-def synchronize() -> None:
-  """Waits for torch's work."""
-  importlib.import_module("torch").cuda.synchronize()
+def run(recorder: Recorder, rehearse: bool) -> None:
+  """Writes a row for every peer, shape and kind."""
+  for kind, case in cases.timed_recurrences(rehearse):
+    for label in PEERS:
+      measure = functools.partial(_measure, label, kind, case, rehearse)
+      recorder.run(f"{kind} {case.name}, {label}", measure)
 
 
-def sequence(label: str, arrays: tuple[jax.Array, ...], do: Any) -> Callable:
-  """A call of a peer; with `do`, its backward pass as well.
-
-  Args:
-    label: of LABELS.
-    arrays: q k v g b w of gdn2.
-    do: cotangent of the output, or None.
-
-  Returns:
-    f() -> the output as a torch tensor.
-
-  Raises:
-    Missing: torch, its GPU or fla is not there.
-  """
-  function = _function(*_SEQUENCES[label])
-  inputs = _inputs(label, arrays)
-  if do is None:
-    return lambda: _forward(function, inputs)
-  inputs = [x.requires_grad_() for x in inputs]
-  (cotangent,) = _tensors((do,))
-
-  def gradients():
-    o, state = function(*inputs, output_final_state=True)
-    torch = importlib.import_module("torch")
-    torch.autograd.grad((o, state), inputs, (cotangent, state.detach()))
-    return o
-
-  return gradients
+def _measure(label: str, kind: str, case: cases.Case, rehearse: bool) -> Row:
+  module, *names = _FUNCTIONS[label]
+  function = _function(module, names[kind == "decode"])
+  arguments = jax.block_until_ready(jax.jit(case.make)())
+  call = make_call(label, kind, function, *arguments)
+  seconds = race({label: (call, _synchronize)}, rehearse)
+  return make_row(kind, case, arguments, seconds)
 
 
-def step(
-  label: str, arrays: tuple[jax.Array, ...], state: jax.Array
-) -> Callable:
-  """A call of a peer's step for one token; as `sequence`.
-
-  Raises:
-    Missing: it is not there.
-  """
-  function = _function(*_STEPS[label])
-  inputs = _inputs(label, tuple(x[:, None] for x in arrays))
-  (initial,) = _tensors((state,))
-  return lambda: _forward(function, inputs, initial_state=initial)
-
-
-def _inputs(label, arrays):
-  q, k, v, g, b, w = _tensors(arrays)
-  if label == "fla kda":
-    return [q, k, v, g, b[..., 0].contiguous()]
-  return [q, k, v, g, b, w]
-
-
-def _forward(function, inputs, **options):
+def make_call(
+  label: str, kind: str, function: Callable, inputs: Any, cotangents: Any
+) -> Callable[[], Any]:
+  """Call of a peer: forward, with its backward pass, or of one token."""
   torch = importlib.import_module("torch")
-  with torch.no_grad():
-    return function(*inputs, output_final_state=True, **options)[0]
+  options = {"output_final_state": True}
+  if kind == "decode":
+    *inputs, state = inputs
+    inputs = [x[:, None] for x in inputs]
+    (options["initial_state"],) = _tensors([state])
+  q, k, v, g, b, w = _tensors(inputs)
+  tensors = [q, k, v, g, b, w]
+  if label == "fla kda":
+    tensors = [q, k, v, g, b[..., 0].contiguous()]
+  if kind != "forward+backward":
+
+    def forward():
+      with torch.no_grad():
+        return function(*tensors, **options)
+
+    return forward
+  for x in tensors:
+    x.requires_grad_()
+  (cotangent,) = _tensors(cotangents[:1])
+
+  def both():
+    o, state = function(*tensors, **options)
+    outputs = (cotangent, state.detach())
+    return torch.autograd.grad((o, state), tensors, outputs)
+
+  return both
 
 
 def _function(module, name):
@@ -95,6 +88,11 @@ def _function(module, name):
   if not torch.cuda.is_available():
     raise Missing("torch finds no GPU")
   return function
+
+
+def _synchronize(result):
+  del result
+  importlib.import_module("torch").cuda.synchronize()
 
 
 def _tensors(arrays):

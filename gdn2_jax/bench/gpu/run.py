@@ -1,9 +1,10 @@
 """`python -m gdn2_jax.bench gpu`: kernels and training step on a GPU.
 
-Three parts: `check` (every kernel against "xla"), `time` (against "xla" and
-fla) and `step` (the 1.3B hybrid). Each runs in a process of its own that is
-ended when its time is up or one of its rows hangs; what it had measured by
-then counts, and it is started again behind the row that it died of.
+Four parts: `check` (every kernel against "xla"), `time` (kernels and "xla"),
+`step` (the 1.3B hybrid) and `peers` (fla's kernels). Each runs in a process of
+its own, which is killed when its time is up or one of its rows hangs. Finished
+rows are kept, and a part that ended early is started again after the row that
+ended it.
 """
 
 import datetime
@@ -17,17 +18,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
 
 from gdn2_jax.bench.gpu import table as gpu_table
 from gdn2_jax.bench.gpu.names import NO_GPU, PARTS
+from gdn2_jax.bench.results import write_json
 
-# By when a part must be over, as a share of all the time.
-_ENDS = {"check": 0.34, "time": 0.64, "step": 1.0}
+# End of each part, as a share of all the time.
+_ENDS = {"check": 0.34, "time": 0.52, "step": 0.88, "peers": 1.0}
 # Seconds after which a row counts as hanging.
-_ROW_SECONDS = {"check": 75.0, "time": 100.0, "step": 150.0}
+_ROW_SECONDS = {"check": 75.0, "time": 100.0, "step": 150.0, "peers": 60.0}
 _GRACE = 4.0
 _PACKAGES = ("jaxlib", "jax-triton", "triton", "torch", "fla-core", "flax")
 _README = pathlib.Path("README.md")
@@ -40,17 +43,18 @@ def define_flags() -> None:
   flags.DEFINE_bool(
     "rehearse",
     False,
-    "run all of it on CPU, tiny and in the interpreter; the times mean nothing",
+    "gpu, serve: tiny shapes, to try the benchmark on a CPU; its times mean "
+    "nothing",
   )
-  flags.DEFINE_float("seconds", 510.0, "all the time it may take")
-  flags.DEFINE_list("parts", list(PARTS), "which parts to run")
+  flags.DEFINE_float("seconds", 510.0, "gpu: time limit of the whole benchmark")
+  flags.DEFINE_list("parts", list(PARTS), "gpu: parts to run")
   flags.DEFINE_string(
     "output",
     "benchmarks",
-    "folder whose README.md and results/ are written; a rehearsal writes to a "
-    "temporary one",
+    "gpu: folder of the README.md and results/ to update; a rehearsal writes "
+    "to a temporary folder",
   )
-  # How this program starts its parts.
+  # With these the program starts its parts.
   flags.DEFINE_enum("part", None, PARTS, "internal")
   flags.DEFINE_string("rows", None, "internal")
   flags.DEFINE_float("deadline", None, "internal")
@@ -61,38 +65,36 @@ def main(values: Any) -> None:
   if values.part:
     _run_part(values)
     return
-  unknown = set(values.parts) - set(PARTS)
-  if unknown:
-    raise ValueError(f"--parts={sorted(unknown)[0]}: expected some of {PARTS}")
+  for part in values.parts or [""]:
+    if part not in PARTS:
+      raise ValueError(f"--parts={part}: expected some of {', '.join(PARTS)}")
   output = pathlib.Path(values.output)
   if values.rehearse:
     output = _temporary_copy(output)
-  result = measure(values.parts, values.seconds, values.rehearse)
-  block = gpu_table.tables(result)
-  path = write(result, output)
-  print(f"{block}\n\nwritten: {path}", flush=True)
-  readme = output / _README
-  if readme.exists():
-    readme.write_text(gpu_table.update(readme.read_text(), block))
-  rows = result["rows"]
-  if not rows or any(row.get("passed") is False for row in rows):
+  for result in measure(values.parts, values.seconds, values.rehearse):
+    # After every part: a later one must not lose what was measured.
+    path = write(result, output)
+  print(f"{gpu_table.tables(result)}\n\nwritten: {path}", flush=True)
+  if not result["rows"] or gpu_table.failures(result["rows"]):
     sys.exit(1)
 
 
-def measure(parts: list[str], seconds: float, rehearse: bool) -> dict[str, Any]:
-  """Runs parts, one process after the other.
+def write(result: dict[str, Any], output: pathlib.Path) -> pathlib.Path:
+  """Writes results/gpu_<device>.json and the tables of README.md."""
+  device = result.get("environment", {}).get("device", "unknown")
+  path = output / "results" / f"gpu_{gpu_table.slug(device)}.json"
+  write_json(path, result)
+  readme = output / _README
+  if readme.exists():
+    block = gpu_table.tables(result)
+    readme.write_text(gpu_table.update(readme.read_text(), block))
+  return path
 
-  Args:
-    parts: names, in any order.
-    seconds: that all of them have together.
-    rehearse: whether to run on CPU instead.
 
-  Returns:
-    date, driver, packages, environment and rows.
-
-  Raises:
-    ValueError: there is no GPU, and this is no rehearsal.
-  """
+def measure(
+  parts: list[str], seconds: float, rehearse: bool
+) -> Iterator[dict[str, Any]]:
+  """Runs parts one after the other; yields the result so far after each."""
   start = time.time()
   result = {
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -110,58 +112,44 @@ def measure(parts: list[str], seconds: float, rehearse: bool) -> dict[str, Any]:
         result["environment"] = row
       else:
         result["rows"].append(row)
-  result["seconds"] = round(time.time() - start, 1)
-  return result
-
-
-def write(result: dict[str, Any], output: pathlib.Path) -> pathlib.Path:
-  """Writes results/gpu_<device>.json under `output`; returns its path."""
-  device = result.get("environment", {}).get("device", "unknown")
-  path = output / "results" / f"gpu_{gpu_table.slug(device)}.json"
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(result, indent=1) + "\n")
-  return path
+    result["seconds"] = round(time.time() - start, 1)
+    yield result
 
 
 def _supervise(part: str, deadline: float, rehearse: bool) -> list[Row]:
-  """The rows of a part, whatever becomes of its processes."""
+  """Rows of a part; its process is started again where it ended early."""
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "rows"
     path.touch()
     while True:
-      known = len(path.read_text().splitlines())
+      before = set(_read(path)) | {"environment"}
       code = _watch(part, path, deadline, rehearse)
       if code == NO_GPU:
         raise ValueError(
           "JAX finds no NVIDIA GPU here; --rehearse runs on a CPU"
         )
       rows = _read(path)
-      unfinished = [r for r in rows.values() if "started" in r]
-      for row in unfinished:
-        row["note"] = f"failed: {_end(code)}"
-        row["passed"] = False
-        del row["started"]
-        with path.open("a") as file:
-          file.write(json.dumps(row) + "\n")
+      why = code if isinstance(code, str) else f"its process ended with {code}"
+      failed = {"part": part, "note": f"failed: {why}", "passed": False}
+      for label, row in rows.items():
+        if "started" in row:
+          rows[label] = failed | {"label": label}
+      path.write_text("".join(json.dumps(r) + "\n" for r in rows.values()))
       if code == 0 or time.time() >= deadline:
         break
-      if len(path.read_text().splitlines()) <= known + 1 and not unfinished:
-        # It did not get as far as its first row: nothing to go on behind.
-        rows["start"] = {"part": part, "label": "start"} | {
-          "note": f"failed: {_end(code)}",
-          "passed": False,
-        }
+      if set(rows) <= before:  # ended before its first row: the next would too
+        rows["start"] = failed | {"label": "start"}
         break
     return list(rows.values())
 
 
 def _watch(part, path, deadline, rehearse):
-  """Runs a part's process; its exit code, or why it was ended."""
+  """Runs a part's process; its exit code, or why it was killed."""
   command = [sys.executable, "-m", "gdn2_jax.bench", "gpu", f"--part={part}"]
   command += [f"--rows={path}", f"--deadline={deadline}"]
   command += ["--rehearse"] * rehearse
   share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
-  if part == "time":  # torch is in the same process
+  if part == "peers":  # torch is in the same process
     share = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
   with subprocess.Popen(
     command, env={**os.environ, **share}, stdout=sys.stderr
@@ -181,21 +169,14 @@ def _watch(part, path, deadline, rehearse):
     return process.returncode
 
 
-def _end(code):
-  return code if isinstance(code, str) else f"its process ended with {code}"
-
-
 def _read(path: pathlib.Path) -> dict[str, Row]:
   """Rows by label; one that was started and never ended has `started`."""
-  rows = {}
-  for line in path.read_text().splitlines():
-    row = json.loads(line)
-    rows[row["label"]] = row
-  return rows
+  rows = map(json.loads, path.read_text().splitlines())
+  return {row["label"]: row for row in rows}
 
 
 def _run_part(values: Any) -> None:
-  """A part's process."""
+  """Runs a part in this process."""
   import jax
 
   if values.rehearse:

@@ -1,9 +1,9 @@
-"""The results of the GPU benchmark as tables: terminal and benchmarks/."""
+"""Tables of the GPU benchmark, for the terminal and benchmarks/README.md."""
 
 import re
 from typing import Any
 
-from gdn2_jax.bench.gpu.names import COLUMNS
+from gdn2_jax.bench.gpu.names import COLUMNS, OURS, PARTS
 
 BEGIN = "<!-- gpu: begin (written by make gpu) -->"
 END = "<!-- gpu: end -->"
@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 def tables(result: dict[str, Any]) -> str:
-  """All rows, in Markdown that also reads well in a terminal."""
+  """All rows as Markdown tables."""
   rows = result["rows"]
   blocks = []
   if result["rehearsal"]:
@@ -26,11 +26,14 @@ def tables(result: dict[str, Any]) -> str:
     + ", ".join(f"{n} {v}" for n, v in sorted(result["packages"].items()))
     + f"; {result['date']}"
   )
-  for part, table in (("check", _check), ("time", _time), ("step", _step)):
-    chosen = [row for row in rows if row["part"] == part]
-    if chosen:
-      blocks.append(table(chosen))
-  failed = [row for row in rows if row.get("passed") is False]
+  by_part = {p: [row for row in rows if row["part"] == p] for p in PARTS}
+  if by_part["check"]:
+    blocks.append(_check(by_part["check"]))
+  if by_part["time"] or by_part["peers"]:
+    blocks.append(_time(by_part["time"], by_part["peers"]))
+  if by_part["step"]:
+    blocks.append(_step(by_part["step"]))
+  failed = failures(rows)
   if failed:
     lines = [f"FAILED: {len(failed)} of {len(rows)} rows"]
     lines += [f"* {r['part']}: {r['label']}: {_why(r)}" for r in failed]
@@ -38,8 +41,15 @@ def tables(result: dict[str, Any]) -> str:
   return "\n\n".join(blocks)
 
 
+def failures(rows: list[Row]) -> list[Row]:
+  """Rows of ours that failed; a peer's failure is a note in its column."""
+  return [
+    row for row in rows if row.get("passed") is False and row["part"] != "peers"
+  ]
+
+
 def update(text: str, block: str) -> str:
-  """`text` with what stands between the markers replaced by `block`.
+  """`text` with `block` between the markers.
 
   Raises:
     ValueError: the markers are not there, or not in order.
@@ -52,7 +62,7 @@ def update(text: str, block: str) -> str:
 
 
 def slug(device: str) -> str:
-  """A device's name as part of a file's name."""
+  """Device name as part of a file name."""
   return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_") or "unknown"
 
 
@@ -68,25 +78,18 @@ def _check(rows: list[Row]) -> str:
     if "errors" not in row:
       lines.append(_line(row["label"], *5 * ("",), row["note"]))
       continue
-    error, unit = float(row["errors"][row["worst"]]), _unit(row)
-    lines.append(
-      _line(
-        row["label"],
-        row["worst"],
-        f"{error:.1e}",
-        f"{unit:.1e}" if unit else "-",
-        f"{error / unit:.2f}" if unit else "-",
-        f"{row['bound']:.1e}",
-        "ok" if row["passed"] else "FAILED",
-      )
-    )
+    error = float(row["errors"][row["worst"]])
+    unit = row["rounding"][row["worst"]]
+    cells = [f"{unit:.1e}", f"{error / unit:.2f}"] if unit else ["-", "-"]
+    cells += [f"{row['bound']:.1e}", "ok" if row["passed"] else "FAILED"]
+    lines.append(_line(row["label"], row["worst"], f"{error:.1e}", *cells))
   return "\n".join(lines)
 
 
-def _time(rows: list[Row]) -> str:
+def _time(rows: list[Row], peers: list[Row]) -> str:
   copies = [r for r in rows if r["label"] == "copy" and "gb_per_s" in r]
   copy = copies[0]["gb_per_s"] if copies else None
-  ours = COLUMNS[0]
+  ours = OURS[0]
   lines = [
     f"Times in ms (x: as a multiple of {ours}); B/s: bytes of arguments and "
     f"results over the time of {ours}"
@@ -95,19 +98,29 @@ def _time(rows: list[Row]) -> str:
     _line("what", *COLUMNS, "GB/s", "of copy"),
     _rule(3 + len(COLUMNS)),
   ]
+  found = {r["label"]: r for r in rows if r not in copies}
+  times = {label: dict(r.get("ms", {})) for label, r in found.items()}
   notes = {}
   for row in rows:
-    if "ms" not in row:
-      if row["label"] != "copy" or "note" in row:
-        lines.append(_line(row["label"], row["note"]))
-      continue
-    ms, rate = row["ms"], row["gb_per_s"].get(ours)
-    cells = [_milliseconds(ms, name, ours) for name in COLUMNS]
-    share = f"{100 * rate / copy:.0f}%" if rate and copy else "-"
-    rate = f"{rate:.0f}" if rate else "-"
-    lines.append(_line(row["label"], *cells, rate, share))
-    for name, note in row["notes"].items():
+    for name, note in row.get("notes", {}).items():
       notes.setdefault(f"{name}: {note}", []).append(row["label"])
+  for row in peers:  # labelled "<label of the row>, <peer>"
+    label, _, peer = row["label"].partition(", ")
+    times.setdefault(label, {}).update(row.get("ms", {}))
+    if "note" in row:
+      notes.setdefault(f"{peer}: {row['note']}", []).append(label)
+  for label, ms in times.items():
+    row = found.get(label, {})
+    note = [row["note"]] if "note" in row else []
+    if not ms and note:
+      lines.append(_line(label, *note))
+      continue
+    cells = [_milliseconds(ms, name, ours) for name in COLUMNS]
+    rate = row.get("gb_per_s", {}).get(ours)
+    share = f"{100 * rate / copy:.0f}%" if rate and copy else "-"
+    lines.append(
+      _line(label, *cells, f"{rate:.0f}" if rate else "-", share, *note)
+    )
   lines += [""] if notes else []
   lines += [f"* {note} ({', '.join(where)})" for note, where in notes.items()]
   return "\n".join(lines)
@@ -142,10 +155,6 @@ def _milliseconds(ms, name, ours):
   if name != ours and ours in ms:
     cell += f" (x{ms[name] / ms[ours]:.2f})"
   return cell
-
-
-def _unit(row):
-  return row["rounding"][row["worst"]]
 
 
 def _why(row):
