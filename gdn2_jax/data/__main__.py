@@ -15,32 +15,21 @@ import argparse
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tqdm
 
-from gdn2_jax.data.build import build, in_memory, recipe, report
+from gdn2_jax.data.build import build, recipe, report
+from gdn2_jax.data.build.inputs import Inputs, open_inputs
 from gdn2_jax.data.packed import folder as packed
-from gdn2_jax.data.text import corpus, fineweb_edu
+from gdn2_jax.data.text import fineweb_edu
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one command.
-
-  Args:
-    argv: arguments after the program's name; None takes the process's own.
-
-  Returns:
-    The exit status.
-  """
+  """Runs one command line, or that of the process; gives its exit status."""
   arguments = _parser().parse_args(argv)
-  run = {
-    "inspect": _inspect,
-    "fineweb_edu": _fineweb_edu,
-    "text": _text,
-    "tfds": _tfds,
-  }
+  run = {"inspect": _inspect, "fineweb_edu": _fineweb_edu, "tfds": _tfds}
   try:
     run.get(arguments.command, _pack)(arguments)
   except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
@@ -130,7 +119,10 @@ def _add_output_flags(command: argparse.ArgumentParser, tokenizer: str) -> None:
     " tokenizer.model (default: %(default)s)",
   )
   command.add_argument(
-    "--seed", type=int, default=0, help="of the document order (default: 0)"
+    "--seed",
+    type=int,
+    default=0,
+    help="of the document order (default: 0)",
   )
 
 
@@ -155,7 +147,7 @@ def _add_build_flags(command: argparse.ArgumentParser) -> None:
     "--shard_tokens",
     type=int,
     default=recipe.SHARD_TOKENS,
-    help="tokens of a shard, about (default: %(default)s)",
+    help="tokens of a shard, at most, about (default: %(default)s)",
   )
   command.add_argument(
     "--skip_bad_shards",
@@ -165,28 +157,26 @@ def _add_build_flags(command: argparse.ArgumentParser) -> None:
 
 
 def _fineweb_edu(arguments: argparse.Namespace) -> None:
-  paths, checksums, revision = _fineweb_files(arguments)
+  paths = _fineweb_files(arguments)
+  checksums, revision = fineweb_edu.recorded(paths)
   if arguments.checksums:
     checksums = _read_checksums(arguments.checksums, list(paths))
-  held_out = arguments.validation_files
-  if not held_out and arguments.validation_fraction is None:
-    held_out = ",".join(fineweb_edu.held_out_files(list(paths)))
   source = fineweb_edu.source_entry(arguments.config, revision=revision)
-  _build(arguments, paths, source, held_out, 0.01, checksums)
+  options = {"validation_fraction": 0.01}
+  if not arguments.validation_files and arguments.validation_fraction is None:
+    options["validation_files"] = fineweb_edu.held_out_files(list(paths))
+  _build(arguments, Inputs(paths, source, options), checksums)
 
 
-def _fineweb_files(
-  arguments: argparse.Namespace,
-) -> tuple[dict[str, pathlib.Path], dict[str, str], str | None]:
-  """name -> path, name -> SHA-256 where known, and the commit if known."""
+def _fineweb_files(arguments: argparse.Namespace) -> dict[str, pathlib.Path]:
+  """Name -> path, of files that are brought or downloaded."""
   if arguments.config:
     fineweb_edu.folder_of(arguments.config)
   if arguments.max_files is not None and arguments.max_files < 1:
     raise ValueError(f"max_files={arguments.max_files}: expected at least 1")
   if arguments.local:
     paths = fineweb_edu.local_files(arguments.local, arguments.config)
-    paths = {n: paths[n] for n in sorted(paths)[: arguments.max_files]}
-    return paths, *fineweb_edu.recorded(paths)
+    return {n: paths[n] for n in sorted(paths)[: arguments.max_files]}
   if not arguments.config:
     raise ValueError(
       f"config: expected one of {', '.join(fineweb_edu.FOLDERS)}, a dump such"
@@ -197,42 +187,42 @@ def _fineweb_files(
     arguments.download_dir,
     revision=arguments.revision,
     limit=arguments.max_files,
-    say=_say,
   )
 
 
-def _text(arguments: argparse.Namespace) -> None:
-  paths = recipe.input_names(arguments.path)
-  source = {"kind": "text", "name": pathlib.Path(arguments.path).name}
-  _build(arguments, paths, source, arguments.validation_files, 0.1, {})
+def _pack(arguments: argparse.Namespace) -> None:
+  name = arguments.command
+  if name == "text":
+    name = f"text:{arguments.path}"
+  with open_inputs(name) as inputs:
+    _build(arguments, inputs, {})
 
 
 def _build(
-  arguments: argparse.Namespace,
-  paths: dict[str, pathlib.Path],
-  source: Any,
-  held_out: str,
-  fraction: float,
-  checksums: dict[str, str],
+  arguments: argparse.Namespace, inputs: Inputs, checksums: dict[str, str]
 ) -> None:
-  if arguments.validation_fraction is not None:
-    fraction = arguments.validation_fraction
-  if arguments.workers < 0:
-    raise ValueError(f"workers={arguments.workers}: expected at least 0")
+  """Builds with the flags that the command has."""
+  flags = vars(arguments)
+  workers = flags.get("workers", 0)
+  if workers < 0:
+    raise ValueError(f"workers={workers}: expected at least 0")
+  given = {
+    "tokenizer": flags["tokenizer"],
+    "seed": flags["seed"],
+    "validation_fraction": flags.get("validation_fraction"),
+    "shard_tokens": flags.get("shard_tokens"),
+    "skip_bad": flags.get("skip_bad_shards"),
+  }
+  options = inputs.options | {k: v for k, v in given.items() if v is not None}
+  if held_out := flags.get("validation_files"):
+    options["validation_files"] = tuple(n for n in held_out.split(",") if n)
   built = build.build_rows(
-    paths,
+    inputs.paths,
     arguments.out,
-    recipe.Options(
-      tokenizer=arguments.tokenizer,
-      seed=arguments.seed,
-      validation_files=tuple(name for name in held_out.split(",") if name),
-      validation_fraction=fraction,
-      shard_tokens=arguments.shard_tokens,
-      skip_bad=arguments.skip_bad_shards,
-    ),
-    source=source,
+    recipe.Options(**options),
+    source=inputs.source,
     checksums=checksums,
-    workers=arguments.workers,
+    workers=workers,
     bar=_bar,
     say=_say,
   )
@@ -241,7 +231,7 @@ def _build(
   if built.rates is None:
     print("already complete, nothing was done")
   else:
-    report.print_rates(built.rates, arguments.workers)
+    report.print_rates(built.rates, workers)
 
 
 def _read_checksums(path: str, names: list[str]) -> dict[str, str]:
@@ -268,32 +258,16 @@ def _tfds(arguments: argparse.Namespace) -> None:
 
   config = arguments.config or "local"
   tfds_builder.check_config(config)  # before anything is downloaded
-  paths, _, _ = _fineweb_files(arguments)
+  paths = _fineweb_files(arguments)
   builder = tfds_builder.prepare(paths, arguments.out, config=config)
   print(builder.info)
 
 
-def _pack(arguments: argparse.Namespace) -> None:
-  found = in_memory.pack_corpus(
-    corpus.read_corpus(arguments.command),
-    arguments.out,
-    tokenizer_spec=arguments.tokenizer,
-    seed=arguments.seed,
-    progress=_with_bar,
-  )
-  report.print_manifest(found)
-  report.print_row(found, "train", 0, 256)
-
-
 def _inspect(arguments: argparse.Namespace) -> None:
-  found = in_memory.open_packed(arguments.folder)
+  found = packed.open_packed(arguments.folder)
   report.print_manifest(found)
   print("all sizes and hashes match the manifest")
   report.print_row(found, arguments.split, arguments.row, arguments.len)
-
-
-def _with_bar(batches: Iterable[Any], label: str) -> Iterable[Any]:
-  return tqdm.tqdm(batches, desc=f"tokenize {label}", unit="batch")
 
 
 def _bar(label: str, unit: str, total: int) -> Any:

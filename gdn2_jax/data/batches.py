@@ -9,6 +9,7 @@ same as to the next.
 This module never imports JAX itself; grain does, so it is imported on use.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -29,7 +30,7 @@ class TrainBatches(Iterator[Batch]):
     weights: share of each source in the rows of the stream, any positive
       numbers. Shares are kept exactly in every stretch of rows, not drawn, to
       a hundredth of the smallest.
-    seed: of the row order.
+    seed: seed of the row order.
     batch_size: global rows of a step.
     start_step: the step whose batch comes first.
     process_index: this host.
@@ -120,20 +121,25 @@ class TrainBatches(Iterator[Batch]):
 
 
 class InterleavedRows:
-  """The rows of several sources, each spread evenly over the whole.
+  """Rows of several sources, each shard of each spread evenly over the whole.
 
-  A prefix of any length holds of every source about its share, so a limited
-  evaluation sees all of them.
+  A prefix of any length holds of every shard about its share, so a limited
+  evaluation sees all of them. One source of one shard keeps its order.
   """
 
   def __init__(self, sources: Sequence[PackedRows]):
     self._sources = sources
     self.seq_len = sources[0].seq_len
-    places = [(np.arange(len(s)) + 0.5) / max(len(s), 1) for s in sources]
-    owners = [np.full(len(s), i, np.int32) for i, s in enumerate(sources)]
+    places, owners, indices = [], [], []
+    for number, rows in enumerate(sources):
+      for first, stop in itertools.pairwise(rows.shard_borders()):
+        count = stop - first
+        places.append((np.arange(count) + 0.5) / max(count, 1))
+        owners.append(np.full(count, number, np.int32))
+        indices.append(np.arange(first, stop))
     order = np.argsort(np.concatenate(places), kind="stable")
     self._owner = np.concatenate(owners)[order]
-    self._index = np.concatenate([np.arange(len(s)) for s in sources])[order]
+    self._index = np.concatenate(indices)[order]
 
   def __len__(self) -> int:
     return len(self._owner)
@@ -149,7 +155,7 @@ def source_seeds(seed: int, count: int) -> list[int]:
 
 
 def fixed_batches(
-  rows: PackedRows | InterleavedRows,
+  rows: InterleavedRows,
   batch_size: int,
   limit: int | None,
   vocab_size: int,
@@ -160,7 +166,7 @@ def fixed_batches(
     rows: what is read.
     batch_size: rows of a batch.
     limit: stop after that many batches; None reads all.
-    vocab_size: of the tokenizer; an id outside is refused.
+    vocab_size: ids of the tokenizer; others are refused.
   """
   count = -(-len(rows) // batch_size)
   for index in range(count if limit is None else min(count, limit)):

@@ -1,4 +1,4 @@
-"""From a configuration to batches: the data of a run, opened and identified.
+"""Dataset of a run: its configuration, batches and identity.
 
 `gdn2_jax.data.sources` says what a source may be, `gdn2_jax.data.batches` how
 batches follow from the step.
@@ -6,6 +6,7 @@ batches follow from the step.
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,9 +14,8 @@ import numpy as np
 
 from gdn2_jax.config_class import config_class
 from gdn2_jax.data import batches as streams
-from gdn2_jax.data import files, sources, text_stream
+from gdn2_jax.data import files, sources
 from gdn2_jax.data.batches import Batch, TrainBatches
-from gdn2_jax.data.packed import arrays
 from gdn2_jax.data.packed import folder as packed
 from gdn2_jax.data.packed.rows import PackedRows, check_batch
 from gdn2_jax.data.tokenizer import api as tokenization
@@ -35,18 +35,18 @@ _SAMPLE_TOKENS = 1 << 24
 
 @config_class
 class DataConfig:
-  """What to read, and how it is cut into batches.
+  """Source of the text, and how it is cut into batches.
 
   Attributes:
-    source: "embedded", "snapshot", or a folder of packed rows made by
-      `python -m gdn2_jax.data`; a mixture of them, "data/a:0.7,data/b:0.3";
-      or "text:PATH", "tfds:FOLDER", which are packed while training.
+    source: "embedded", "snapshot", "text:PATH" or "tfds:FOLDER", packed into
+      cache_dir on first use; a folder of packed rows made by
+      `python -m gdn2_jax.data`; or a mixture, "data/a:0.7,data/b:0.3".
     tokenizer: "bytes", "bpe-N", or the path of a tokenizer.json or
       tokenizer.model. With packed folders it must be the one they were made
       with.
     seq_len: L, input tokens of a row.
     batch_size: global sequences per step.
-    seed: of the row order.
+    seed: seed of the row order.
     cache_dir: where tokenizers and packed rows are kept.
     num_threads: reader threads of a host; 0 reads in the caller's thread.
     num_workers: reader processes of a host; 0 uses threads alone, which is
@@ -79,16 +79,11 @@ def validate(config: DataConfig) -> None:
       raise ValueError(f"data.{name}={value}: expected at least {low}")
   if not 0 <= config.seed < 2**32:
     raise ValueError(f"data.seed={config.seed}: expected 0 <= seed < 2**32")
-  if config.num_workers and config.source.startswith(sources.TEXT_PREFIXES):
-    raise ValueError(
-      f"data.num_workers={config.num_workers}: {config.source!r} is packed"
-      " while training, by one thread; expected 0"
-    )
   sources.check(config.source, config.tokenizer)
 
 
 def open_dataset(config: DataConfig) -> "Dataset":
-  """Opens the data of a run, packing the built-in corpora on first use.
+  """Opens the data of a run, packing its text on first use.
 
   Raises:
     ValueError: for a bad field, a damaged file (by name), a packed folder
@@ -96,26 +91,21 @@ def open_dataset(config: DataConfig) -> "Dataset":
   """
   validate(config)
   entries = sources.parse(config.source)
-  texts = None
-  if config.source.startswith(sources.TEXT_PREFIXES):
-    sample, texts = text_stream.open_stream(config.source, config.tokenizer)
-    opened = [sample]
-  else:
-    opened = [
-      sources.open_rows(
-        entry.name,
-        config.tokenizer,
-        cache_dir=config.cache_dir,
-        verify_hashes=config.verify_hashes,
-      )
-      for entry in entries
-    ]
+  opened = [
+    sources.open_rows(
+      entry.name,
+      config.tokenizer,
+      cache_dir=config.cache_dir,
+      verify_hashes=config.verify_hashes,
+    )
+    for entry in entries
+  ]
   _check_one_tokenizer(entries, opened)
   weights = tuple(entry.weight for entry in entries)
-  dataset = Dataset(dataclasses.replace(config), tuple(opened), weights, texts)
+  dataset = Dataset(dataclasses.replace(config), tuple(opened), weights)
   for entry, found in zip(entries, opened, strict=True):
     tokens = len(found.tokens["train"])
-    if tokens <= config.seq_len and texts is None:
+    if tokens <= config.seq_len:
       raise ValueError(
         f"data.seq_len={config.seq_len}: the training split of"
         f" {entry.name!r} holds only {tokens} tokens"
@@ -135,7 +125,6 @@ class Dataset:
   config: DataConfig
   parts: tuple[packed.Packed, ...]
   weights: tuple[float, ...] = (1.0,)
-  texts: text_stream.Texts | None = None
 
   @property
   def packed(self) -> packed.Packed:
@@ -209,21 +198,22 @@ class Dataset:
     """The first training tokens, uint16 or uint32: widen before sums.
 
     Args:
-      limit: at most so many, of a mixture each source by its weight.
+      limit: at most so many: of a mixture each source by its weight, of a
+        source the same share of every shard.
     """
-    shares = [limit * w / sum(self.weights) for w in self.weights]
-    tokens = [
-      part.tokens["train"][: round(share)]
-      for part, share in zip(self.parts, shares, strict=True)
-    ]
-    return tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
+    taken = []
+    for part, weight in zip(self.parts, self.weights, strict=True):
+      tokens = part.tokens["train"]
+      count = round(limit * weight / sum(self.weights))
+      share = min(count / len(tokens), 1)
+      pieces = [own[: math.ceil(share * len(own))] for own in tokens.parts]
+      taken.append(np.concatenate(pieces)[:count])
+    return np.concatenate(taken)
 
-  def validation_tokens(self) -> arrays.Tokens:
+  def validation_tokens(self) -> np.ndarray:
     """All validation tokens [tokens], uint16 or uint32."""
-    tokens = [part.tokens["validation"] for part in self.parts]
-    if len(tokens) == 1:
-      return tokens[0]
-    return np.concatenate([np.asarray(array) for array in tokens])
+    tokens = [part.tokens["validation"][:] for part in self.parts]
+    return tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
 
   def train_rows(self, part: int = 0) -> PackedRows:
     """Training rows of config.seq_len by index; a short last one is dropped.
@@ -241,7 +231,7 @@ class Dataset:
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-  ) -> TrainBatches | text_stream.TextBatches:
+  ) -> TrainBatches:
     """This host's part of the endless training stream, from a step on.
 
     Args:
@@ -266,29 +256,22 @@ class Dataset:
       raise ValueError(
         f"process_index={process_index}: expected one of {process_count} hosts"
       )
-    place = {
-      "seed": self.config.seed,
-      "batch_size": batch_size,
-      "start_step": start_step,
-      "process_index": process_index,
-      "process_count": process_count,
-    }
-    if self.texts is not None:
-      return text_stream.TextBatches(
-        self.texts, self.tokenizer, seq_len=self.config.seq_len, **place
-      )
     return TrainBatches(
       [self.train_rows(part) for part in range(len(self.parts))],
       self.weights,
+      seed=self.config.seed,
+      batch_size=batch_size,
+      start_step=start_step,
+      process_index=process_index,
+      process_count=process_count,
       num_threads=self.config.num_threads,
       num_workers=self.config.num_workers,
-      **place,
     )
 
   def validation_batches(
     self, seq_len: int, batch_size: int, limit: int | None = None
   ) -> Iterator[Batch]:
-    """The validation split once, in order, in batches of one shape.
+    """The validation split once, in a fixed order, in batches of one shape.
 
     The last row and the last batch are padded, so that every token except the
     first of a document is a target with loss_mask 1 exactly once, at any
@@ -315,7 +298,7 @@ class Dataset:
       for part in self.parts
     ]
     return streams.fixed_batches(
-      rows[0] if len(rows) == 1 else streams.InterleavedRows(rows),
+      streams.InterleavedRows(rows),
       batch_size,
       limit,
       self.tokenizer.vocab_size,

@@ -1,10 +1,12 @@
 """Values of `data.source`, and how each is opened.
 
-embedded, snapshot       built-in text, packed on first use
+embedded, snapshot       built-in text
+text:PATH                parquet, jsonl and txt files
+tfds:FOLDER              a TFDS dataset with a feature "text"
 FOLDER                   packed rows made by `python -m gdn2_jax.data`
-FOLDER:0.7,FOLDER:0.3    a mixture of the above, with weights
-text:PATH                parquet, jsonl and txt files, packed while training
-tfds:FOLDER              a TFDS dataset with a text feature, likewise
+NAME:0.7,NAME:0.3        a mixture of the above, with weights
+
+All but a FOLDER are packed into the cache on first use.
 """
 
 import dataclasses
@@ -13,14 +15,14 @@ import math
 import pathlib
 
 import tokenizers
+import tqdm
 
 from gdn2_jax.data import files
-from gdn2_jax.data.build import in_memory
+from gdn2_jax.data.build import build, recipe
+from gdn2_jax.data.build.inputs import TEXT_PREFIXES, open_inputs
 from gdn2_jax.data.packed import folder as packed
-from gdn2_jax.data.text import corpus as corpora
+from gdn2_jax.data.text import corpus, readers
 from gdn2_jax.data.tokenizer import api as tokenization
-
-TEXT_PREFIXES = ("text:", "tfds:")
 
 # Documents keep one order for all runs; the run's seed shuffles rows.
 _DOCUMENT_SEED = 0
@@ -38,8 +40,8 @@ def parse(source: str) -> tuple[Weighted, ...]:
   """The sources of a `data.source` string.
 
   Raises:
-    ValueError: for a weight that is missing or not a positive number, a
-      source named twice, or text to be packed while training in a mixture.
+    ValueError: for a weight that is missing or not a positive number, or a
+      source named twice.
   """
   items = [item.strip() for item in source.split(",")]
   if len(items) == 1 and _weight_of(items[0]) is None:
@@ -51,11 +53,6 @@ def parse(source: str) -> tuple[Weighted, ...]:
       raise ValueError(
         f"data.source={source!r}: {item!r} in a mixture, expected NAME:WEIGHT"
         " with a positive weight, as in data/a:0.7,data/b:0.3"
-      )
-    if name.startswith(TEXT_PREFIXES):
-      raise ValueError(
-        f"data.source={source!r}: {name!r} is packed while training and cannot"
-        " be mixed; pack it with python -m gdn2_jax.data first"
       )
     found.append(Weighted(name, weight))
   names = [entry.name for entry in found]
@@ -72,12 +69,12 @@ def check(source: str, tokenizer: str) -> None:
   """
   for entry in parse(source):
     name = entry.name
-    if name.startswith(TEXT_PREFIXES):
-      path = pathlib.Path(name[len("text:") :])
+    if name in corpus.SOURCES:
+      tokenization.check_spec(tokenizer)
+    elif name.startswith(TEXT_PREFIXES):
+      path = pathlib.Path(name.partition(":")[2])
       if not path.exists():
         raise ValueError(f"data.source={source!r}: {path} does not exist")
-      tokenization.check_spec(tokenizer)
-    elif name in corpora.SOURCES:
       tokenization.check_spec(tokenizer)
     elif not (pathlib.Path(name) / "manifest.json").is_file():
       raise ValueError(f"data.source={name!r}: {_expected(name)}")
@@ -86,13 +83,14 @@ def check(source: str, tokenizer: str) -> None:
 def open_rows(
   name: str, tokenizer: str, *, cache_dir: str, verify_hashes: bool
 ) -> packed.Packed:
-  """Opens one source of packed rows, packing a built-in one on first use.
+  """Opens one source of packed rows, packing its text on first use.
 
   Raises:
     ValueError: for a damaged file, by name, or another tokenizer.
   """
-  if name in corpora.SOURCES:
-    return _pack_built_in(name, tokenizer, cache_dir, verify_hashes)
+  if name in corpus.SOURCES or name.startswith(TEXT_PREFIXES):
+    path = _cached(name, tokenizer, cache_dir)
+    return packed.open_packed(path, verify_hashes=verify_hashes)
   found = packed.open_packed(name, verify_hashes=verify_hashes)
   _check_tokenizer(name, tokenizer, found)
   return found
@@ -112,9 +110,8 @@ def _expected(name: str) -> str:
       "its packing was not finished; run the command that makes it once more"
     )
   return (
-    f"expected one of {', '.join(corpora.SOURCES)}, a folder with a"
-    " manifest.json made by python -m gdn2_jax.data, or (not in a mixture)"
-    " text:PATH or tfds:FOLDER"
+    f"expected one of {', '.join(corpus.SOURCES)}, text:PATH, tfds:FOLDER, or a"
+    " folder with a manifest.json made by python -m gdn2_jax.data"
   )
 
 
@@ -132,24 +129,46 @@ def _check_tokenizer(name: str, tokenizer: str, found: packed.Packed) -> None:
   )
 
 
-def _pack_built_in(
-  name: str, spec: str, cache_dir: str, verify_hashes: bool
-) -> packed.Packed:
+def _cached(name: str, spec: str, cache_dir: str) -> pathlib.Path:
+  """The packed folder of a source of text, made if it is not there."""
   is_named = spec == "bytes" or spec.startswith("bpe-")
   key = {
-    "source": corpora.source_key(name),
+    "source": _source_key(name),
     "tokenizer": spec if is_named else files.sha256_file(spec),
     "tokenizers": tokenizers.__version__,
     "version": packed.VERSION,
     "seed": _DOCUMENT_SEED,
   }
   digest = files.sha256_bytes(json.dumps(key).encode())[:16]
-  label = spec if is_named else "file"
-  cache = pathlib.Path(cache_dir)
-  path = cache / "packed" / f"{name}-{label}-{digest}"
-  if path.is_dir():
-    return packed.open_packed(path, verify_hashes=verify_hashes)
-  corpus = corpora.read_corpus(name)
-  return in_memory.pack_corpus(
-    corpus, path, tokenizer_spec=spec, cache_dir=cache, seed=_DOCUMENT_SEED
-  )
+  label = name.partition(":")[0], spec if is_named else "file", digest
+  path = pathlib.Path(cache_dir) / "packed" / "-".join(label)
+  if not path.is_dir():
+    with open_inputs(name) as inputs:
+      build.build_rows(
+        inputs.paths,
+        path,
+        recipe.Options(tokenizer=spec, seed=_DOCUMENT_SEED, **inputs.options),
+        source=inputs.source,
+        wait=True,  # all processes of a run come here at once
+        bar=_bar,
+      )
+  return path
+
+
+def _source_key(name: str) -> object:
+  """A value that changes when the text of a source might; reads no text."""
+  if name in corpus.SOURCES:
+    return corpus.source_key(name)
+  kind, _, place = name.partition(":")
+  folder = pathlib.Path(place)
+  paths = folder.iterdir() if kind == "tfds" else readers.find_files(folder)
+  return [
+    [str(path.resolve()), status.st_size, status.st_mtime_ns]
+    for path in sorted(paths)
+    for status in [path.stat()]
+  ]
+
+
+def _bar(label: str, unit: str, total: int) -> tqdm.tqdm:
+  shown = {"unit": unit, "unit_scale": True, "leave": False}
+  return tqdm.tqdm(total=total, desc=label, disable=None, **shown)

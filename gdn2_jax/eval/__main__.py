@@ -19,7 +19,7 @@ import tqdm
 from absl import flags
 
 from gdn2_jax import cli
-from gdn2_jax.data.files import write_atomic
+from gdn2_jax.data.files import write_atomically
 from gdn2_jax.data.pipeline import open_dataset
 from gdn2_jax.eval.ngram import ngram_baselines
 from gdn2_jax.eval.perplexity import (
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
         "results": [report.to_json() for report in reports],
       }
       data = json.dumps(content, indent=2) + "\n"
-      write_atomic(pathlib.Path(_JSON.value), data.encode())
+      write_atomically(pathlib.Path(_JSON.value), data.encode())
   print(f"{_WORKDIR.value}, step {run.step}\n\n{format_table(reports)}")
   models = [report for report in reports if report.by_position]
   longest = max(models, key=lambda report: report.seq_len)

@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 
 import gdn2_jax
 from gdn2_jax import config_json
-from gdn2_jax.data.files import sha256_file, sync_folder, write_atomic
+from gdn2_jax.data.files import sha256_file, sync_folder, write_atomically
 from gdn2_jax.data.tokenizer.api import load_tokenizer
 from gdn2_jax.interop.card import Card, render_card
 from gdn2_jax.interop.disk import is_plain_name, read_json, regular_size
@@ -113,17 +113,17 @@ def save_model(
       raise ValueError(f"extra[{name!r}]: not a name for a further file")
   with staged(folder) as staging:
     names = [CONFIG]
-    write_atomic(staging / CONFIG, _config_bytes(config))
+    write_atomically(staging / CONFIG, _config_bytes(config))
     names += save_shards(staging, tensors, _METADATA, max_bytes=max_shard_bytes)
     if tokenizer is not None:
-      write_atomic(staging / TOKENIZER, tokenizer.to_json().encode())
+      write_atomically(staging / TOKENIZER, tokenizer.to_json().encode())
       names.append(TOKENIZER)
     for name, data in (extra or {}).items():
-      write_atomic(staging / name, data)
+      write_atomically(staging / name, data)
       names.append(name)
     text = render_card(card, config, name=folder.absolute().name, files=names)
-    write_atomic(staging / CARD, text.encode())
-    write_atomic(staging / MANIFEST, _manifest_bytes(staging, names))
+    write_atomically(staging / CARD, text.encode())
+    write_atomically(staging / MANIFEST, _manifest_bytes(staging, names))
     _move_in(staging, folder, [*names, CARD], replaced)
 
 

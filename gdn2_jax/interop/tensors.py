@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from gdn2_jax.data.files import sync_folder, write_atomic
+from gdn2_jax.data.files import sync_folder, write_atomically
 from gdn2_jax.interop.disk import is_plain_name, read_json
 from gdn2_jax.interop.header import DTYPES, Entry, read_header
 
@@ -139,7 +139,7 @@ def save_shards(
   total = sum(value.nbytes for value in tensors.values())
   index = {"metadata": {"total_size": total}, "weight_map": placed}
   names.append("model" + INDEX_SUFFIX)
-  write_atomic(
+  write_atomically(
     folder / names[-1], (json.dumps(index, indent=2) + "\n").encode()
   )
   return names

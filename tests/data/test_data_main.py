@@ -3,7 +3,7 @@
 import pytest
 
 from gdn2_jax.data import __main__
-from gdn2_jax.data.build import in_memory
+from gdn2_jax.data.packed.folder import open_packed
 from gdn2_jax.data.pipeline import DataConfig, open_dataset
 
 
@@ -26,7 +26,7 @@ def test_build_prints_counts_and_a_row(tmp_path, capsys):
   assert __main__.main([*argv, "--workers=0"]) == 0
   printed = capsys.readouterr()
   assert "tokenize" in printed.err
-  entry = in_memory.open_packed(out).manifest["splits"]["train"]
+  entry = open_packed(out).manifest["splits"]["train"]
   counts = f"train: {entry['documents']} documents (0 empty ones left out)"
   assert counts in printed.out
   assert f"{entry['tokens']} tokens, 1.000 bytes/token" in printed.out
@@ -45,17 +45,17 @@ def test_inspect_shows_borders(folder, capsys):
   assert "all sizes and hashes match" in printed
   assert "validation row 1: " in printed
   assert "ends here -----" in printed
-  packed = in_memory.open_packed(folder)
+  packed = open_packed(folder)
   start = packed.tokens["validation"][4096:4120]
   assert packed.tokenizer.decode(start) in printed
 
 
 def test_inspect_refuses_damage(folder, capsys):
-  with open(folder / "train.tokens.bin", "r+b") as file:
+  with open(folder / "train-00000.tokens.bin", "r+b") as file:
     file.seek(100)
     file.write(b"\xff")
   assert __main__.main(["inspect", str(folder)]) == 2
-  assert "train.tokens.bin: sha256" in capsys.readouterr().err
+  assert "train-00000.tokens.bin: sha256" in capsys.readouterr().err
 
 
 def test_inspect_refuses_a_row(folder, capsys):

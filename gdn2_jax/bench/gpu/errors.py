@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdn2_jax.bench.gpu.part import Row
-from gdn2_jax.ops.kernels.errors import relative_rms
+from gdn2_jax.kernels.errors import relative_rms
 
 FLOAT32_BOUND = 1e-5
 

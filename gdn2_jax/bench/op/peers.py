@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from gdn2_jax.kernels.errors import relative_rms
 from gdn2_jax.ops.gdn2 import arg_specs
 from gdn2_jax.ops.gdn2.api import gdn2
-from gdn2_jax.ops.kernels.errors import relative_rms
 
 BOUND = 1e-5
 

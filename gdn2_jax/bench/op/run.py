@@ -18,9 +18,9 @@ from gdn2_jax.bench import timing
 from gdn2_jax.bench.op import decode as op_decode
 from gdn2_jax.bench.op import peers as op_peers
 from gdn2_jax.bench.results import Column, environment, text_table, write_json
+from gdn2_jax.kernels.errors import relative_rms
 from gdn2_jax.ops.gdn2 import arg_specs
 from gdn2_jax.ops.gdn2.api import gdn2
-from gdn2_jax.ops.kernels.errors import relative_rms
 
 BOUND = 1e-5
 LOW_PRECISION_FACTOR = 2

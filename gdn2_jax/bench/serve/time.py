@@ -21,10 +21,10 @@ import tqdm
 from gdn2_jax.bench import timing
 from gdn2_jax.bench.serve import models as serve_models
 from gdn2_jax.inference.state import State, advance, init_state, read_chunk
+from gdn2_jax.kernels.errors import relative_rms
 from gdn2_jax.model.accounting import state_bytes
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.lm import LM
-from gdn2_jax.ops.kernels.errors import relative_rms
 
 Row = dict[str, Any]
 # Relative RMS error of logits: decoding against the whole sequence at once.

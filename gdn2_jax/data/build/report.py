@@ -13,8 +13,6 @@ _ODD = {
   "nul_documents": "with NUL, kept",
   "long_documents": "over 1 MiB, tokenised in pieces",
 }
-
-
 _LEAST_SECONDS = 5.0
 _SHOWN = 8  # files of a split
 
@@ -24,15 +22,7 @@ def print_manifest(found: packed.Packed) -> None:
   manifest = found.manifest
   tokenizer = manifest["tokenizer"]
   print(f"{found.path}")
-  if manifest["version"] == packed.VERSION:
-    print(
-      f"  source {manifest['source']} (sha256"
-      f" {manifest['corpus_sha256'][:16]}, Python {manifest['python']}),"
-      f" document seed {manifest['seed']}, {manifest['invalid_utf8_documents']}"
-      " documents with invalid UTF-8"
-    )
-  else:
-    _print_source(manifest)
+  _print_source(manifest)
   print(
     f"  tokenizer {tokenizer['spec']} (sha256 {tokenizer['sha256'][:16]}),"
     f" {tokenizer['vocab_size']} ids, EOS {tokenizer['eos_id']};"
@@ -40,7 +30,7 @@ def print_manifest(found: packed.Packed) -> None:
   )
   print(
     f"  --config.model.vocab_size={tokenizer['vocab_size']} or more; the next"
-    f" multiple of 128 is {padded_size(tokenizer['vocab_size'])}"
+    f" multiple of 128 is {-(-tokenizer['vocab_size'] // 128) * 128}"
   )
   for split in packed.SPLITS:
     entry = manifest["splits"][split]
@@ -52,17 +42,12 @@ def print_manifest(found: packed.Packed) -> None:
       f" tokens, {ratio} bytes/token"
     )
     for name, text in _ODD.items():
-      if "shards" in entry and entry[name]:
+      if entry[name]:
         print(f"    {entry[name]} documents {text}")
     for name, recorded in list(entry["files"].items())[:_SHOWN]:
       print(f"    {name}: {recorded['size']} bytes, {recorded['sha256']}")
     if (more := len(entry["files"]) - _SHOWN) > 0:
       print(f"    and {more} more files")
-
-
-def padded_size(vocab_size: int) -> int:
-  """The next multiple of 128: what matrix units and meshes divide best."""
-  return -(-vocab_size // 128) * 128
 
 
 def print_row(found: packed.Packed, split: str, index: int, length: int):
@@ -95,29 +80,24 @@ def print_rates(rates: build.Rates, workers: int) -> None:
   The projection goes by bytes of text, of which the samples are assumed to
   have 4.7 per GPT-2 token.
   """
-  seconds = rates.tokenize_seconds
   if rates.bytes == 0:
     return
-  print(
-    f"tokenized {rates.documents:,} documents in {seconds:.1f} s with {workers}"
-    f" workers: {rates.documents / seconds:,.0f} documents/s,"
-    f" {rates.tokens / seconds:,.0f} tokens/s,"
-    f" {rates.bytes / seconds / 1e6:.2f} MB/s;"
-    f" shuffled in {rates.shuffle_seconds:.1f} s"
-  )
-  cpu = max(rates.cpu_seconds, 1e-9)
-  print(
-    f"  per core and second of CPU: {rates.documents / cpu:,.0f} documents,"
-    f" {rates.tokens / cpu:,.0f} tokens, {rates.bytes / cpu / 1e6:.2f} MB"
-  )
-  if seconds < _LEAST_SECONDS:
-    return  # starting the workers is all that was measured
-  per_byte = seconds / rates.bytes + rates.shuffle_seconds / rates.all_bytes
-  for name, tokens in fineweb_edu.GPT2_TOKENS.items():
-    size = tokens * fineweb_edu.BYTES_PER_GPT2_TOKEN
+  for label, seconds in (
+    (f"in {rates.seconds:.1f} s with {workers} workers", rates.seconds),
+    ("per core and second of CPU", max(rates.cpu_seconds, 1e-9)),
+  ):
     print(
-      f"at this rate sample-{name} takes {size * per_byte / 3600:,.1f} hours,"
-      f" {size * cpu / rates.bytes / 3600:,.1f} hours of CPU for the tokens"
+      f"{label}: {rates.documents / seconds:,.0f} documents/s,"
+      f" {rates.tokens / seconds:,.0f} tokens/s,"
+      f" {rates.bytes / seconds / 1e6:.2f} MB/s"
+    )
+  if rates.seconds < _LEAST_SECONDS:
+    return  # starting the workers is all that was measured
+  for name, tokens in fineweb_edu.GPT2_TOKENS.items():
+    share = tokens * fineweb_edu.BYTES_PER_GPT2_TOKEN / rates.bytes / 3600
+    print(
+      f"at this rate sample-{name} takes {share * rates.seconds:,.1f} hours,"
+      f" {share * rates.cpu_seconds:,.1f} hours of CPU"
     )
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -14,77 +14,54 @@ from typing import Any
 _shared: tuple[Any, ...] = ()
 
 
-class Workers:
-  """Runs `function(task, *shared)` for many tasks.
+def run_tasks(
+  function: Callable[..., Any],
+  tasks: Sequence[Any],
+  shared: tuple[Any, ...],
+  count: int,
+) -> Iterator[tuple[Any, Any]]:
+  """Yields (task, function(task, *shared)) as tasks finish.
 
   Args:
-    count: processes; 0 runs in the caller's.
+    function: a function of a module, as it is looked up in each process.
+    tasks: picklable, small.
     shared: further arguments of every call, sent once to each process.
+    count: processes; 0 runs in the caller's.
+
+  Raises:
+    RuntimeError: if a worker process died, for example for want of memory.
+    Exception: the first one that a task raised.
   """
-
-  def __init__(self, count: int, *shared: Any):
-    self._count = count
-    self._shared = shared
-    self._pool: concurrent.futures.ProcessPoolExecutor | None = None
-    self._others: list[Any] = []
-
-  def __enter__(self) -> "Workers":
-    if self._count:
-      self._others = multiprocessing.active_children()
-      self._pool = concurrent.futures.ProcessPoolExecutor(
-        self._count,
-        # A fork would copy threads of the tokenizer in an unknown state.
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_initialize,
-        initargs=(os.getpid(), self._shared),
-      )
-    return self
-
-  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-    if self._pool is None:
-      return
-    if kind is not None:  # a task half done is done again by the next build
-      for child in multiprocessing.active_children():
-        if child not in self._others:
-          child.kill()
-    self._pool.shutdown(cancel_futures=True)
-
-  def run(
-    self, function: Callable[..., Any], tasks: Iterable[Any]
-  ) -> Iterator[tuple[Any, Any]]:
-    """(task, result) pairs as they finish.
-
-    Raises:
-      RuntimeError: if a worker process died, for example for want of memory.
-      Exception: the first one that a task raised.
-    """
-    if self._pool is None:
-      for task in tasks:
-        yield task, function(task, *self._shared)
-      return
-    waiting: dict[concurrent.futures.Future, Any] = {}
-    left = iter(tasks)
-    try:
-      while True:
-        for task in left:
-          waiting[self._pool.submit(_call, function, task)] = task
-          if len(waiting) >= 2 * self._count:
-            break
-        if not waiting:
-          return
-        done, _ = concurrent.futures.wait(
-          waiting, return_when=concurrent.futures.FIRST_COMPLETED
-        )
-        for future in done:
-          yield waiting.pop(future), future.result()
-    except BrokenProcessPool as error:
+  if not count:
+    for task in tasks:
+      yield task, function(task, *shared)
+    return
+  others = multiprocessing.active_children()
+  pool = concurrent.futures.ProcessPoolExecutor(
+    count,
+    # A fork would copy threads of the tokenizer in an unknown state.
+    mp_context=multiprocessing.get_context("spawn"),
+    initializer=_initialize,
+    initargs=(os.getpid(), shared),
+  )
+  try:
+    waiting = {pool.submit(_call, function, task): task for task in tasks}
+    for future in concurrent.futures.as_completed(waiting):
+      yield waiting[future], future.result()
+  except BaseException as error:
+    # A task half done is done again by the next build: waiting for it would
+    # only delay the error or the Ctrl-C.
+    for child in multiprocessing.active_children():
+      if child not in others:
+        child.kill()
+    if isinstance(error, BrokenProcessPool):
       raise RuntimeError(
-        "a worker process died; is there memory for"
-        f" {self._count} of them? (fewer: --workers)"
+        f"a worker process died; is there memory for {count} of them? (fewer:"
+        " --workers)"
       ) from error
-    finally:
-      for future in waiting:
-        future.cancel()
+    raise
+  finally:
+    pool.shutdown(cancel_futures=True)
 
 
 def _initialize(parent: int, shared: tuple[Any, ...]) -> None:

@@ -6,7 +6,6 @@ are what rows are cut by, so a row may reach over a border between shards.
 """
 
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,26 +14,11 @@ import numpy as np
 _OFFSET = np.dtype("<i8")
 
 
-def map_file(path: str | os.PathLike[str], dtype: np.dtype) -> np.ndarray:
+def _map_file(path: str | os.PathLike[str], dtype: Any) -> np.ndarray:
   """A read-only memory map of a file; an empty one cannot be mapped."""
   if os.stat(path).st_size == 0:
     return np.zeros(0, dtype)
   return np.memmap(path, dtype, mode="r")
-
-
-def detached(array: Any) -> Any:
-  """What to pickle for an array: a map of a whole file as path and dtype."""
-  if (
-    isinstance(array, np.memmap)
-    and array.nbytes == os.stat(array.filename).st_size
-  ):
-    return os.fspath(array.filename), array.dtype
-  return array
-
-
-def attached(array: Any) -> Any:
-  """The inverse of `detached`."""
-  return map_file(*array) if isinstance(array, tuple) else array
 
 
 class ShardedTokens:
@@ -49,7 +33,7 @@ class ShardedTokens:
   def __init__(self, paths: Sequence[str | os.PathLike[str]], dtype: Any):
     self.dtype = np.dtype(dtype)
     self._paths = [os.fspath(path) for path in paths]
-    self._parts = [map_file(path, self.dtype) for path in self._paths]
+    self._parts = [_map_file(path, self.dtype) for path in self._paths]
     sizes = [len(part) for part in self._parts]
     self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
@@ -90,7 +74,7 @@ class ShardedTokens:
 
 
 class ShardedOffsets:
-  """Where the documents of all shards begin, as positions in the stream.
+  """Positions in the stream at which the documents of all shards begin.
 
   Each file holds int64 [documents of the shard + 1], counted from the shard's
   first token.
@@ -103,7 +87,7 @@ class ShardedOffsets:
     self.starts = np.asarray(starts, np.int64)
     self._paths = [os.fspath(path) for path in paths]
     assert len(self.starts) == len(self._paths) + 1
-    self._parts = [map_file(path, _OFFSET) for path in self._paths]
+    self._parts = [_map_file(path, _OFFSET) for path in self._paths]
 
   def __reduce__(self) -> tuple[Any, ...]:
     return ShardedOffsets, (self._paths, self.starts)
@@ -147,15 +131,3 @@ def borders_within(offsets: Offsets, start: int, stop: int) -> np.ndarray:
     return offsets.within(start, stop)
   low, high = np.searchsorted(offsets, (start, stop), "right")
   return np.asarray(offsets[low:high], np.int64)
-
-
-def shard_name(split: str, index: int, kind: str) -> str:
-  """File name of a shard: "train-00003.tokens.bin"; kind tokens or offsets."""
-  return f"{split}-{index:05d}.{kind}.bin"
-
-
-def shard_paths(
-  folder: pathlib.Path, split: str, count: int, kind: str
-) -> list[pathlib.Path]:
-  """The files of one kind of a split, in order."""
-  return [folder / shard_name(split, i, kind) for i in range(count)]

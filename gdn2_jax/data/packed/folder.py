@@ -1,19 +1,18 @@
-"""The folder of packed rows: its files, and opening it without trusting it.
+"""Packed folders: their files, and opening them without trusting them.
 
-A packed folder holds, for each split, the tokens of all documents end to end
-and where each begins, plus the tokenizer and a manifest with the hash of
+A packed folder holds, for each split, the tokens of all documents and where
+each begins, in shards; plus the tokenizer and a manifest with the hash of
 every file:
 
-  manifest.json      format, counts, hashes, tokenizer, origin of the text
-  tokenizer.json     see `gdn2_jax.data.tokenizer`
-  SPLIT.tokens.bin   little-endian uint16 (uint32 from 65536 ids on)
-  SPLIT.offsets.bin  little-endian int64 [documents + 1], first token of each
+  manifest.json            format, counts, hashes, tokenizer, origin of the text
+  tokenizer.json           see `gdn2_jax.data.tokenizer`
+  SPLIT-00000.tokens.bin   little-endian uint16 (uint32 from 65536 ids on)
+  SPLIT-00000.offsets.bin  little-endian int64 [documents of the shard + 1]
 
-SPLIT is "train" or "validation". That is version 1, one file per split, which
-`gdn2_jax.data.build.in_memory` makes of a corpus. Version 2 has shards,
-SPLIT-00000.tokens.bin and so on, which `gdn2_jax.data.build` makes of any
-amount of text. Every document ends with the tokenizer's EOS and empty ones are
-left out. `gdn2_jax.data.packed.rows` reads rows of any length from either.
+SPLIT is "train" or "validation". A shard holds whole documents; end to end the
+shards of a split are one stream. Every document ends with the tokenizer's EOS
+and empty ones are left out. `gdn2_jax.data.packed.rows` cuts it into rows of
+any length.
 """
 
 import concurrent.futures
@@ -26,16 +25,22 @@ from typing import Any
 import numpy as np
 
 from gdn2_jax.data import files
-from gdn2_jax.data.packed import arrays
+from gdn2_jax.data.packed.arrays import ShardedOffsets, ShardedTokens
 from gdn2_jax.data.tokenizer.api import Tokenizer, load_tokenizer
 
 FORMAT = "gdn2-packed-rows"
-VERSION = 1
-SHARDED_VERSION = 2
+VERSION = 2
 SPLITS = ("train", "validation")
 EOS_POLICY = "one EOS after every document; the target after it is masked"
 BOS_POLICY = "none"
-COUNTS = ("documents", "empty_documents", "tokens", "bytes", "predicted_bytes")
+_COUNTS = (
+  "documents",
+  "empty_documents",
+  "tokens",
+  "bytes",
+  "predicted_bytes",
+  "shards",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +51,15 @@ class Packed:
     path: the folder.
     manifest: the content of manifest.json.
     tokenizer: the tokenizer the tokens were made with.
-    tokens: split -> uint16 or uint32 [tokens], one array or shards.
-    offsets: split -> int64 [documents + 1], one array or shards.
+    tokens: split -> uint16 or uint32 [tokens].
+    offsets: split -> int64 [documents + 1].
   """
 
   path: pathlib.Path
   manifest: dict[str, Any]
   tokenizer: Tokenizer
-  tokens: dict[str, arrays.Tokens]
-  offsets: dict[str, arrays.Offsets]
+  tokens: dict[str, ShardedTokens]
+  offsets: dict[str, ShardedOffsets]
 
   def file_hashes(self) -> dict[str, str]:
     """SHA-256 of every token and offset file, by file name."""
@@ -79,7 +84,7 @@ def open_packed(
     ValueError: naming the file that is missing, truncated or changed.
   """
   path = pathlib.Path(path)
-  manifest = read_manifest(path / "manifest.json")
+  manifest = _read_manifest(path / "manifest.json")
   tokenizer = load_tokenizer(path / "tokenizer.json")
   expected = manifest["tokenizer"]["sha256"]
   if tokenizer.sha256 != expected:
@@ -97,98 +102,59 @@ def open_packed(
   tokens, offsets = {}, {}
   for split in SPLITS:
     entry = manifest["splits"][split]
-    tokens[split], offsets[split] = _map_split(path, split, dtype, entry)
-    _check_split(
-      path, split, tokens[split], offsets[split], entry, verify_hashes
-    )
+    names = [path / n for n in _names(split, entry, "tokens")]
+    tokens[split] = ShardedTokens(names, dtype)
+    starts = tokens[split].starts
+    names = [path / n for n in _names(split, entry, "offsets")]
+    offsets[split] = ShardedOffsets(names, starts)
+    _check_counts(path, split, tokens[split], offsets[split], entry)
     if verify_hashes:
-      for name, part in zip(
-        file_names(split, entry, "tokens"), _parts(tokens[split]), strict=True
-      ):
-        _check_ids(path / name, part, tokenizer.vocab_size)
+      _check_values(
+        path, split, tokens[split], offsets[split], tokenizer.vocab_size
+      )
   return Packed(path, manifest, tokenizer, tokens, offsets)
 
 
-def file_names(split: str, entry: dict[str, Any], kind: str) -> list[str]:
-  """Files of a split, in order; `kind` is "tokens" or "offsets"."""
-  if "shards" not in entry:
-    return [f"{split}.{kind}.bin"]
-  return [arrays.shard_name(split, i, kind) for i in range(entry["shards"])]
+def shard_name(split: str, index: int, kind: str) -> str:
+  """File name of a shard: "train-00003.tokens.bin"; kind tokens or offsets."""
+  return f"{split}-{index:05d}.{kind}.bin"
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
-  """The smallest type of a token file that holds every id."""
-  return np.dtype("uint16" if vocab_size < 65536 else "uint32")
+def _names(split: str, entry: dict[str, Any], kind: str) -> list[str]:
+  return [shard_name(split, i, kind) for i in range(entry["shards"])]
 
 
-def read_manifest(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a manifest.json and checks everything that is used of it.
-
-  Raises:
-    ValueError: naming the file and what is wrong with it.
-  """
+def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
     raise ValueError(f"{path}: missing, so this is not a packed folder")
   try:
     manifest = json.loads(path.read_bytes())
-    versions = (VERSION, SHARDED_VERSION)
-    if manifest["format"] != FORMAT or manifest["version"] not in versions:
+    if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
       raise ValueError(
         f"format {manifest['format']!r} version {manifest['version']!r},"
-        f" expected {FORMAT!r} version {VERSION} or {SHARDED_VERSION}"
+        f" expected {FORMAT!r} version {VERSION}; pack the text again"
       )
     if manifest["dtype"] not in ("uint16", "uint32"):
       raise ValueError(f"dtype {manifest['dtype']!r}")
-    identity(manifest)
     for split in SPLITS:
-      _check_entry(split, manifest["splits"][split], manifest["version"])
+      _check_entry(split, manifest["splits"][split])
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f"{path}: not a valid manifest: {error}") from error
   return manifest
 
 
-def identity(manifest: dict[str, Any]) -> dict[str, Any]:
-  """What decides the bytes of a packed folder."""
-  if manifest["version"] == SHARDED_VERSION:
-    return {"plan sha256": manifest["plan_sha256"]}
-  names = ("corpus_sha256", "seed", "validation_fraction")
-  tokenizer = {"tokenizer sha256": manifest["tokenizer"]["sha256"]}
-  return {name: manifest[name] for name in names} | tokenizer
-
-
-def _check_entry(split: str, entry: dict[str, Any], version: int) -> None:
-  counts = COUNTS if version == VERSION else (*COUNTS, "shards")
-  for count in counts:
+def _check_entry(split: str, entry: dict[str, Any]) -> None:
+  for count in _COUNTS:
     if not isinstance(entry[count], int) or entry[count] < 0:
       raise ValueError(f"{split} {count} is {entry[count]!r}")
   # Fixed names: a manifest must not point outside its folder.
   expected = {
     name
     for kind in ("tokens", "offsets")
-    for name in file_names(split, entry, kind)
+    for name in _names(split, entry, kind)
   }
   if set(entry["files"]) != expected:
     raise ValueError(f"{split} files are {sorted(entry['files'])}")
-
-
-def _map_split(
-  path: pathlib.Path, split: str, dtype: np.dtype, entry: dict[str, Any]
-) -> tuple[arrays.Tokens, arrays.Offsets]:
-  paths = {
-    kind: [path / name for name in file_names(split, entry, kind)]
-    for kind in ("tokens", "offsets")
-  }
-  if "shards" not in entry:
-    return (
-      arrays.map_file(paths["tokens"][0], dtype),
-      arrays.map_file(paths["offsets"][0], np.dtype("<i8")),
-    )
-  tokens = arrays.ShardedTokens(paths["tokens"], dtype)
-  return tokens, arrays.ShardedOffsets(paths["offsets"], tokens.starts)
-
-
-def _parts(array: arrays.Tokens | arrays.Offsets) -> list[np.ndarray]:
-  return [array] if isinstance(array, np.ndarray) else array.parts
 
 
 def _check_files(
@@ -214,40 +180,45 @@ def _check_files(
         )
 
 
-def _check_split(
+def _check_counts(
   path: pathlib.Path,
   split: str,
-  tokens: arrays.Tokens,
-  offsets: arrays.Offsets,
+  tokens: ShardedTokens,
+  offsets: ShardedOffsets,
   entry: dict[str, Any],
-  thorough: bool,
 ) -> None:
-  names = file_names(split, entry, "offsets")
-  parts = list(zip(_parts(tokens), _parts(offsets), names, strict=True))
-  documents = sum(len(part) - 1 for _, part, _ in parts)
-  if documents != entry["documents"] or any(
-    len(part) == 0 or part[0] != 0 for _, part, _ in parts
+  for name, own, borders in zip(
+    _names(split, entry, "offsets"), tokens.parts, offsets.parts, strict=True
   ):
-    raise ValueError(
-      f"{path / names[0]}: not {entry['documents']} documents from 0 on"
-    )
-  if len(tokens) != entry["tokens"]:
-    raise ValueError(
-      f"{path / names[0]}: {split} holds {len(tokens)} tokens, the manifest"
-      f" says {entry['tokens']}"
-    )
-  for part_tokens, part, name in parts:
-    if part[-1] != len(part_tokens):
+    if len(borders) == 0 or borders[0] != 0 or borders[-1] != len(own):
       raise ValueError(
-        f"{path / name}: ends at {part[-1]} of {len(part_tokens)} tokens"
+        f"{path / name}: not the borders of documents from 0 to {len(own)}"
       )
-    # As long as the file of a version 1, read in full either way.
-    if (thorough or "shards" not in entry) and not np.all(np.diff(part) > 0):
-      raise ValueError(f"{path / name}: offsets do not increase")
+  found = {"tokens": len(tokens), "documents": len(offsets) - 1}
+  for name, count in found.items():
+    if count != entry[name]:
+      raise ValueError(
+        f"{path}: the {split} split holds {count} {name}, the manifest says"
+        f" {entry[name]}"
+      )
 
 
-def _check_ids(path: pathlib.Path, ids: np.ndarray, vocab_size: int) -> None:
-  if ids.size and (largest := int(ids.max())) >= vocab_size:
-    raise ValueError(
-      f"{path}: holds id {largest}, the tokenizer has {vocab_size}"
-    )
+def _check_values(
+  path: pathlib.Path,
+  split: str,
+  tokens: ShardedTokens,
+  offsets: ShardedOffsets,
+  vocab_size: int,
+) -> None:
+  """Refuses what a hash cannot see: wrong from the beginning."""
+  for index, (own, borders) in enumerate(
+    zip(tokens.parts, offsets.parts, strict=True)
+  ):
+    if not np.all(np.diff(borders) > 0):
+      name = path / shard_name(split, index, "offsets")
+      raise ValueError(f"{name}: offsets do not increase")
+    if own.size and (largest := int(own.max())) >= vocab_size:
+      name = path / shard_name(split, index, "tokens")
+      raise ValueError(
+        f"{name}: holds id {largest}, the tokenizer has {vocab_size}"
+      )

@@ -7,18 +7,11 @@ sharding and resuming exact.
 """
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
-from gdn2_jax.data.packed.arrays import (
-  Offsets,
-  Tokens,
-  attached,
-  borders_within,
-  detached,
-)
+from gdn2_jax.data.packed.arrays import Offsets, Tokens, borders_within
 
 Row = dict[str, np.ndarray]
 
@@ -45,11 +38,6 @@ class PackedRows:
     if self.seq_len < 1:
       raise ValueError(f"seq_len={self.seq_len}: expected at least 1")
 
-  def __reduce__(self) -> tuple[Any, ...]:
-    # A memory map would pickle as a copy of the file.
-    arrays = (detached(self.tokens), detached(self.offsets))
-    return _restored, (type(self), *arrays, self.seq_len, self.keep_partial)
-
   def __len__(self) -> int:
     pairs = max(len(self.tokens) - 1, 0)
     return (
@@ -58,6 +46,12 @@ class PackedRows:
       else (pairs // self.seq_len)
     )
 
+  def shard_borders(self) -> np.ndarray:
+    """[shards + 1]: the first row that begins in each shard; all rows."""
+    starts = getattr(self.tokens, "starts", np.array([0]))
+    borders = np.minimum(-(-starts // self.seq_len), len(self))
+    return np.append(borders[:-1] if len(starts) > 1 else 0, len(self))
+
   def __getitem__(self, index: int) -> Row:
     """The row as a dict of arrays [L]; see `make_row`."""
     if not 0 <= index < len(self):
@@ -65,10 +59,6 @@ class PackedRows:
     return make_row(
       self.tokens, self.offsets, start=index * self.seq_len, length=self.seq_len
     )
-
-
-def _restored(kind: type, tokens: Any, offsets: Any, *rest: Any) -> PackedRows:
-  return kind(attached(tokens), attached(offsets), *rest)
 
 
 def make_row(
@@ -130,7 +120,7 @@ def check_batch(batch: dict[str, np.ndarray], vocab_size: int) -> None:
 
   Args:
     batch: inputs, targets, segment_ids, positions, loss_mask, each [B, L].
-    vocab_size: of the model.
+    vocab_size: ids of the model.
 
   Raises:
     ValueError: naming the array, its shape or value and what was expected.

@@ -56,15 +56,12 @@ class Corpus:
   """Documents in a fixed order.
 
   Attributes:
-    source: what they were read from, for the manifest.
+    source: one of `SOURCES`.
     documents: the texts, all valid Unicode without lone surrogates.
-    invalid_utf8: how many of them held bytes that are not UTF-8; each such
-      byte sequence was replaced by U+FFFD when read.
   """
 
   source: str
   documents: tuple[Document, ...]
-  invalid_utf8: int = 0
 
   @functools.cached_property
   def sha256(self) -> str:
@@ -76,34 +73,29 @@ class Corpus:
 
 
 def read_corpus(source: str) -> Corpus:
-  """Reads a corpus by name or path.
-
-  Args:
-    source: "embedded", "snapshot", a `.jsonl` file (one object with a "text"
-      string per line), a `.txt` file (one document), or a folder of either,
-      read in name order.
+  """Reads a corpus by name.
 
   Returns:
     The corpus, about 2.3 MB for "embedded" and 0.2 MB for "snapshot".
 
   Raises:
-    ValueError: for an unknown source or a malformed line, by file and line.
+    ValueError: for an unknown source.
   """
   if source == "embedded":
-    return Corpus("embedded", tuple(_embedded_documents()))
+    return Corpus(source, tuple(_embedded_documents()))
   if source == "snapshot":
-    return dataclasses.replace(_read_files([_SNAPSHOT]), source="snapshot")
-  path = pathlib.Path(source)
-  if path.is_dir():
-    found = sorted(p for p in path.iterdir() if p.suffix in (".jsonl", ".txt"))
-  else:
-    found = [path] if path.suffix in (".jsonl", ".txt") else []
-  if not found or not all(p.is_file() for p in found):
-    raise ValueError(
-      f"source={source!r}: expected one of {', '.join(SOURCES)}, a .txt or"
-      " .jsonl file, or a folder that holds some"
-    )
-  return dataclasses.replace(_read_files(found), source=path.name)
+    lines = map(json.loads, _SNAPSHOT.read_bytes().splitlines())
+    documents = (Document(line["name"], line["text"]) for line in lines)
+    return Corpus(source, tuple(documents))
+  raise ValueError(f"source={source!r}: expected one of {', '.join(SOURCES)}")
+
+
+def write_json_lines(corpus: Corpus, path: pathlib.Path) -> None:
+  """Writes a corpus as a file that builds can read."""
+  with open(path, "w", encoding="ascii") as file:
+    for document in corpus.documents:
+      line = {"name": document.name, "text": document.text}
+      file.write(json.dumps(line) + "\n")
 
 
 def source_key(source: str) -> str:
@@ -154,23 +146,9 @@ def split_documents(
 
 
 def is_held_out(text_sha256: str, validation_fraction: float) -> bool:
-  """Whether a text, given by its hex SHA-256, is one of the held-out ones."""
+  """True if a text, given by its hex SHA-256, is held out."""
   digest = files.sha256_bytes(f"{_SPLIT_SALT}:{text_sha256}".encode())
   return int(digest[:16], 16) < validation_fraction * 2.0**64
-
-
-def shuffle_documents(
-  documents: Iterable[Document], *, seed: int
-) -> list[Document]:
-  """A fixed pseudo-random order: sorted by SHA-256 of the seed and the text.
-
-  Rows are contiguous stretches of the concatenation, so without this every
-  row would hold alphabetical neighbours.
-  """
-  return sorted(
-    documents,
-    key=lambda d: files.sha256_bytes(f"{seed}:{d.sha256}".encode()),
-  )
 
 
 def _embedded_documents() -> Iterator[Document]:
@@ -263,34 +241,3 @@ def _without_repeats(text: str, seen: set[str]) -> str:
 
 def _well_formed(text: str) -> str:
   return text.encode("utf-8", "replace").decode()
-
-
-def _read_files(paths: Sequence[pathlib.Path]) -> Corpus:
-  documents: list[Document] = []
-  invalid = 0
-  for path in paths:
-    if path.suffix == ".txt":
-      raw = [(path.name, path.read_bytes().decode("utf-8", "surrogateescape"))]
-    else:
-      raw = _json_lines(path)
-    for name, text in raw:
-      # Undecodable bytes are lone surrogates here, whatever the file format.
-      replaced = re.sub("[\ud800-\udfff]+", "\ufffd", text)
-      invalid += replaced != text
-      documents.append(Document(name, replaced))
-  return Corpus(paths[0].name, tuple(documents), invalid)
-
-
-def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, str]]:
-  with open(path, "rb") as file:
-    for number, line in enumerate(file, start=1):
-      if not line.strip():
-        continue
-      where = f"{path.name}:{number}"
-      try:
-        entry = json.loads(line.decode("utf-8", "surrogateescape"))
-      except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not a JSON object ({error})") from error
-      if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-        raise ValueError(f'{where}: expected an object with a "text" string')
-      yield str(entry.get("name", where)), entry["text"]

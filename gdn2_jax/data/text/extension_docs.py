@@ -16,7 +16,7 @@ import warnings
 
 
 def is_compiled(name: str) -> bool:
-  """Whether a top-level standard-library module is written in C."""
+  """True if a top-level standard-library module is written in C."""
   if name.startswith(("_test", "_xx", "xx")) or name.endswith("_test"):
     return False
   try:

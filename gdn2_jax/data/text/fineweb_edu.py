@@ -8,12 +8,11 @@ there is one, as others do, else the last one.
 Licence of the collection: ODC-By 1.0; the pages fall under CommonCrawl's terms.
 """
 
-import fnmatch
+import functools
 import os
 import pathlib
 import re
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 REPOSITORY = "HuggingFaceFW/fineweb-edu"
@@ -42,8 +41,6 @@ FOLDERS = {
 }
 _DUMP = re.compile(r"CC-MAIN-20\d\d-\d\d")
 _HELD_OUT = "013_00000.parquet"
-_TRIES = 5
-_REFUSALS = (401, 403, 404)  # answers that another try does not change
 
 # GPT-2 tokens of the two samples that projections are made for, and the bytes
 # of English web text that one of them stands for (assumed, not measured).
@@ -52,7 +49,7 @@ BYTES_PER_GPT2_TOKEN = 4.7
 
 
 def folder_of(config: str) -> str:
-  """Where in the repository a configuration lies.
+  """Folder of a configuration in the repository.
 
   Raises:
     ValueError: for an unknown name.
@@ -111,7 +108,7 @@ def local_files(
 def recorded(
   paths: Mapping[str, pathlib.Path],
 ) -> tuple[dict[str, str], str | None]:
-  """What `hf download` wrote down beside the files that it fetched.
+  """Commit and hashes that huggingface_hub wrote down beside its files.
 
   Args:
     paths: name -> file.
@@ -147,69 +144,61 @@ def download(
   *,
   revision: str = REVISION,
   limit: int | None = None,
-  say: Callable[[str], None] = print,
-) -> tuple[dict[str, pathlib.Path], dict[str, str], str]:
+) -> dict[str, pathlib.Path]:
   """Fetches the files of a configuration, going on with unfinished ones.
 
   Args:
     config: see `folder_of`.
-    folder: keeps the files, laid out as in the repository.
-    revision: a commit, a tag or a branch; resolved to the commit.
+    folder: keeps the files, laid out as in the repository, with what
+      `recorded` reads beside them.
+    revision: a commit, a tag or a branch.
     limit: only the first and, held out, the last of that many files.
-    say: is told about retries.
 
   Returns:
-    name -> file, name -> SHA-256 as the repository states it, and the commit.
+    name -> file.
 
   Raises:
     ConnectionError: without network or package, with what to do instead.
   """
   prefix = folder_of(config)
   try:
-    import huggingface_hub as hub
-  except ModuleNotFoundError as error:
+    import huggingface_hub
+
+    fetch = functools.partial(
+      huggingface_hub.snapshot_download,
+      REPOSITORY,
+      repo_type="dataset",
+      local_dir=os.fspath(folder),
+    )
+    # Lists first: without a network the download itself would be content with
+    # what an earlier one left in the folder.
+    listed = fetch(
+      revision=revision, allow_patterns=f"{prefix}/*.parquet", dry_run=True
+    )
+    names = sorted(entry.filename for entry in listed)
+    if not names:
+      raise ValueError(f"no parquet files in {prefix}/")
+    if limit is not None and limit < len(names):
+      held = held_out_files(names)
+      names = sorted({*names[: limit - len(held)], *held})
+    fetch(revision=listed[0].commit_hash, allow_patterns=names)
+  except Exception as error:  # of several HTTP libraries, no common base
+    cause = error.__cause__ or error
+    reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+    if isinstance(error, ModuleNotFoundError):
+      reason = "no huggingface_hub: pip install 'gdn2-jax[data]'"
+    place = f"{REPOSITORY}@{revision}"
     raise ConnectionError(
-      "downloads need huggingface_hub: pip install 'gdn2-jax[data]'."
-      f" {_by_hand(config, revision)}"
+      f"{place} cannot be fetched ({reason}). {_by_hand(config, revision)}"
     ) from error
-  api = hub.HfApi()
-  commit, entries = _patiently(
-    lambda: _listing(api, prefix, revision), config, revision, say
-  )
-  names = sorted(n for n in entries if fnmatch.fnmatch(n, "*.parquet"))
-  if not names:
-    raise ConnectionError(
-      f"{REPOSITORY}@{commit}: no parquet files in {prefix}/"
-    )
-  if limit is not None and limit < len(names):
-    held = held_out_files(names)
-    names = sorted({*names[: limit - len(held)], *held})
-  paths, checksums = {}, {}
-  for number, name in enumerate(names, start=1):
-    say(f"file {number} of {len(names)}: {name}")
-    fetched = _patiently(
-      lambda name=name: hub.hf_hub_download(
-        REPOSITORY,
-        name,
-        repo_type="dataset",
-        revision=commit,
-        local_dir=os.fspath(folder),
-      ),
-      config,
-      revision,
-      say,
-    )
-    short = name.removeprefix(f"{prefix}/")
-    paths[short] = pathlib.Path(fetched)
-    if entries[name]:
-      checksums[short] = entries[name]
-  return paths, checksums, commit
+  root = pathlib.Path(folder)
+  return {name.removeprefix(f"{prefix}/"): root / name for name in names}
 
 
 def source_entry(
   config: str, *, revision: str | None = None
 ) -> Mapping[str, Any]:
-  """What the manifest says about where the text comes from.
+  """Origin of the text, for the manifest.
 
   Args:
     config: of the dataset, or "" for files that the user brought.
@@ -222,51 +211,6 @@ def source_entry(
     "revision": revision,
     "license": LICENSE,
   }
-
-
-def _listing(
-  api: Any, prefix: str, revision: str
-) -> tuple[str, dict[str, str | None]]:
-  """The commit, and path -> SHA-256 of the files under a folder."""
-  commit = api.dataset_info(REPOSITORY, revision=revision).sha
-  entries = api.list_repo_tree(
-    REPOSITORY,
-    path_in_repo=prefix,
-    recursive=True,
-    revision=commit,
-    repo_type="dataset",
-  )
-  return commit, {
-    entry.path: getattr(getattr(entry, "lfs", None), "sha256", None)
-    for entry in entries
-    if hasattr(entry, "size")
-  }
-
-
-def _patiently(
-  attempt: Callable[[], Any],
-  config: str,
-  revision: str,
-  say: Callable[[str], None],
-  wait: float = 2.0,
-) -> Any:
-  """Tries a few times: mirrors answer 503 and lines drop."""
-  for number in range(1, _TRIES + 1):
-    try:
-      return attempt()
-    except Exception as error:  # of several HTTP libraries, no common base
-      if isinstance(error, (TypeError, AttributeError)):
-        raise
-      reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-      refused = getattr(getattr(error, "response", None), "status_code", 0)
-      if number == _TRIES or refused in _REFUSALS:
-        raise ConnectionError(
-          f"{REPOSITORY} cannot be fetched ({reason[:200]})."
-          f" {_by_hand(config, revision)}"
-        ) from error
-      say(f"try {number} of {_TRIES}: {reason[:200]}; again in {wait:g} s")
-      time.sleep(wait)
-      wait *= 2
 
 
 def _by_hand(config: str, revision: str) -> str:

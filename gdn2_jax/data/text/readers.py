@@ -1,9 +1,10 @@
-"""Documents out of parquet, jsonl and txt files, in parts that fit in memory.
+"""Readers of parquet, jsonl, txt and ArrayRecord files, part by part.
 
 A part is what one reader takes at a time: some row groups of a parquet file,
-a range of bytes of a jsonl file, or a whole txt file (one document). A file is
-cut the same way every time, whoever reads it. What cannot be read is an error
-that names it, or is left out and counted where the caller says so.
+a range of bytes of a jsonl file, some records of an ArrayRecord file of TFDS,
+or a whole txt file (one document). A file is cut the same way every time,
+whoever reads it. What cannot be read is an error that names it, or is left out
+and counted where the caller says so.
 
 Text is bytes until it is decoded here: what is not UTF-8 becomes U+FFFD and is
 counted, because a strict reader would lose the file and a lax one the trace.
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 SUFFIXES = (".parquet", ".jsonl", ".txt")
+_ARRAY_RECORD = ".array_record"  # as in NAME-train.array_record-00000-of-00001
 PART_BYTES = 64 << 20  # of text, unless the caller says otherwise
 
 _SURROGATES = re.compile("[\ud800-\udfff]+")
@@ -32,8 +34,8 @@ class Part:
 
   Attributes:
     path: the file.
-    first: first row group, or first byte.
-    stop: after the last row group or byte.
+    first: first row group, record or byte.
+    stop: after the last row group, record or byte.
     row: number of the first document for parquet.
     size: bytes of text, as the file declares them.
   """
@@ -56,7 +58,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Bad:
-  """What was left out: the file, the place in it and the reason."""
+  """A place that was left out, and the reason."""
 
   path: str
   where: str
@@ -112,6 +114,8 @@ def cut_into_parts(path: pathlib.Path, size: int = PART_BYTES) -> list[Part]:
     return [
       Part(name, a, b, 0, b - a) for a, b in zip(starts, ends, strict=True)
     ]
+  if _ARRAY_RECORD in path.name:
+    return _record_parts(path, total, size)
   return _parquet_parts(path, size)
 
 
@@ -130,6 +134,8 @@ def read_part(part: Part, skip: Skip | None = None) -> Iterator[Text]:
     return _read_parquet(part, skip)
   if path.suffix == ".jsonl":
     return _read_json_lines(part, skip)
+  if _ARRAY_RECORD in path.name:
+    return _read_records(part, skip)
   return _read_whole(part, skip)
 
 
@@ -240,6 +246,45 @@ def _row_group(file: Any, index: int) -> list[bytes | None]:
   column = file.read_row_group(index, columns=["text"]).column("text")
   # As bytes: a strict conversion would refuse the whole group.
   return column.cast(pyarrow.large_binary()).to_pylist()
+
+
+def _open_records(path: str) -> Any:
+  """Random access to the raw records of an ArrayRecord file."""
+  from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+  return ArrayRecordDataSource([path])
+
+
+def _record_parts(path: pathlib.Path, total: int, size: int) -> list[Part]:
+  try:
+    count = len(_open_records(str(path)))
+  except Exception as error:  # array_record has no common base class
+    raise BadInputError(f"{path}: {_brief(error)}") from error
+  step = max(1, count * size // total)
+  starts = range(0, count, step)
+  spans = [(start, min(start + step, count)) for start in starts]
+  return [Part(str(path), a, b, a, total * (b - a) // count) for a, b in spans]
+
+
+def _read_records(part: Part, skip: Skip | None) -> Iterator[Text]:
+  import tensorflow_datasets as tfds
+
+  folder = pathlib.Path(part.path).parent  # holds features.json
+  try:
+    features = tfds.features.FeatureConnector.from_config(folder)
+    records = _open_records(part.path)
+  except Exception as error:  # of several libraries
+    count = part.stop - part.first
+    _report(part.path, f"records {part.first}..", error, count, skip)
+    return
+  for place in range(part.first, part.stop):
+    try:
+      record = features.deserialize_example_np(records[place])
+      text = decode(record["text"])
+    except Exception as error:  # of several libraries
+      _report(part.path, f"record {place}", error, 1, skip)
+    else:
+      yield Text(place, *text)
 
 
 def _read_json_lines(part: Part, skip: Skip | None) -> Iterator[Text]:

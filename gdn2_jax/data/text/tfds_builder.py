@@ -8,8 +8,8 @@ document by its number:
   builder = tfds_builder.prepare(paths, DATA_DIR)
   builder.as_data_source(split="train")[17]["text"]
 
-`data.source=tfds:DATA_DIR/fine_web_edu/local/1.4.0` trains on it; packed rows
-are faster (see `gdn2_jax.data.text_stream`). `tfds.load` needs TensorFlow.
+`data.source=tfds:DATA_DIR/fine_web_edu/local/1.4.0` trains on it. `tfds.load`
+needs TensorFlow.
 """
 
 import os
@@ -133,7 +133,7 @@ def prepare(
 
   Args:
     paths: name -> file, see `fineweb_edu.local_files`.
-    data_dir: of TFDS; gets fine_web_edu/CONFIG/VERSION/.
+    data_dir: folder of TFDS; gets fine_web_edu/CONFIG/VERSION/.
     config: sample-10BT, sample-100BT, sample-350BT or local.
 
   Raises:

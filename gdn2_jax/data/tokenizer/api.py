@@ -18,7 +18,6 @@ from typing import SupportsIndex, override
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from gdn2_jax.data import files
 from gdn2_jax.data.tokenizer import sentencepiece
 from gdn2_jax.data.tokenizer.base import Tokenizer, check_text
 
@@ -130,39 +129,22 @@ class BPETokenizer(Tokenizer):
     return '"ByteLevel"' in json.dumps(json.loads(self.to_json())["decoder"])
 
 
-def open_tokenizer(
-  spec: str,
-  *,
-  train_texts: Iterable[str] = (),
-  corpus_sha256: str = "",
-  cache_dir: str | os.PathLike[str] | None = None,
-) -> Tokenizer:
+def open_tokenizer(spec: str, *, train_texts: Iterable[str] = ()) -> Tokenizer:
   """Gives the tokenizer that a configuration names.
 
   Args:
     spec: "bytes"; "bpe-N", trained on `train_texts` to at most N ids; or the
       path of a tokenizer.json or a SentencePiece tokenizer.model.
     train_texts: texts of the training documents, for "bpe-N" only.
-    corpus_sha256: hash of those texts; with N and the library's version it
-      names the cached result.
-    cache_dir: where trained tokenizers are kept; None trains every time.
 
   Raises:
     ValueError: for an unknown spec, N below 257 or an unusable file.
   """
   if spec == "bytes":
     return BytesTokenizer()
-  if not spec.startswith("bpe-"):
-    return load_tokenizer(spec)
-  size = _bpe_size(spec)
-  if cache_dir is None:
-    return train_bpe(train_texts, size)
-  key = f"1:{tokenizers.__version__}:{corpus_sha256}".encode()
-  name = f"{spec}-{files.sha256_bytes(key)[:16]}.json"
-  path = pathlib.Path(cache_dir) / "tokenizers" / name
-  if not path.exists():
-    train_bpe(train_texts, size).save(path)
-  return load_tokenizer(path)
+  if spec.startswith("bpe-"):
+    return train_bpe(train_texts, _bpe_size(spec))
+  return load_tokenizer(spec)
 
 
 def check_spec(spec: str) -> None:

@@ -1,9 +1,8 @@
-"""Interface of every tokenizer, whichever library is behind it."""
+"""Base class of all tokenizers."""
 
 import abc
 import functools
 import os
-import pathlib
 from collections.abc import Iterable
 from typing import SupportsIndex
 
@@ -11,7 +10,7 @@ from gdn2_jax.data import files
 
 
 class Tokenizer(abc.ABC):
-  """What packing, generation and evaluation rely on; picklable.
+  """Interface of tokenizers; instances are picklable.
 
   Attributes:
     vocab_size: one more than the largest id.
@@ -59,7 +58,7 @@ class Tokenizer(abc.ABC):
     return sum(len(text.encode()) for text in texts) / count
 
   def first_token_bytes(self, token_id: SupportsIndex) -> int:
-    """How many bytes of a text its first token stands for.
+    """Bytes of a text that its first token stands for.
 
     Llama's tokenizers put a space before each text, which is not of the text.
     """
@@ -71,7 +70,7 @@ class Tokenizer(abc.ABC):
 
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes `to_json()` to a file, whole or not at all."""
-    files.write_atomic(pathlib.Path(path), self.to_json().encode())
+    files.write_atomically(path, self.to_json().encode())
 
   def _check_ids(self, ids: Iterable[SupportsIndex]) -> list[int]:
     checked = [int(token) for token in ids]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from gdn2_jax.data.files import sync_folder, write_atomic
+from gdn2_jax.data.files import sync_folder, write_atomically
 from gdn2_jax.data.tokenizer.api import BPETokenizer, load_tokenizer
 from gdn2_jax.interop.card import Card
 from gdn2_jax.interop.convert.opened import (
@@ -194,9 +194,11 @@ def _save_theirs(
   with staged(out) as staging:
     files = save_shards(staging, tensors, _METADATA, max_bytes=max_shard_bytes)
     if tokenizer is not None:
-      write_atomic(staging / TOKENIZER, tokenizer)
+      write_atomically(staging / TOKENIZER, tokenizer)
       files.append(TOKENIZER)
-    write_atomic(staging / CONFIG, (json.dumps(tree, indent=2) + "\n").encode())
+    write_atomically(
+      staging / CONFIG, (json.dumps(tree, indent=2) + "\n").encode()
+    )
     files.append(CONFIG)
     for name in files:  # the config last: without it nothing loads
       os.replace(staging / name, out / name)

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 
-from gdn2_jax.data.files import write_atomic
+from gdn2_jax.data.files import write_atomically
 
 _PACKAGES = (
   "gdn2-jax",
@@ -36,7 +36,7 @@ _PACKAGES = (
 
 def write_json(path: pathlib.Path, tree: Any) -> None:
   """Writes indented JSON in one step: readers see the old or the new file."""
-  write_atomic(path, (json.dumps(tree, indent=2) + "\n").encode())
+  write_atomically(path, (json.dumps(tree, indent=2) + "\n").encode())
 
 
 def probe(directory: pathlib.Path) -> None:
@@ -51,7 +51,7 @@ def probe(directory: pathlib.Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
       elif not folder.is_symlink() and not folder.exists():
         continue
-      write_atomic(path, b"probe")
+      write_atomically(path, b"probe")
       path.unlink()
     except OSError as e:
       raise ValueError(f"--workdir={folder}: cannot write there: {e}") from e
@@ -119,7 +119,7 @@ class Writer:
         if row["step"] <= first_step and row["kind"] != "final"
       ]
       text = "".join(json.dumps(row) + "\n" for row in rows)
-      write_atomic(path, text.encode())
+      write_atomically(path, text.encode())
     self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
     # purge_step makes TensorBoard forget what the resume will repeat.
     self._events = SummaryWriter(

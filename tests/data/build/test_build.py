@@ -9,31 +9,31 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 
 from gdn2_jax.data import files
-from gdn2_jax.data.build import build, passes, recipe
-from gdn2_jax.data.build.workers import Workers
+from gdn2_jax.data.build import build, recipe, shard
+from gdn2_jax.data.build.inputs import find_inputs
+from gdn2_jax.data.build.workers import run_tasks
 from gdn2_jax.data.packed import folder as packed
 from gdn2_jax.data.text.corpus import is_held_out
 from tests.data import parquet_files
+from tests.data.packing import documents as _documents
 
 ROOT = pathlib.Path(__file__).parents[3]
 HELD_OUT = "002_00000.parquet"
 SOURCE = {"kind": "fineweb_edu", "config": "local"}
-UNIT_BYTES = 6000  # several units per file
+SHARD_BYTES = 6000  # several shards per file
 OPTIONS = {
   "tokenizer": "bytes",
   "seed": 3,
   "validation_files": (HELD_OUT,),
-  "shard_tokens": 20_000,
 }
 
 
 @pytest.fixture(autouse=True)
-def _small_units(monkeypatch):
-  monkeypatch.setattr(recipe, "UNIT_BYTES", UNIT_BYTES)
+def _small_shards(monkeypatch):
+  monkeypatch.setattr(recipe, "SHARD_BYTES", SHARD_BYTES)
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +49,6 @@ def _build(paths, out, *, workers=0, **changes):
   )
 
 
-def _documents(found, split):
-  tokens = np.asarray(found.tokens[split])
-  offsets = np.asarray(found.offsets[split])
-  return [
-    found.tokenizer.decode(part) for part in np.split(tokens, offsets[1:-1])
-  ]
-
-
 def _content(path):
   return {
     file.relative_to(path).as_posix(): file.read_bytes()
@@ -67,7 +59,7 @@ def _content(path):
 
 def test_rows_hold_every_document_once_in_a_drawn_order(folder, tmp_path):
   path, texts = folder
-  paths = recipe.input_names(path)
+  paths = find_inputs(path)
   built = _build(paths, tmp_path / "rows")
   found = packed.open_packed(tmp_path / "rows")
   train = [t for name in sorted(texts)[:2] for t in texts[name]]
@@ -81,17 +73,26 @@ def test_rows_hold_every_document_once_in_a_drawn_order(folder, tmp_path):
     assert entry["bytes"] == size
     assert entry["tokens"] == size + len(expected)
     assert entry["predicted_bytes"] == size - len(expected)
-  shards = found.manifest["splits"]["train"]["shards"]
-  # 88,580 tokens; parquet declares a little more than the text.
-  assert shards == 5
-  # The key of a document is its place in the input, not in a unit or shard.
-  keys = {
-    text: passes.document_key(3, number, row)
-    for number, name in enumerate(sorted(texts))
-    for row, text in enumerate(texts[name])
-  }
-  in_order = [keys[text] for text in _documents(found, "train")]
-  assert in_order == sorted(in_order)
+  # Whole row groups of 20 documents, 45 kB a file.
+  shards = [
+    found.manifest["splits"][split]["shards"] for split in packed.SPLITS
+  ]
+  assert shards == [6, 3]
+  # The order within a shard is drawn from places, and shards keep theirs.
+  places = [
+    (number, row)
+    for number, name in enumerate(sorted(texts)[:2])
+    for row in range(len(texts[name]))
+  ]
+  expected = []
+  for start in range(0, len(places), 20):
+    expected += sorted(
+      places[start : start + 20],
+      key=lambda place: shard.document_key(3, f"{place[0]}:{place[1]}"),
+    )
+  assert _documents(found, "train") == [
+    texts[sorted(texts)[number]][row] for number, row in expected
+  ]
   manifest = found.manifest
   assert [entry["split"] for entry in manifest["inputs"]] == [
     "train",
@@ -107,7 +108,7 @@ def test_rows_hold_every_document_once_in_a_drawn_order(folder, tmp_path):
 
 
 def test_workers_change_nothing_and_seeds_do(folder, tmp_path):
-  paths = recipe.input_names(folder[0])
+  paths = find_inputs(folder[0])
   alone = _build(paths, tmp_path / "alone")
   _build(paths, tmp_path / "two", workers=2)
   assert _content(tmp_path / "alone") == _content(tmp_path / "two")
@@ -130,8 +131,7 @@ def test_workers_change_nothing_and_seeds_do(folder, tmp_path):
 _KILLED = """
 import os, signal, sys
 sys.path.insert(0, os.getcwd())
-from gdn2_jax.data import files
-from gdn2_jax.data.build import build, recipe
+from gdn2_jax.data.build import build, inputs, recipe
 left = int(sys.argv[3])
 replace, rename = os.replace, os.rename
 def dying(function):
@@ -143,12 +143,12 @@ def dying(function):
     return function(*arguments)
   return call
 os.replace, os.rename = dying(replace), dying(rename)
-recipe.UNIT_BYTES = UNITS
+recipe.SHARD_BYTES = LIMIT
 build.build_rows(
-  recipe.input_names(sys.argv[1]), sys.argv[2], recipe.Options(**OPTIONS),
+  inputs.find_inputs(sys.argv[1]), sys.argv[2], recipe.Options(**OPTIONS),
   source=SOURCE, say=print,
 )
-""".replace("UNITS", str(UNIT_BYTES))
+""".replace("LIMIT", str(SHARD_BYTES))
 
 
 def _run_killed(folder, out, moment):
@@ -164,10 +164,10 @@ def _run_killed(folder, out, moment):
 
 def test_killed_builds_go_on_and_end_with_the_same_bytes(folder, tmp_path):
   path, _ = folder
-  _build(recipe.input_names(path), tmp_path / "straight")
+  _build(find_inputs(path), tmp_path / "straight")
   out = tmp_path / "killed"
   lines, kills = [], 0
-  for moment in itertools.cycle((1, 3, 9, 14, 5, 11, 2)):
+  for moment in itertools.cycle((1, 2, 4, 7, 3, 8, 5)):
     done = _run_killed(path, out, moment)
     lines += done.stdout.splitlines()
     if done.returncode == 0:
@@ -179,16 +179,16 @@ def test_killed_builds_go_on_and_end_with_the_same_bytes(folder, tmp_path):
   assert _content(out) == _content(tmp_path / "straight")
   assert list(tmp_path.glob(".*")) == []
   resumed = [int(n.split()[1]) for n in lines if n.startswith("resuming")]
-  assert resumed == sorted(resumed)  # finished units are never lost
+  assert resumed == sorted(resumed)  # finished shards are never lost
   assert len(set(resumed)) > 2
 
 
 def test_a_kill_after_the_rename_leaves_a_whole_folder(folder, tmp_path):
-  paths = recipe.input_names(folder[0])
+  paths = find_inputs(folder[0])
   out = tmp_path / "rows"
   _build(paths, out)
   expected = _content(out)
-  for name in ("units/000000.tokens", "units.json", ".x.tmp.host.1.a", "lock"):
+  for name in ("records/a.json", "plan.json", "lock"):
     (out / name).parent.mkdir(exist_ok=True)
     (out / name).touch()
   assert len(_documents(packed.open_packed(out), "train")) == 120
@@ -239,39 +239,33 @@ def test_an_unfinished_build_of_other_data_is_kept(folder, tmp_path):
   out = tmp_path / "rows"
   assert _run_killed(path, out, 12).returncode == -signal.SIGKILL
   with pytest.raises(ValueError, match=r"rows.partial: an unfinished .* seed"):
-    _build(recipe.input_names(path), out, options={"seed": 4})
-  units = out.with_name("rows.partial") / "units"
-  assert len(list(units.glob("*.json"))) > 0
+    _build(find_inputs(path), out, options={"seed": 4})
+  records = out.with_name("rows.partial") / "records"
+  assert len(list(records.glob("*.json"))) > 0
 
 
-@pytest.mark.parametrize("suffix", ["tokens", "documents", "buckets"])
-def test_damage_between_the_passes_is_named(
-  folder, tmp_path, monkeypatch, suffix
-):
-  paths = recipe.input_names(folder[0])
-
-  def interrupted(*_):
-    raise KeyboardInterrupt
-
-  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(build, "_merge_all", interrupted)
-    _build(paths, tmp_path / "rows")
-  damaged = tmp_path / "rows.partial" / "units" / f"000001.{suffix}"
+@pytest.mark.parametrize("kind", ["tokens", "offsets"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_damaged_shards_are_made_again(folder, tmp_path, kind, is_there):
+  paths = find_inputs(folder[0])
+  _build(paths, tmp_path / "straight")
+  out = tmp_path / "rows"
+  assert _run_killed(folder[0], out, 12).returncode == -signal.SIGKILL
+  damaged = tmp_path / "rows.partial" / packed.shard_name("train", 0, kind)
   data = bytearray(damaged.read_bytes())
-  data[24] ^= 4
+  data[16] ^= 4
   damaged.write_bytes(data)
-  with pytest.raises(ValueError, match=r"000001\.\w+: damaged since"):
-    _build(paths, tmp_path / "rows")
-  for file in damaged.parent.glob("000001.*"):
-    file.unlink()
-  _build(paths, tmp_path / "rows")  # as the error says
+  if not is_there:
+    damaged.unlink()
+  made = _build(paths, out).rates.documents
+  assert 20 <= made < 180
+  assert _content(out) == _content(tmp_path / "straight")
 
 
 def test_a_dead_worker_is_an_error_not_a_wait():
   started = time.monotonic()
   with pytest.raises(RuntimeError, match="a worker process died"):
-    with Workers(1) as pool:
-      list(pool.run(os._exit, [9]))
+    list(run_tasks(os._exit, [9], (), 1))
   assert time.monotonic() - started < 30
 
 
@@ -279,11 +273,11 @@ def test_odd_documents_are_counted(tmp_path):
   long = "many words of text " * 60_000
   texts = ["plain", "", None, b"a\xff\xfeb", "nul\0here", long, ""]
   parquet_files.write(tmp_path / "in" / "a.parquet", texts)
-  paths = recipe.input_names(tmp_path / "in")
+  paths = find_inputs(tmp_path / "in")
   options = {"validation_files": (), "validation_fraction": 0.0}
   built = _build(paths, tmp_path / "rows", options=options)
   entry = built.packed.manifest["splits"]["train"]
-  counts = {name: entry[name] for name in passes.COUNTS[:5]}
+  counts = {name: entry[name] for name in shard.COUNTS[:5]}
   assert counts == {
     "documents": 4,
     "empty_documents": 3,
@@ -295,18 +289,10 @@ def test_odd_documents_are_counted(tmp_path):
   assert sorted(documents) == sorted(["plain", "a\ufffdb", "nul\0here", long])
 
 
-def test_pieces_join_to_the_text():
-  for text in ("word " * 100, "x" * 333, "", "a b", "ab\n" * 41):
-    pieces = passes.pieces_of(text, 100)
-    assert "".join(pieces) == text
-    assert all(0 < len(piece) <= 100 for piece in pieces)
-  assert passes.pieces_of("word " * 30, 98)[0] == ("word " * 20)[:94]
-
-
 def test_a_fraction_is_held_out_by_text(folder, tmp_path):
   path, texts = folder
   options = {"validation_files": (), "validation_fraction": 0.3}
-  built = _build(recipe.input_names(path), tmp_path / "rows", options=options)
+  built = _build(find_inputs(path), tmp_path / "rows", options=options)
   expected = {
     text
     for documents in texts.values()
@@ -322,7 +308,7 @@ def test_bad_files_stop_the_build_or_are_left_out(folder, tmp_path):
   _, texts = folder
   where = tmp_path / "in"
   parquet_files.write_folder(where)
-  paths = recipe.input_names(where)
+  paths = find_inputs(where)
   whole = (where / "000_00000.parquet").read_bytes()
   (where / "000_00000.parquet").write_bytes(whole[: len(whole) // 2])
   second = where / "001_00000.parquet"
@@ -347,7 +333,7 @@ def test_bad_files_stop_the_build_or_are_left_out(folder, tmp_path):
 
 
 def test_checksums_are_compared(folder, tmp_path):
-  paths = recipe.input_names(folder[0])
+  paths = find_inputs(folder[0])
   right = {name: files.sha256_file(path) for name, path in paths.items()}
   wrong = right | {"001_00000.parquet": "0" * 64}
   with pytest.raises(
@@ -372,7 +358,7 @@ def test_bad_options_are_named_and_leave_nothing(
   folder, tmp_path, options, message
 ):
   with pytest.raises(ValueError) as refused:
-    _build(recipe.input_names(folder[0]), tmp_path / "rows", options=options)
+    _build(find_inputs(folder[0]), tmp_path / "rows", options=options)
   assert message in str(refused.value)
   assert list(tmp_path.iterdir()) == []
 
@@ -381,4 +367,4 @@ def test_nothing_to_train_on_is_refused(tmp_path):
   (tmp_path / "a.txt").touch()
   options = {"validation_files": (), "validation_fraction": 0.0}
   with pytest.raises(ValueError, match="no training text in 1 files"):
-    _build(recipe.input_names(tmp_path), tmp_path / "rows", options=options)
+    _build(find_inputs(tmp_path), tmp_path / "rows", options=options)

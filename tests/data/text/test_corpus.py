@@ -1,6 +1,5 @@
 """Corpora: content, determinism, the split, and text from files."""
 
-import json
 import os
 import pathlib
 import re
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdn2_jax.data.text import corpus as corpora
-from gdn2_jax.data.text import extension_docs
+from gdn2_jax.data.text import extension_docs, readers
 from gdn2_jax.data.text.corpus import Document
 
 SNAPSHOT_SHA256 = (
@@ -123,7 +122,6 @@ def test_snapshot_is_frozen_and_carries_its_licence():
   corpus = corpora.read_corpus("snapshot")
   assert corpus.sha256 == SNAPSHOT_SHA256
   assert corpus.source == "snapshot"
-  assert corpus.invalid_utf8 == 0
   train, validation = corpora.split_documents(corpus.documents)
   assert len(train) == 60
   assert len(validation) == 10
@@ -134,8 +132,8 @@ def test_snapshot_is_frozen_and_carries_its_licence():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.text(max_size=8), max_size=30), st.integers(0, 99))
-def test_split_depends_on_the_text_alone(texts, seed):
+@given(st.lists(st.text(max_size=8), max_size=30))
+def test_split_depends_on_the_text_alone(texts):
   documents = [Document(str(i), text) for i, text in enumerate(texts)]
   train, validation = corpora.split_documents(documents)
   assert sorted(train + validation, key=lambda d: int(d.name)) == documents
@@ -143,19 +141,13 @@ def test_split_depends_on_the_text_alone(texts, seed):
   moved = [Document("x", d.text) for d in reversed(documents)]
   again, _ = corpora.split_documents(moved)
   assert sorted(d.text for d in again) == sorted(d.text for d in train)
-  shuffled = corpora.shuffle_documents(documents, seed=seed)
-  assert sorted(shuffled, key=lambda d: int(d.name)) == documents
 
 
-def test_split_fraction_and_shuffle():
+def test_split_fraction():
   documents = [Document(str(i), f"text {i}") for i in range(4000)]
   _, validation = corpora.split_documents(documents, validation_fraction=0.1)
   assert abs(len(validation) - 400) < 5 * (4000 * 0.1 * 0.9) ** 0.5
   assert corpora.split_documents(documents, validation_fraction=0.0)[1] == []
-  first = corpora.shuffle_documents(documents, seed=0)
-  assert first != documents
-  assert first == corpora.shuffle_documents(documents[::-1], seed=0)
-  assert first != corpora.shuffle_documents(documents, seed=1)
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
@@ -164,42 +156,17 @@ def test_split_refuses_a_fraction(fraction):
     corpora.split_documents([], validation_fraction=fraction)
 
 
-def test_text_files(tmp_path):
-  (tmp_path / "b.txt").write_bytes(b"caf\xc3\xa9 \xff\xfe end\x00")
-  lines = [json.dumps({"text": "one", "name": "first"}), "", '{"text": ""}']
-  raw = "\n".join(lines).encode() + b'\n{"text": "a\xffb"}\n'
-  (tmp_path / "a.jsonl").write_bytes(raw + b'{"text": "\\ud800"}')
-  (tmp_path / "ignored.md").write_text("no")
-  corpus = corpora.read_corpus(str(tmp_path))
-  assert [d.text for d in corpus.documents] == [
-    "one",
-    "",
-    "a\ufffdb",
-    "\ufffd",
-    "caf\u00e9 \ufffd end\x00",
-  ]
-  assert [d.name for d in corpus.documents][:2] == ["first", "a.jsonl:3"]
-  assert corpus.invalid_utf8 == 3
-  assert corpus.source == tmp_path.name
-  single = corpora.read_corpus(str(tmp_path / "b.txt"))
-  assert single.documents == corpus.documents[-1:]
+def test_a_corpus_is_written_for_builds(tmp_path, embedded):
+  corpora.write_json_lines(embedded, tmp_path / "a.jsonl")
+  (part,) = readers.cut_into_parts(tmp_path / "a.jsonl")
+  read = list(readers.read_part(part))
+  assert [item.text for item in read] == [d.text for d in embedded.documents]
+  assert not any(item.is_invalid_utf8 for item in read)
 
 
-@pytest.mark.parametrize(
-  "line", ["{", "[1]", '{"text": 3}', '{"body": "x"}', '"text"']
-)
-def test_malformed_line_is_named(tmp_path, line):
-  path = tmp_path / "rows.jsonl"
-  path.write_text(f'{{"text": "fine"}}\n{line}\n')
-  with pytest.raises(ValueError, match=r"rows\.jsonl:2"):
-    corpora.read_corpus(str(path))
-
-
-@pytest.mark.parametrize("source", ["nothing", "missing.txt", "."])
-def test_unknown_source_is_named(tmp_path, monkeypatch, source):
-  monkeypatch.chdir(tmp_path)
-  with pytest.raises(ValueError, match=re.escape(f"source={source!r}")):
-    corpora.read_corpus(source)
+def test_unknown_source_is_named():
+  with pytest.raises(ValueError, match="source='nothing': expected one of emb"):
+    corpora.read_corpus("nothing")
 
 
 def test_data_imports_neither_jax_nor_the_rest_of_the_package():

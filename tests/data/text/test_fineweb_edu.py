@@ -3,9 +3,10 @@
 import dataclasses
 import hashlib
 import os
+import pathlib
 import shutil
+import subprocess
 import sys
-import types
 
 import pytest
 
@@ -14,7 +15,9 @@ from gdn2_jax.data.build import build, report
 from gdn2_jax.data.packed import folder as packed
 from gdn2_jax.data.pipeline import DataConfig, open_dataset
 from gdn2_jax.data.text import fineweb_edu
-from tests.data import parquet_files
+from tests.data import hub_server, parquet_files
+
+ROOT = pathlib.Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -92,122 +95,76 @@ def test_what_a_download_wrote_down_is_compared(folder, tmp_path, capsys):
   assert "001_00000.parquet: sha256" in capsys.readouterr().err
 
 
-class _Hub:
-  """Stands in for huggingface_hub: files of a folder, and failures."""
-
-  def __init__(self, folder, failures=0, wrong=""):
-    self.folder, self.failures, self.wrong = folder, failures, wrong
-    self.revisions = set()
-
-  def module(self):
-    module = types.ModuleType("huggingface_hub")
-    module.HfApi = lambda: self
-    module.hf_hub_download = self.hf_hub_download
-    return module
-
-  def dataset_info(self, repository, *, revision):
-    assert repository == fineweb_edu.REPOSITORY
-    self._fail()
-    self.revisions.add(revision)
-    return types.SimpleNamespace(sha="c" * 40)
-
-  def list_repo_tree(self, repository, *, path_in_repo, revision, **_):
-    assert revision == "c" * 40
-    yield types.SimpleNamespace(path=path_in_repo)  # a folder
-    for path in sorted(self.folder.iterdir()):
-      digest = hashlib.sha256(path.read_bytes()).hexdigest()
-      if path.name == self.wrong:
-        digest = "0" * 64
-      yield types.SimpleNamespace(
-        path=f"{path_in_repo}/{path.name}",
-        size=path.stat().st_size,
-        lfs=types.SimpleNamespace(sha256=digest),
-      )
-
-  def hf_hub_download(self, repository, name, *, revision, local_dir, **_):
-    assert revision == "c" * 40
-    self._fail()
-    target = os.path.join(local_dir, name)
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    return shutil.copy(self.folder / os.path.basename(name), target)
-
-  def _fail(self):
-    if self.failures:
-      self.failures -= 1
-      raise OSError("503 Server Error")
-
-
-def _use(monkeypatch, hub):
-  monkeypatch.setitem(sys.modules, "huggingface_hub", hub.module())
-  monkeypatch.setattr(fineweb_edu.time, "sleep", lambda seconds: None)
-
-
-def test_download_retries_and_records_the_commit(
-  folder, tmp_path, monkeypatch, capsys
-):
-  hub = _Hub(folder[0], failures=3)
-  _use(monkeypatch, hub)
+def _command(hub_url, tmp_path, *more, **env):
+  """The exit status and standard error of a build that downloads."""
   argv = ["fineweb_edu", "sample-10BT", f"--out={tmp_path / 'rows'}"]
   argv += [f"--download_dir={tmp_path / 'files'}", "--tokenizer=bytes"]
-  argv += ["--max_files=2", "--workers=0"]
-  assert __main__.main(argv) == 0
-  printed = capsys.readouterr()
-  assert "try 3 of 5: OSError: 503 Server Error; again in 8 s" in printed.err
-  assert hub.revisions == {fineweb_edu.REVISION}
-  manifest = packed.open_packed(tmp_path / "rows").manifest
-  assert manifest["source"]["revision"] == "c" * 40
-  assert manifest["source"]["config"] == "sample-10BT"
-  assert [entry["name"] for entry in manifest["inputs"]] == [
-    "000_00000.parquet",
-    "002_00000.parquet",  # the last of all files is the one held out
-  ]
-  assert (tmp_path / "files/sample/10BT/000_00000.parquet").is_file()
+  # The library reads its address when it is imported.
+  done = subprocess.run(
+    [sys.executable, "-m", "gdn2_jax.data", *argv, "--workers=0", *more],
+    env=os.environ | {"HF_ENDPOINT": hub_url, "NO_PROXY": "*"} | env,
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+  )
+  return done.returncode, done.stderr
 
 
-def test_a_download_that_is_not_what_the_repository_says(
-  folder, tmp_path, monkeypatch, capsys
-):
-  _use(monkeypatch, _Hub(folder[0], wrong="001_00000.parquet"))
-  argv = ["fineweb_edu", "sample-10BT", f"--out={tmp_path / 'rows'}"]
-  argv += [f"--download_dir={tmp_path / 'files'}", "--tokenizer=bytes"]
-  assert __main__.main([*argv, "--workers=0"]) == 2
-  error = capsys.readouterr().err
-  assert "001_00000.parquet: sha256" in error
-  assert not (tmp_path / "rows").exists()
+def test_a_download_retries_resumes_and_records_the_commit(folder, tmp_path):
+  with hub_server.serve(folder[0], "sample/10BT") as hub:
+    hub.failures = 2
+    code, error = _command(hub.url, tmp_path, "--max_files=2")
+    assert code == 0, error
+    assert hub.failures == 0
+    names = ["000_00000.parquet", "002_00000.parquet"]
+    sizes = [hub.files[f"sample/10BT/{n}"].stat().st_size for n in names]
+    assert hub.served == sum(sizes)
+    manifest = packed.open_packed(tmp_path / "rows").manifest
+    assert manifest["source"]["revision"] == hub_server.COMMIT
+    assert manifest["source"]["config"] == "sample-10BT"
+    # The last of all files is the one held out.
+    assert [entry["name"] for entry in manifest["inputs"]] == names
+    assert (tmp_path / "files/sample/10BT/000_00000.parquet").is_file()
+    # Only what is not there is fetched; what comes is compared.
+    hub.wrong = "001_00000.parquet"
+    out = f"--out={tmp_path / 'all'}"
+    code, error = _command(hub.url, tmp_path, out)
+    assert code == 2
+    assert "001_00000.parquet: sha256" in error
+    missing = hub.files["sample/10BT/001_00000.parquet"].stat().st_size
+    assert hub.served == sum(sizes) + missing
+    assert not (tmp_path / "all").exists()
 
 
-def test_without_a_network_it_says_how_to_bring_the_files(
-  folder, tmp_path, monkeypatch, capsys
-):
-  _use(monkeypatch, _Hub(folder[0], failures=99))
-  argv = ["fineweb_edu", "CC-MAIN-2024-10", f"--out={tmp_path / 'rows'}"]
-  assert __main__.main(argv) == 2
-  error = capsys.readouterr().err
+def test_without_a_network_it_says_how_to_bring_the_files(tmp_path):
+  code, error = _command("http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1")
+  assert code == 2
   for part in (
-    "cannot be fetched (OSError: 503 Server Error)",
+    "cannot be fetched (OfflineModeIsEnabled: ",
     "https://huggingface.co/datasets/HuggingFaceFW/fineweb-edu/tree/"
-    f"{fineweb_edu.REVISION}/data/CC-MAIN-2024-10",
+    f"{fineweb_edu.REVISION}/sample/10BT",
     "--local=FOLDER",
   ):
     assert part in error
+  assert len(error.splitlines()) == 1
+  # What an earlier download left is not taken for the whole.
+  (tmp_path / "files/sample/10BT").mkdir(parents=True)
+  (tmp_path / "files/sample/10BT/000_00000.parquet").touch()
+  code, error = _command("http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1")
+  assert code == 2 and "cannot be fetched" in error
+
+
+def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-  assert __main__.main(argv) == 2
-  assert "pip install 'gdn2-jax[data]'" in capsys.readouterr().err
-
-
-def test_a_program_error_is_not_taken_for_the_network(monkeypatch):
-  def broken():
-    raise TypeError("wrong argument")
-
-  with pytest.raises(TypeError):
-    fineweb_edu._patiently(broken, "default", "main", print)
+  with pytest.raises(ConnectionError, match=r"pip install 'gdn2-jax\[data\]'"):
+    fineweb_edu.download("default", tmp_path)
 
 
 def test_parquet_to_rows_to_batches(folder, tmp_path, capsys):
   path, texts = folder
   out = tmp_path / "rows"
   argv = ["fineweb_edu", f"--local={path}", f"--out={out}", "--workers=0"]
-  argv += ["--tokenizer=bpe-300", "--shard_tokens=20000"]
+  argv += ["--tokenizer=bpe-300", "--shard_tokens=5000"]
   assert __main__.main(argv) == 0
   printed = capsys.readouterr()
   for part in (
@@ -218,7 +175,7 @@ def test_parquet_to_rows_to_batches(folder, tmp_path, capsys):
     "train row 0:",
   ):
     assert part in printed.out, part
-  assert "tokenize" in printed.err and "shuffle" in printed.err
+  assert "tokenize" in printed.err
   assert __main__.main(argv) == 0
   assert "already complete" in capsys.readouterr().out
   assert __main__.main(["inspect", str(out), "--split=validation"]) == 0
@@ -250,18 +207,16 @@ def test_projection_goes_by_bytes(capsys):
     tokens=1_000_000,
     bytes=4_700_000,
     cpu_seconds=4.0,
-    tokenize_seconds=9.0,
-    shuffle_seconds=2.0,
-    all_bytes=9_400_000,  # half of it was tokenised by an earlier run
+    seconds=9.0,
   )
   report.print_rates(rates, 2)
   printed = capsys.readouterr().out
   assert "111 documents/s, 111,111 tokens/s, 0.52 MB/s" in printed
-  assert "CPU: 250 documents, 250,000 tokens, 1.18 MB" in printed
-  # 1e10 tokens of 4.7 bytes at (9 / 4.7e6 + 2 / 9.4e6) seconds a byte.
-  assert "sample-10BT takes 27.8 hours, 11.1 hours of CPU" in printed
-  assert "sample-100BT takes 277.8 hours" in printed
-  report.print_rates(dataclasses.replace(rates, tokenize_seconds=1.0), 2)
+  assert "CPU: 250 documents/s, 250,000 tokens/s, 1.18 MB/s" in printed
+  # 1e10 tokens of 4.7 bytes at 9 / 4.7e6 seconds a byte.
+  assert "sample-10BT takes 25.0 hours, 11.1 hours of CPU" in printed
+  assert "sample-100BT takes 250.0 hours" in printed
+  report.print_rates(dataclasses.replace(rates, seconds=1.0), 2)
   assert "at this rate" not in capsys.readouterr().out
 
 

@@ -205,28 +205,5 @@ def test_bad_arguments_are_named(spec):
     tokenizer.encode_batch(["a\ud800"])
 
 
-def test_trained_once_per_corpus(tmp_path):
-  def unread():
-    raise AssertionError("trained again")
-    yield
-
-  options = {"cache_dir": tmp_path}
-  first = tokenization.open_tokenizer(
-    "bpe-300", train_texts=["abc abc"], corpus_sha256="1", **options
-  )
-  again = tokenization.open_tokenizer(
-    "bpe-300", train_texts=unread(), corpus_sha256="1", **options
-  )
-  assert again.sha256 == first.sha256
-  with pytest.raises(AssertionError, match="trained again"):
-    tokenization.open_tokenizer(
-      "bpe-300", train_texts=unread(), corpus_sha256="2", **options
-    )
-  with pytest.raises(AssertionError, match="trained again"):
-    tokenization.open_tokenizer(
-      "bpe-301", train_texts=unread(), corpus_sha256="1", **options
-    )
-
-
 def test_bytes_tokenizer_is_utf8():
   assert BytesTokenizer().encode("a\u00e9") == [97, 195, 169]

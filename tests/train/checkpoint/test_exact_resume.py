@@ -7,15 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from gdn2_jax.data.build.in_memory import build_packed
 from gdn2_jax.data.pipeline import open_dataset
-from gdn2_jax.data.text.corpus import Corpus, Document
-from gdn2_jax.data.tokenizer.api import BytesTokenizer
 from gdn2_jax.train.checkpoint.meta import read_meta
 from gdn2_jax.train.loop import train
 from gdn2_jax.train.report.report import DivergedError, Report
 from gdn2_jax.train.report.skipped import rows_of
 from gdn2_jax.train.report.writer import read_rows
+from tests.data.packing import pack
 from tests.train.conftest import make_config
 from tests.train.test_loop import Faulty, bits, interrupted, losses, poisoned
 
@@ -34,14 +32,7 @@ def no_report(monkeypatch):
 def small(cache_dir, tmp_path_factory):
   """Two microbatches a step, and an epoch that ends within a batch."""
   texts = [f"{n} squared is {n * n}" for n in range(36)]
-  documents = tuple(Document(str(n), text) for n, text in enumerate(texts))
-  folder = tmp_path_factory.mktemp("rows") / "packed"
-  build_packed(
-    Corpus("squares", documents),
-    BytesTokenizer(),
-    folder,
-    tokenizer_spec="bytes",
-  )
+  folder = pack(texts, tmp_path_factory.mktemp("rows") / "packed").path
   config = make_config(cache_dir)
   config.data.source = str(folder)
   config.grad_accum = 2

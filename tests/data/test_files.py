@@ -1,0 +1,23 @@
+"""Files that are either whole or absent."""
+
+import os
+
+import pytest
+
+from gdn2_jax.data import files
+
+
+def test_a_file_is_replaced_or_kept(tmp_path, monkeypatch):
+  path = tmp_path / "new" / "file"
+  files.write_atomically(path, b"one")
+  files.write_atomically(path, b"two")
+  assert path.read_bytes() == b"two"
+
+  def full(_):
+    raise OSError("no space left")
+
+  monkeypatch.setattr(os, "fsync", full)
+  with pytest.raises(OSError, match="no space left"):
+    files.write_atomically(path, b"three")
+  assert path.read_bytes() == b"two"
+  assert [p.name for p in path.parent.iterdir()] == ["file"]
