@@ -1,6 +1,7 @@
-"""Figures of the gates over text and of half-lives.
+"""Figures of the gates over text and of how long channels remember.
 
-One colour per gate: decay blue, erase orange, write green.
+One colour per gate throughout: decay blue, erase orange, write green; within a
+panel only lightness varies.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from gdn2_jax.analysis import style
 from gdn2_jax.analysis.gates import LayerGates, effective_memory, half_life
@@ -23,7 +24,7 @@ _LABEL_CHARS = 12
 
 @dataclasses.dataclass(frozen=True)
 class _Panel:
-  """Heat map of values [rows, tokens]."""
+  """One heat map: values [rows, tokens]."""
 
   title: str
   colors: str
@@ -34,11 +35,11 @@ class _Panel:
 def heads_over_tokens(
   records: Sequence[LayerGates], tokens: Sequence[str]
 ) -> Figure:
-  """Draws decay, erase and write of every head, mean over its channels.
+  """Decay, erase and write of every head, mean over its channels.
 
   Args:
-    records: records of the layers; row 0 of the batch is drawn.
-    tokens: labels of the first tokens; as many tokens are drawn.
+    records: of the layers; row 0 of the batch is drawn.
+    tokens: how to write each of the first tokens; as many are drawn.
   """
   n = len(tokens)
   # The mean of g, not of the half-lives: decays multiply.
@@ -68,15 +69,16 @@ def heads_over_tokens(
 def channels_over_tokens(
   record: LayerGates, head: int, tokens: Sequence[str]
 ) -> Figure:
-  """Draws decay, erase and write of every channel of one key head.
+  """Decay, erase and write of every channel of one key head.
 
-  Channels are sorted by their mean over the tokens drawn, the largest on top.
-  Of the value heads that share the key head the first is drawn.
+  In each panel the channels are sorted by their mean over the tokens drawn,
+  the largest on top. Of the value heads that share the key head the first is
+  drawn.
 
   Args:
-    record: record of one layer; row 0 of the batch is drawn.
-    head: index of the key head.
-    tokens: labels of the first tokens; as many tokens are drawn.
+    record: of one layer; row 0 of the batch is drawn.
+    head: which key head.
+    tokens: how to write each of the first tokens; as many are drawn.
   """
   n = len(tokens)
   value_head = head * (record.v.shape[2] // record.k.shape[2])
@@ -104,13 +106,13 @@ def memory_spans(
   marks: Mapping[str, int],
   segment_ids: Int[np.ndarray, "B T"] | None = None,
 ) -> Figure:
-  """Draws the half-life of every key channel, one row of dots per model.
+  """Half-life of every key channel, by head, one row of dots per model.
 
   Args:
     models: name -> records of the same layers over the same tokens; at most
       three.
-    marks: name -> number of tokens, drawn as vertical lines.
-    segment_ids: [B, T]; padding (0) is left out.
+    marks: name -> tokens, drawn as vertical lines.
+    segment_ids: [B, T], to leave padding out.
   """
   heads = _head_names(next(iter(models.values())), "k")
   height = 1.7 + 0.3 * len(heads) * (len(models) + 0.5)
@@ -141,8 +143,8 @@ def memory_spans(
   axes.invert_yaxis()
   centres = (len(models) + 0.5) * np.arange(len(heads)) + (len(models) - 1) / 2
   axes.set_yticks(centres, heads)
-  style.label(axes, x="half-life over the text (tokens)")
-  axes.xaxis.set_major_formatter(style.plain_numbers())
+  axes.set_xlabel("half-life over the text (tokens)", color=style.INK)
+  axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
   style.tidy(axes, "x")
   _draw_marks(axes, marks)
   style.legend_below(figure, len(models))
@@ -152,8 +154,8 @@ def memory_spans(
 def _draw_marks(axes: Axes, marks: Mapping[str, int]) -> None:
   ordered = sorted(marks.items(), key=lambda mark: mark[1])
   for i, (name, tokens) in enumerate(ordered):
-    style.mark(axes, tokens)
-    # Lines may be close, so the last label stands on the other side.
+    axes.axvline(tokens, color=style.INK, lw=0.9, linestyle=style.DASHED)
+    # Neighbouring lines may be close: their labels point away from each other.
     side = -1 if i < len(ordered) - 1 else 1
     axes.annotate(
       f"{name}\n{tokens:,} tokens",
@@ -180,19 +182,19 @@ def _head_names(records: Sequence[LayerGates], symbol: str) -> list[str]:
 
 
 def _panels(g: np.ndarray, b: np.ndarray, w: np.ndarray) -> tuple[_Panel, ...]:
-  """Makes panels of arrays [rows, tokens]; b and w share their range."""
+  """Panels of arrays [rows, tokens]; erase and write share their range."""
   spans = half_life(g)
   finite = spans[np.isfinite(spans)]
   if not len(finite):
     finite = np.ones(1)
-  # The 1st to the 99th percentile, rounded outwards to half decades.
+  # Whole steps around all but the outermost values.
   low, high = np.percentile(np.log10(finite), [1, 99])
   low, high = math.floor(2 * low) / 2, math.floor(2 * high) / 2 + 0.5
   log = LogNorm(10**low, 10**high)
   bottom, top = np.percentile(np.concatenate([b.ravel(), w.ravel()]), [1, 99])
   unit = Normalize(math.floor(10 * bottom) / 10, math.floor(10 * top + 1) / 10)
   title = "decay: half-life ln 2 / -g (tokens)"
-  # An infinite half-life gets the darkest colour.
+  # Without any decay a channel remembers for ever: the darkest colour.
   spans = np.where(np.isfinite(spans), spans, 10 * log.vmax)
   return (
     _Panel(title, "Blues", log, spans),
@@ -209,7 +211,7 @@ def _draw(figure: Figure, axes: Axes, panel: _Panel) -> None:
     aspect="auto",
     interpolation="nearest",
   )
-  style.label(axes, panel.title)
+  axes.set_title(panel.title, color=style.INK, fontsize=10, loc="left")
   below = panel.values.min() < panel.norm.vmin
   above = panel.values.max() > panel.norm.vmax
   bar = figure.colorbar(
@@ -221,7 +223,7 @@ def _draw(figure: Figure, axes: Axes, panel: _Panel) -> None:
   )
   if isinstance(panel.norm, LogNorm):
     bar.ax.yaxis.set_minor_locator(NullLocator())
-    bar.ax.yaxis.set_major_formatter(style.plain_numbers())
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
   bar.outline.set_visible(False)
   for part in (axes, bar.ax):
     part.tick_params(colors=style.MUTED, length=0, labelsize=8)
@@ -235,7 +237,7 @@ def _width_for(tokens: int) -> float:
 
 def _label_tokens(axes: Axes, tokens: Sequence[str]) -> None:
   axes.set_xticks(range(len(tokens)))
-  # parse_math=False: a dollar in the text is no formula.
+  # Text may hold dollars, which are not mathematics here.
   axes.set_xticklabels(
     [_visible(token) for token in tokens],
     rotation=90,
@@ -248,7 +250,7 @@ def _label_tokens(axes: Axes, tokens: Sequence[str]) -> None:
 
 def _visible(token: str) -> str:
   text = token.replace("\n", "\\n").replace("\t", "\\t")
-  # Only a token of nothing but spaces shows them.
+  # A space that begins a word is shown by the gap between labels alone.
   text = text.strip(" ") or "\u2423" * len(text)
   if len(text) <= _LABEL_CHARS:
     return text

@@ -1,4 +1,4 @@
-"""Figures of the state over time and of overwrites."""
+"""Figures of the state over time and of what an overwrite does."""
 
 from collections.abc import Mapping, Sequence
 
@@ -19,13 +19,13 @@ def states_over_time(
   every: int,
   borders: Sequence[int],
 ) -> Figure:
-  """Draws norm and effective rank of every head's state along a packed row.
+  """Norm and effective rank of every head's state along a packed row.
 
   Args:
-    states: layer name -> S [N, HV, K, V] after every `every` tokens.
-    carried: the same, without the reset of the state at the borders.
+    states: name of the layer -> S [N, HV, K, V] after every so many tokens.
+    carried: the same layers had the state not been reset at the borders.
     every: tokens between two states.
-    borders: index of the first token of every document but the first.
+    borders: the first token of every document but the first.
   """
   figure = style.new_figure(
     1.6 + 3.7 * len(states),
@@ -38,7 +38,7 @@ def states_over_time(
   for column, (name, trace) in enumerate(states.items()):
     x = every * np.arange(1, len(trace) + 1)
     without = state_norm(carried[name])
-    apart = x > min(borders, default=np.inf)  # equal before the first border
+    apart = x > min(borders, default=np.inf)  # the same line until then
     panels = (state_norm(trace), effective_rank(trace))
     for axes, values in zip(grid[:, column], panels, strict=True):
       for head, y in enumerate(values.T):
@@ -50,15 +50,15 @@ def states_over_time(
             x[apart], without[apart, head], ":", color=color, linewidth=1.2
           )
       for border in borders:
-        style.mark(axes, border)
+        axes.axvline(border, color=style.INK, lw=0.9, linestyle=style.DASHED)
       style.tidy(axes, "y")
-    style.label(grid[0, column], name)
-    style.label(grid[1, column], x="tokens read")
+    grid[0, column].set_title(name, color=style.INK, fontsize=10, loc="left")
+    grid[1, column].set_xlabel("tokens read", color=style.INK)
   largest = min(trace.shape[-2:])
   labels = ("Frobenius norm of S", f"effective rank of S\n(of {largest})")
   for axes, label in zip(grid[:, 0], labels, strict=True):
-    style.label(axes, y=label)
-    # After all lines are drawn, because this ends the autoscaling.
+    axes.set_ylabel(label, color=style.INK)
+    # After all lines are in: a shared axis stops growing once it is set.
     axes.set_ylim(bottom=0)
   grid[0, 0].plot([], [], ":", color=style.MUTED, label="without the reset")
   style.legend_below(figure, 6)
@@ -66,7 +66,7 @@ def states_over_time(
 
 
 def overwrite_bars(settings: Mapping[str, Overwrite]) -> Figure:
-  """Draws the readings with both keys after each overwrite.
+  """What both keys read back after each way to overwrite.
 
   Args:
     settings: name -> result for one pair of keys, arrays [2, 3].
@@ -90,7 +90,7 @@ def overwrite_bars(settings: Mapping[str, Overwrite]) -> Figure:
       label = part if side == 0 else None
       axes.barh(y, x, height=0.22, color=color, label=label)
       for at, value in zip(y, x, strict=True):
-        # + 0.0 turns -0.0 into 0.0.
+        # + 0.0 takes the sign off a zero that was rounded from below.
         text = f"{round(float(value), 2) + 0.0:g}"
         axes.text(
           max(value, 0) + 0.02,
@@ -101,7 +101,8 @@ def overwrite_bars(settings: Mapping[str, Overwrite]) -> Figure:
           color=style.INK,
         )
     axes.set_xlim(0, 1.12)
-    style.label(axes, title, x="coefficient in the reading")
+    axes.set_title(title, color=style.INK, fontsize=10, loc="left")
+    axes.set_xlabel("coefficient in the reading", color=style.INK)
     style.tidy(axes, "x")
     axes.tick_params(axis="y", colors=style.INK)
   grid[0].set_yticks(range(len(rows)), rows)
@@ -113,7 +114,7 @@ def overwrite_bars(settings: Mapping[str, Overwrite]) -> Figure:
 def overwrite_sweep(
   cosines: Float[np.ndarray, "N"], settings: Mapping[str, Overwrite]
 ) -> Figure:
-  """Draws gain and cost of each overwrite against the keys' similarity.
+  """Gain and cost of each way to overwrite against the keys' similarity.
 
   Args:
     cosines: k1 . k2, [N].
@@ -138,8 +139,9 @@ def overwrite_sweep(
         linestyle=_LINES[i % len(_LINES)],
         label=name if axes is grid[0] else None,
       )
-    style.label(axes, title, x="cosine of k1 and k2")
+    axes.set_title(title, color=style.INK, fontsize=10, loc="left")
+    axes.set_xlabel("cosine of k1 and k2", color=style.INK)
     style.tidy(axes, "y")
-  style.label(grid[0], y="coefficient in the reading")
+  grid[0].set_ylabel("coefficient in the reading", color=style.INK)
   style.legend_below(figure, 2)
   return figure

@@ -11,8 +11,6 @@ from gdn2_jax.analysis.memory import (
 )
 from gdn2_jax.ops.gdn2.api import gdn2
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 B, T, H, HV, K, V = 2, 11, 1, 2, 16, 16
 
 
