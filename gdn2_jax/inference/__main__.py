@@ -6,13 +6,13 @@ r"""Continues a prompt with a trained model, printing the text as it comes.
     --temperature=0.7 --top_k=50 --top_p=0.9 --max_new_tokens=400 --seed=3
   python -m gdn2_jax.generate --model=models/published --prompt="Return the"
 
---workdir is that of `python -m gdn2_jax.train`; --step picks one of its
+The workdir is that of `python -m gdn2_jax.train`; --step picks one of its
 checkpoints, by default the newest. --model takes a folder with a published
 model instead. The text ends at the end of a document or after
 --max_new_tokens; Ctrl-C ends it earlier. The same flags give the same text.
 Speed is reported on standard error.
 
-A conversation over several calls:
+A conversation that goes on, in another process and days later:
 
   python -m gdn2_jax.generate --workdir=runs/tiny --session=talk.safetensors \
     --prompt="Return the"
@@ -20,16 +20,17 @@ A conversation over several calls:
   python -m gdn2_jax.generate --workdir=runs/tiny --session=talk.safetensors \
     --prompt=" and then"
 
-The first call makes the file. Each later one continues the text, after adding
---prompt if it is given, and replaces the file. The text so far is not read
-again: the file holds the state of the model, whose size does not depend on the
-length of the text. It is valid for this model, these weights and this tokenizer
-only. Two calls give exactly the tokens of one long call with the same flags;
-the seed is in the file. A document that has ended needs a --prompt to continue.
-A call that is killed leaves the file unchanged.
+The first call makes the file, each later one goes on where the text stopped,
+with --prompt added to it where there is one, and replaces the file. The text
+so far is not read again: the file holds what the model remembers of it, and is
+as large after a million tokens as after one. It fits this model, these weights
+and this tokenizer alone. Two calls give exactly the tokens of one long call
+with the same flags; the seed is in the file. A document that has ended goes on
+where its end would be, and only with a --prompt. A call that is killed leaves
+the file as it was.
 
-Exit status: 0 done; 1 refused, or stopped at non-finite logits (the reason is
-on standard error, a session file is unchanged); 130 Ctrl-C twice.
+Exit status: 0 done, 1 refused, or ended for want of finite logits (the reason
+is on standard error, and a session file is left as it was), 130 Ctrl-C twice.
 """
 
 import dataclasses
@@ -65,39 +66,40 @@ _MODEL = flags.DEFINE_string(
 _SESSION = flags.DEFINE_string(
   "session",
   None,
-  "Session file: made if it does not exist, which needs --prompt, else "
-  "continued.",
+  "File of a conversation: made with --prompt if it does not exist, else "
+  "continued, with or without one.",
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-  "max_new_tokens", 128, "Maximum number of tokens to add, >= 1."
+  "max_new_tokens", 128, "Tokens to add at most, >= 1."
 )
 _TEMPERATURE = flags.DEFINE_float(
-  "temperature", 0.8, "Sampling temperature; 0 is --greedy."
+  "temperature", 0.8, "Below 1 sharpens, above 1 flattens; 0 is --greedy."
 )
 _TOP_K = flags.DEFINE_integer(
-  "top_k", 0, "Number of most probable tokens to draw from; 0 = all."
+  "top_k", 0, "Draw among so many most probable tokens only; 0 = all."
 )
 _TOP_P = flags.DEFINE_float(
   "top_p",
   0.95,
-  "Total probability of the most probable tokens to draw from; 1 = all.",
+  "Draw among the most probable tokens that together reach this probability "
+  "only; 1 = all.",
 )
 _GREEDY = flags.DEFINE_bool(
-  "greedy", False, "Take the most probable token at every step."
+  "greedy", False, "Always take the most probable token."
 )
 _SEED = flags.DEFINE_integer(
   "seed",
   None,
-  "Random seed, 0 to 2**32 - 1; by default that of the session, else 0.",
+  "Of the draws, 0 to 2**32 - 1; by default that of the session, else 0.",
 )
 _STEP = flags.DEFINE_integer(
-  "step", None, "Step of the checkpoint to load; by default the newest."
+  "step", None, "Which checkpoint of the workdir; by default the newest."
 )
 _SELF_CHECK = cli.define_self_check()
 
 _TOKENS_PER_DISPATCH = 8
-_TAIL = 16  # tokens kept for decoding the next one; a character takes fewer
+_TAIL = 16  # tokens that may share a character with the next one, and more
 
 
 def main(argv: list[str]) -> None:
@@ -121,20 +123,19 @@ def main(argv: list[str]) -> None:
     try:
       generated = _generate(model, session, ids, sampler, printer)
     except NonFiniteError:
-      printer.end(complete=True)  # the error starts on a new line
+      printer.end(complete=True)  # the reason begins a line of its own
       raise
     ended = generated.pending[0] == model.tokenizer.eos_id
     printer.end(complete=ended or identity is None)
     report = f"{name}, {len(ids)} prompt tokens{printer.speed()}"
     if identity is not None:
       _save(session, generated, ended, ids, identity)
-      length = int(generated.state.position[0]) + (not ended)
-      report += f"; {_SESSION.value}: {length} tokens so far"
+      report += f"; {_SESSION.value}: {_length(generated, ended)} so far"
     print(f"[{report}]", file=sys.stderr)
 
 
 def _check_flags() -> Sampler:
-  """Checks the flags before anything is loaded; returns the sampler."""
+  """The sampler of the flags, after checking what costs nothing to check."""
   if not _WORKDIR.value and not _MODEL.value:
     raise ValueError(
       "--workdir is missing, e.g. --workdir=runs/tiny; or --model, a folder "
@@ -160,7 +161,7 @@ def _check_flags() -> Sampler:
 
 
 def _check_session(file: str) -> None:
-  """Raises ValueError early if the file could not be written at the end."""
+  """Refuses early what could not be read or written in the end."""
   path = pathlib.Path(file)
   if not file or path.is_dir():
     raise ValueError(f"--session={file}: expected a file")
@@ -175,16 +176,17 @@ def _check_session(file: str) -> None:
 
 
 def _load_model() -> tuple[str, Model]:
-  """Loads the model of --workdir or --model; returns its name for reports."""
+  """The model of --workdir or --model, and what reports call it."""
   if _MODEL.value:
     model = load_model(_MODEL.value)
     if model.tokenizer is None:
       raise ValueError(
-        f"--model={_MODEL.value}: has no tokenizer.json, which text needs"
+        f"--model={_MODEL.value}: it has no tokenizer.json, so it can neither "
+        "read nor write text"
       )
     return pathlib.Path(_MODEL.value).absolute().name, model
   run = load_run(_WORKDIR.value, _STEP.value)
-  # The compilation cache of the training run, if there is one.
+  # Compiles into the cache that training made, if it made one.
   cache = pathlib.Path(_WORKDIR.value) / ".jax_cache"
   if cache.is_dir():
     jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))
@@ -193,7 +195,7 @@ def _load_model() -> tuple[str, Model]:
 
 @dataclasses.dataclass
 class _Start:
-  """Fields of a Session before the first token."""
+  """Where the text goes on: a Session, or nothing yet."""
 
   state: Any = None
   pending: int | None = None
@@ -205,16 +207,16 @@ class _Start:
 def _begin(
   model: Model, identity: Identity | None, prompt_tokens: int
 ) -> Session | _Start:
-  """Loads the session file or starts a session; applies --seed."""
+  """The session of the file, or a new one; with the seed of the flag."""
   session = _Start()
   if identity is not None and os.path.exists(_SESSION.value):
-    # One more for the pending token.
+    # The token that the state has not read yet is one more.
     room = 1 + prompt_tokens + _MAX_NEW_TOKENS.value
     session = load_session(_SESSION.value, identity, room=room)
     if session.pending is None and not _PROMPT.value:
       raise ValueError(
         f"--session={_SESSION.value}: its text has ended; give a --prompt to "
-        "continue"
+        "go on"
       )
   if _SEED.value is not None:
     session = dataclasses.replace(session, seed=_SEED.value)
@@ -228,7 +230,7 @@ def _generate(
   sampler: Sampler,
   printer: "_Printer",
 ) -> Generated:
-  """Generates and prints up to a stop id, --max_new_tokens or Ctrl-C."""
+  """Generates and prints until the end, the last token, or Ctrl-C."""
   pending = [] if session.pending is None else [session.pending]
   with _Interrupt() as interrupt:
 
@@ -258,7 +260,7 @@ def _save(session, generated, ended, ids, identity) -> None:
     _SESSION.value,
     Session(
       state=generated.state,
-      # The end-of-document token is not part of a continued text.
+      # The end of a document is not part of the text that goes on.
       pending=None if ended else generated.pending[0],
       draws=generated.index[0],
       seed=session.seed,
@@ -268,8 +270,12 @@ def _save(session, generated, ended, ids, identity) -> None:
   )
 
 
+def _length(generated: Generated, ended: bool) -> str:
+  return f"{int(generated.state.position[0]) + (not ended)} tokens"
+
+
 class _Interrupt:
-  """Handler of Ctrl-C: the first ends the text, the second the process."""
+  """Ctrl-C as a wish: enough read, end here; a second one is an order."""
 
   came = False
 
@@ -290,32 +296,37 @@ class _Interrupt:
 
 
 class _Printer:
-  """Prints text as it comes, after `tail`, and measures the speed."""
+  """Text to standard output as it comes, and how fast it came.
+
+  Args:
+    decode: token ids to text.
+    tail: the last tokens of the text before, not to be printed again.
+  """
 
   def __init__(self, decode: Callable[[list[int]], str], tail: tuple[int, ...]):
     self._decode = decode
     self._text = _stream_after(decode, tail)
-    self._times: list[float] = []  # seconds from the start, by token
+    self._times: list[float] = []  # of every token
     self._start = time.perf_counter()
 
   def prompt(self, prompt: str | None, ids: list[int]) -> None:
-    """Prints the user's text."""
+    """Prints more text of the user's."""
     if prompt:
-      # flush(): the prompt cannot complete an unfinished character.
+      # A character that the text before left unfinished stays so.
       _print(self._text.flush() + prompt)
       self._text = _stream_after(self._decode, ids[-_TAIL:])
 
   def tokens(self, tokens: list[int]) -> None:
-    """Prints generated tokens."""
+    """Prints tokens that were generated."""
     self._times += [time.perf_counter() - self._start] * len(tokens)
     _print("".join(self._text.push(token) for token in tokens))
 
   def end(self, complete: bool) -> None:
-    """Ends the line; with unfinished characters if no text can follow."""
+    """Ends the line; if no more can follow, with what was held back."""
     _print((self._text.flush() if complete else "") + "\n")
 
   def speed(self) -> str:
-    """Formats latency, speed and number of tokens."""
+    """What there is to say about time, as the tail of a sentence."""
     times, report = self._times, ""
     if times:
       report = f", first token after {times[0]:.2f} s with compilation"
@@ -327,7 +338,7 @@ class _Printer:
 
 
 def _stream_after(decode, tokens) -> TextStream:
-  """Makes a TextStream that has returned these tokens already."""
+  """A TextStream that has shown these tokens already."""
   text = TextStream(decode)
   for token in tokens:
     text.push(token)

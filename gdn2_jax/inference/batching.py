@@ -1,4 +1,4 @@
-"""Continuous batching: requests that come and go share one decoding loop."""
+"""Continuous batching: requests that come and go are decoded together."""
 
 import collections
 import dataclasses
@@ -28,17 +28,18 @@ _put_in_place = jax.jit(put, donate_argnums=0)
 
 @dataclasses.dataclass(eq=False)
 class Completion:
-  """Progress and result of one request of a `Batcher`.
+  """What becomes of one request of a `Batcher`.
 
   Attributes:
-    tokens: ids chosen so far, without the stop id that ended the request.
-    done: True once no more tokens will come.
-    error: None, or the reason for an early end: a `NonFiniteError`, or the
-      exception that reading the prompt raised. There is no state then.
-    state: with keep_state, once done: state of one sequence, which has read the
+    tokens: ids chosen so far, without the stop id that ended them.
+    done: no more will come.
+    error: None, or why the request ended before its time: a `NonFiniteError`
+      where the model gave it no finite logits, or what its start raised. It has
+      no state then.
+    state: if it was to be kept, once done: of one sequence, which has read the
       prompt and all tokens chosen but the last.
-    pending: with `state`: last token chosen, the beginning of the next prompt.
-      None if no token was chosen.
+    pending: with `state`: the last token chosen, which whatever follows begins
+      with. None if no token was chosen.
     index: with `state`: tokens chosen, a stop id included.
   """
 
@@ -62,28 +63,27 @@ class Batcher:
   """Decodes requests in a fixed number of slots, the rows of one state.
 
   A request waits for a free slot, is read into it, and leaves it when it ends.
-  One compiled program decodes all slots, whatever their settings. The tokens of
-  a request depend on the request alone, not on its neighbours or its arrival.
-  A request without finite logits ends with its own `error`; the others go on.
+  All slots are decoded by one compiled program, whatever the requests in them
+  ask for. A request's tokens depend on the request alone: neither on what
+  decodes beside it nor on when it came. One that gets no finite logits ends
+  with an `error` of its own, and the others go on.
 
     batcher = Batcher(params, config, 8)
     completion = batcher.submit(prompt, 100, rng=jax.random.key(0))
     batcher.run()  # or batcher.step(), as often as it returns True
     completion.tokens
 
-  One thread calls `step` or `run`; any may submit and cancel meanwhile. Reading
-  a prompt blocks the other requests: read a long one elsewhere and submit its
-  state.
+  One thread calls `step` or `run`; any may submit and cancel meanwhile. While a
+  prompt is read the others wait: read a long one elsewhere, submit its state.
 
   Args:
     params: unboxed parameters of LM(config).
-    config: model config.
-    num_slots: requests decoded together, >= 1. Time per step and memory are
-      those of a batch of num_slots rows, occupied or not.
-    max_length: tokens of a request, prompt and new ones together; needed only
-      by models with full attention.
-    tokens_per_dispatch: tokens per slot between two looks at the requests,
-      >= 1; does not change the tokens.
+    config: of the model.
+    num_slots: requests that are decoded together, >= 1. Time per step and
+      memory are those of a batch of so many rows, however few are taken.
+    max_length: tokens of a request, prompt and new ones together; needed by
+      models with full attention alone.
+    tokens_per_dispatch: >= 1; does not change the tokens.
   """
 
   def __init__(
@@ -103,26 +103,29 @@ class Batcher:
     self._waiting = collections.deque()
     self._deliveries = collections.deque()
     self._slots: list[Completion | None] = [None] * num_slots
+    # A free slot is a row that is done, and greedy: drawing costs more.
+    self._samplers = [GREEDY] * num_slots
+    self._stops = [[]] * num_slots
     self._keys = [jax.random.key(0)[None]] * num_slots
     none = np.zeros((num_slots,), np.int32)
     self._rows = Rows(
       token=none.copy(),
       index=none.copy(),
       limit=none.copy(),
-      done=np.ones((num_slots,), bool),  # a free slot is a row that is done
+      done=np.ones((num_slots,), bool),
       key=jnp.concatenate(self._keys),
-      stops=None,  # set at every step, as is the sampler
+      stops=None,  # these two are gathered at every step
       sampler=None,
     )
 
   @property
   def active(self) -> int:
-    """Number of requests in slots."""
+    """Requests in slots."""
     return sum(completion is not None for completion in self._slots)
 
   @property
   def waiting(self) -> int:
-    """Number of requests that wait for a slot."""
+    """Requests that no slot has been free for."""
     return len(self._waiting)
 
   def submit(
@@ -138,11 +141,19 @@ class Batcher:
     on_tokens: Callable[[list[int]], Any] | None = None,
     keep_state: bool = False,
   ) -> Completion:
-    """Queues a request for the tokens that `generate` gives for [prompt].
+    """Asks for the tokens that `generate` gives for [prompt].
 
-    Arguments as `generate`, for one prompt and one sequence. `on_tokens` is
-    called in `step` as on_tokens(ids) with the new ids; returning True ends the
-    request there. With `keep_state` the completion gets its final state.
+    Args:
+      prompt: non-empty token ids.
+      max_new_tokens: >= 1.
+      rng: one typed key.
+      sampler: how a token is chosen.
+      stop_ids: tokens that end the request.
+      state: of one sequence, which the prompt continues; donated.
+      index: n of the first token.
+      on_tokens: called in `step` with the new ids as they come; to end the
+        request there it returns True.
+      keep_state: whether the completion gets its final state.
 
     Raises:
       ValueError: as `generate`, at once.
@@ -160,8 +171,8 @@ class Batcher:
     )
     if state is not None and state.max_length != self._state.max_length:
       raise ValueError(
-        f"state: expected max_length={self._state.max_length} as in the slots, "
-        f"got {state.max_length}"
+        f"state: expected one made with max_length={self._state.max_length}, "
+        f"as the slots are, got {state.max_length}"
       )
     if rng.dtype != self._rows.key.dtype:
       raise ValueError(
@@ -173,34 +184,32 @@ class Batcher:
     return completion
 
   def run(self) -> None:
-    """Steps until all requests are done."""
+    """Steps until nothing is left to do."""
     while self.step():
       pass
 
   def step(self) -> bool:
-    """Fills free slots, decodes some tokens of all and delivers them.
+    """Fills free slots, chooses some tokens for all, hands them out.
 
     Ends early when a request does, so that its slot is soon taken again.
     Raises nothing for a request without finite logits: see its `error`.
 
     Returns:
-      True while any request is unfinished.
+      Whether anything is left to do.
     """
     self._release()
     admitted = self._admit()
     if self.active:
-      asked = [completion and completion.request for completion in self._slots]
-      # Free slots are greedy: drawing costs more.
-      samplers = [request.sampler if request else GREEDY for request in asked]
+      vocab_size = self._state.config.vocab_size
       self._rows = self._rows.replace(
-        stops=pad_stops([r.stop_ids if r else [] for r in asked]),
-        sampler=row_samplers(samplers, self._state.config.vocab_size),
+        stops=pad_stops(self._stops),
+        sampler=row_samplers(self._samplers, vocab_size),
       )
       new, failures, self._state, self._rows = decode(
         self._params,
         self._state,
         self._rows,
-        # The first token of a request comes alone, for the least latency.
+        # The first token of a request comes alone, as soon as can be.
         count=1 if admitted else self._size,
         size=self._size,
         pause=True,
@@ -212,7 +221,7 @@ class Batcher:
       for slot, failure in failures.items():
         self._slots[slot].error = NonFiniteError("prompts", {0: failure})
       self._release()
-    # Callbacks come last, so that one that raises loses no tokens.
+    # Last: a callback that raises loses nothing.
     while self._deliveries:
       completion, ids = self._deliveries.popleft()
       if completion.on_tokens and completion.on_tokens(ids):
@@ -220,7 +229,7 @@ class Batcher:
     return bool(self.active or self._waiting)
 
   def _admit(self) -> bool:
-    """Reads waiting requests into free slots; returns True if it read any."""
+    """Reads waiting requests into free slots."""
     free = [i for i, used in enumerate(self._slots) if used is None]
     admitted = False
     while free and self._waiting:
@@ -232,7 +241,7 @@ class Batcher:
         self._fill(free[0], completion)
       except BaseException as error:
         completion.error = error
-        completion.done = True
+        completion.done = True  # nobody waits for it in vain
         raise
       free.pop(0)
       admitted = True
@@ -242,13 +251,15 @@ class Batcher:
     state, rows = completion.request.begin(self._params)
     self._state = _put_in_place(self._state, np.asarray([slot]), state)
     self._slots[slot] = completion
+    self._samplers[slot] = completion.request.sampler
+    self._stops[slot] = completion.request.stop_ids
     self._keys[slot] = rows.key
     for name in ("token", "index", "limit", "done"):
       getattr(self._rows, name)[slot] = getattr(rows, name)[0]
     self._rows = self._rows.replace(key=jnp.concatenate(self._keys))
 
   def _release(self):
-    """Frees the slots of finished and cancelled requests."""
+    """Frees the slots of requests that ended, by themselves or cancelled."""
     for slot, completion in enumerate(self._slots):
       if completion is None:
         continue
@@ -261,3 +272,5 @@ class Batcher:
       completion.done = True
       self._rows.done[slot] = True
       self._slots[slot] = None
+      self._samplers[slot] = GREEDY
+      self._stops[slot] = []

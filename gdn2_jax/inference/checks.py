@@ -1,8 +1,8 @@
-"""Checks of input before any computation, and of logits after it.
+"""Refusals of bad input before any computation, and of non-finite logits after.
 
 Shapes and parameters are compared while a program is traced, numbers while
-they are on the host, so a decoding step pays for neither. Logits are tested on
-the device; the result returns with the tokens.
+they are on the host: neither costs a decoding step anything. Logits are tested
+on the device, and a flag travels with the tokens.
 """
 
 import functools
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from gdn2_jax.model.config import ModelConfig
@@ -21,17 +22,17 @@ MAX_POSITION = 2**31 - 1  # tokens of one sequence, counted in int32
 
 
 class NonFiniteError(ValueError):
-  """Non-finite logits: no token can be chosen from them.
+  """Logits of the model that no token can be chosen from.
 
   Args:
-    name: argument that has the rows at fault, for the message.
-    failures: message by row; at least one.
-    tokens: as the attribute.
+    name: argument whose rows these are.
+    failures: what happened, by row; at least one.
+    tokens: see below.
 
   Attributes:
-    rows: rows at fault, in ascending order.
-    tokens: B lists of chosen ids if `generate` raised this, complete in all
-      rows but those at fault; else None.
+    rows: the rows at fault, in ascending order.
+    tokens: of `generate`: B lists of the ids chosen, complete in all rows but
+      those at fault; else None.
   """
 
   def __init__(
@@ -48,7 +49,7 @@ class NonFiniteError(ValueError):
 
 
 def is_concrete(value: Any) -> bool:
-  """Tests that `value` is not a tracer, so that its numbers can be read."""
+  """Whether `value` has numbers, as it has not while jit traces."""
   return not isinstance(value, jax.core.Tracer)
 
 
@@ -61,7 +62,7 @@ def require_count(name: str, value: Any, least: int = 1) -> None:
 
 
 def require_key(name: str, key: Any) -> None:
-  """Raises ValueError unless `key` is one typed PRNG key."""
+  """Raises ValueError unless `key` is one typed key."""
   dtype = getattr(key, "dtype", type(key).__name__)
   typed = isinstance(key, jax.Array) and jnp.issubdtype(
     dtype, jax.dtypes.prng_key
@@ -73,10 +74,12 @@ def require_key(name: str, key: Any) -> None:
     )
 
 
-def require_ids(
-  name: str, ids: Any, vocab_size: int, least: int = 1
-) -> np.ndarray:
-  """Returns at least `least` valid token ids as int32 [n], or raises."""
+def require_ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
+  """Returns token ids, a list or an array on the host, as int32 [n].
+
+  Raises:
+    ValueError: not one-dimensional, not integers, or not in [0, vocab_size).
+  """
   try:
     array = np.asarray(ids)
   except ValueError as e:
@@ -86,8 +89,6 @@ def require_ids(
       f"{name}: expected a list of token ids, got {type(ids).__name__} of "
       f"shape {array.shape}"
     )
-  if array.size < least:
-    raise ValueError(f"{name}: expected at least one token id, got none")
   if array.size:
     _require_integers(name, array)
     _require_range(name, array, vocab_size)
@@ -95,17 +96,17 @@ def require_ids(
 
 
 def require_alive(state: Any) -> None:
-  """Raises ValueError if the state was donated to an earlier call."""
+  """Raises ValueError if a buffer of the state was given away."""
   for leaf in jax.tree.leaves(state):
     if is_concrete(leaf) and isinstance(leaf, jax.Array) and leaf.is_deleted():
       raise ValueError(
-        "state: was donated to an earlier call, which reused its buffers; use "
-        "the state that call returned, or keep a copy from fork(state, 1)"
+        "state: was donated to an earlier call, which reused its buffers; go "
+        "on with the state which that call returned, or fork(state, 1) before"
       )
 
 
 def require_state(state: Any, config: ModelConfig, batch_size: int) -> None:
-  """Raises ValueError unless `state` has this config and batch size."""
+  """Raises ValueError unless `state` is one of this model and batch size."""
   require_alive(state)
   if state.config != config:
     raise ValueError(
@@ -118,18 +119,24 @@ def require_state(state: Any, config: ModelConfig, batch_size: int) -> None:
 
 
 def require_room(position: Any, count: Any, max_length: int | None) -> None:
-  """Raises ValueError unless `count` tokens more than `position` fit."""
+  """Raises ValueError unless rows at `position` may go on by `count` tokens.
+
+  Args:
+    position: tokens read so far, of one or of every row.
+    count: tokens to come, of one or of every row.
+    max_length: tokens that a row may have; None: as many as int32 counts.
+  """
   limit = MAX_POSITION if max_length is None else max_length
   total = np.asarray(jax.device_get(position), np.int64) + count
   if (total > limit).any():
     raise ValueError(
-      f"state: has room for max_length={limit} tokens per sequence, got "
-      f"{int(total.max())} including the new ones"
+      f"state: has room for max_length={limit} tokens of a sequence, got "
+      f"{int(total.max())} with the new ones"
     )
 
 
 def require_block(tokens: Any, lengths: Any, state: Any) -> None:
-  """Raises ValueError unless `state` can read `tokens` [B, T]."""
+  """Raises ValueError unless `tokens` [B, T] can be read by `state`."""
   require_alive(state)
   batch_size = state.batch_size
   shape = tuple(tokens.shape)
@@ -159,7 +166,7 @@ def require_block(tokens: Any, lengths: Any, state: Any) -> None:
 
 
 def require_step(token: Any, state: Any) -> None:
-  """Raises ValueError unless `state` can read `token` [B]."""
+  """Raises ValueError unless `token` [B] can be read by `state`."""
   require_alive(state)
   if tuple(token.shape) != (state.batch_size,):
     raise ValueError(
@@ -185,17 +192,16 @@ def _require_range(name, ids, vocab_size) -> None:
 
 
 def require_params(params: Any, config: ModelConfig) -> None:
-  """Raises ValueError unless names and shapes are those of LM(config)."""
+  """Raises ValueError unless `params` are unboxed parameters of LM(config).
+
+  Compares names and shapes alone. Called where a program is traced.
+  """
   want, got = _param_shapes(config), _shapes(params)
   for name in sorted(want.keys() | got.keys()):
     if want.get(name) != got.get(name):
-      found, expected = (
-        f"has shape {shapes[name]}" if name in shapes else "is missing"
-        for shapes in (got, want)
-      )
       raise ValueError(
-        f"params: {name} {found}, but in the model of the state it {expected}; "
-        f"that model is {config}"
+        f"params: {name} {_tell(got.get(name))}, but in the model of the state "
+        f"it {_tell(want.get(name))}; that model is {config}"
       )
 
 
@@ -208,38 +214,49 @@ def _param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _shapes(params) -> dict[str, tuple[int, ...]]:
-  """Shapes by path of dictionary keys: boxes of sharding names add no key."""
-  keyed = jax.tree_util.DictKey
+  def is_box(leaf):
+    return isinstance(leaf, nn.meta.AxisMetadata)
+
+  def array(leaf):
+    return leaf.unbox(apply_constraint=False) if is_box(leaf) else leaf
+
+  leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
   return {
-    "/".join(str(key.key) for key in path if isinstance(key, keyed)): leaf.shape
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    jax.tree_util.keystr(path, simple=True, separator="/"): array(leaf).shape
+    for path, leaf in leaves
   }
 
 
+def _tell(shape) -> str:
+  return "is missing" if shape is None else f"has shape {shape}"
+
+
 def is_usable(logits: Float[Array, "*b VOCAB"]) -> Bool[Array, "*b"]:
-  """Tests that a token can be chosen: no NaN, no +inf, not all -inf."""
+  """Whether a token can be chosen: no NaN, no +inf, and not -inf alone."""
   return jnp.isfinite(jnp.max(logits, axis=-1))
 
 
 def find_causes(params: Any, state: Any, rows: Sequence[int]) -> dict[int, str]:
-  """Cause of non-finite logits by row: parameters, state or overflow."""
-  # Reads all parameters and all of the state: only after a failure.
+  """Whether weights or state made the logits of these rows non-finite, by row.
+
+  Reads all of both: only after a failure.
+  """
   params_ok, rows_ok = jax.device_get(_finite_parts(params, state.cache))
   leaves = jax.tree_util.tree_leaves_with_path(params_ok)
   bad = [path for path, ok in leaves if not ok]
   if bad:
     name = jax.tree_util.keystr(bad[0], simple=True, separator="/")
     more = f" and {len(bad) - 1} more" if bad[1:] else ""
-    cause = f"params: NaN or infinity in {name}{more}; load undamaged weights"
+    cause = f"params: NaN or infinity in {name}{more}; load sound weights"
     return dict.fromkeys(rows, cause)
-  damaged = "state: NaN or infinity in this row, none in params; start it anew"
+  damaged = "state: NaN or infinity in this row, none in params; begin it anew"
   overflow = f"params, state: all finite; dtype={state.config.dtype} overflows"
   return {row: overflow if rows_ok[row] else damaged for row in rows}
 
 
 @jax.jit
 def _finite_parts(params, cache):
-  """Finite or not: each parameter, and each row of the cache [B]."""
+  """Whether all is finite: per parameter, and per row of a cache [B]."""
 
   def rows(leaf):
     return jnp.isfinite(leaf).all(axis=(0, *range(2, leaf.ndim)))

@@ -1,4 +1,4 @@
-"""Decoding loop on the device: many tokens of many rows per dispatch."""
+"""The loop on the device: several tokens of many rows in one dispatch."""
 
 import functools
 from collections.abc import Sequence
@@ -14,21 +14,35 @@ from gdn2_jax.inference.sampling import sample
 from gdn2_jax.inference.state import State, advance
 
 TOKENS_PER_DISPATCH = 16
-_FAILED = -1  # in place of a token: its logits were not finite
+_FAILED = -1  # among the tokens: no finite logits to choose one from
 
 
 @struct.dataclass
 class Rows:
-  """Progress and sampling settings of B rows, beside their state."""
+  """What decides the next tokens of B rows, beside their state.
+
+  A row's `token` is chosen, but its state has not read it.
+
+  Attributes:
+    token: [B] int32, the last token: of the prompt, or chosen.
+    index: [B] int32, tokens chosen so far; the next is drawn with
+      fold_in(key, index).
+    limit: [B] int32, the index at which a row ends.
+    done: [B] bool, a row ended: at its limit, by choosing a stop id, or for
+      want of finite logits.
+    key: [B] typed keys.
+    stops: [B, S] int32 stop ids; -1 is none.
+    sampler: Sampler for all rows, or RowSamplers.
+  """
 
   # Any: tree transformations build rows of other things than arrays.
-  token: Any  # [B] int32, the last token; the state has not read it
-  index: Any  # [B] int32, tokens chosen; the next uses fold_in(key, index)
-  limit: Any  # [B] int32, the index at which a row ends
-  done: Any  # [B] bool: at the limit, at a stop id, or without finite logits
-  key: Any  # [B] typed keys
-  stops: Any  # [B, S] int32 stop ids, padded with -1
-  sampler: Any  # Sampler for all rows, or RowSamplers
+  token: Any
+  index: Any
+  limit: Any
+  done: Any
+  key: Any
+  stops: Any
+  sampler: Any
 
 
 @functools.partial(
@@ -37,12 +51,25 @@ class Rows:
 def decode_block(
   params: Any, state: State, rows: Rows, count: Any, pause: Any, *, size: int
 ) -> tuple[Any, State, Rows]:
-  """Chooses up to `count` <= size tokens of every row that is not done."""
-  # `count` and `pause` are not static: one program serves all their values.
-  # Returns tokens [B, size], of which row i has (new index - old index), then
-  # -1 if its logits were not finite. A row that is done keeps token and index,
-  # but its state reads on; `pause` ends the loop there, so that the state of a
-  # row that has just ended has read exactly the tokens before its last.
+  """Chooses up to `count` <= size tokens of every row that is not done.
+
+  Ends early when every row is done or, if `pause`, as soon as another row is:
+  only then has that row's state read exactly the tokens before its last.
+  A row that is done keeps token and index, but its state reads on.
+
+  Args:
+    params: unboxed parameters.
+    state: of B sequences; donated.
+    rows: where they are.
+    count: int32, not static: one program serves every count.
+    pause: bool, not static.
+    size: columns of the output.
+
+  Returns:
+    tokens [B, size] int32, of which row i has the first (new index - old index)
+    columns, followed by -1 where its logits were not finite; the new state; the
+    new rows.
+  """
   before = rows.done
 
   def unfinished(loop):
@@ -66,7 +93,7 @@ def decode_block(
 
 
 def _choose(logits, rows):
-  """Draws one token for every row that is not done."""
+  """The rows with one more token where they are not done, and these tokens."""
   failed = ~rows.done & ~is_usable(logits)
   keys = jax.vmap(jax.random.fold_in)(rows.key, rows.index)
   drawn = sample(logits, keys, rows.sampler)
@@ -88,9 +115,21 @@ def decode(
   size: int = TOKENS_PER_DISPATCH,
   pause: bool = False,
 ) -> tuple[list[list[int]], dict[int, str], State, Rows]:
-  """Runs `decode_block`; returns tokens, failures by row, state and rows."""
-  # On the host, in and out: token, index and done of `rows`. Tokens come
-  # without the stop id that ended a row.
+  """`decode_block` and its results on the host.
+
+  Args:
+    params: unboxed parameters.
+    state: of B sequences; donated.
+    rows: where they are, with `index` and `stops` on the host.
+    count: tokens per row at most, 1 to size.
+    size: decides the compiled program.
+    pause: whether to end as soon as another row is done.
+
+  Returns:
+    The new tokens of each row, without the stop id that ended it; for each row
+    that ended without finite logits, by number, at which token and why; the new
+    state; and the new rows, whose token, index and done are on the host.
+  """
   require_alive(state)
   tokens, state, new = decode_block(
     params, state, rows, np.int32(count), np.bool_(pause), size=size
@@ -98,11 +137,13 @@ def decode(
   tokens, token, index, done = jax.device_get(
     (tokens, new.token, new.index, new.done)
   )
-  chosen = []
-  for row, n, stops in zip(tokens, index - rows.index, rows.stops, strict=True):
-    stopped = n > 0 and row[n - 1] in stops
-    chosen.append(row[: n - stopped].tolist())
-  # Copies, because arrays from the device may be read-only.
+  chosen = [
+    _without_stop(row[:n].tolist(), stops)
+    for row, n, stops in zip(
+      tokens, index - rows.index, rows.stops, strict=True
+    )
+  ]
+  # Copies: what comes from the device may be read-only.
   rows = rows.replace(
     token=np.array(token), index=np.array(index), done=np.array(done)
   )
@@ -117,8 +158,12 @@ def decode(
   return chosen, failures, state, rows
 
 
+def _without_stop(tokens, stops) -> list[int]:
+  return tokens[:-1] if tokens and tokens[-1] in stops else tokens
+
+
 def pad_stops(stop_ids: Sequence[Sequence[int]]) -> np.ndarray:
-  """Stop ids [B, S], S a multiple of 8 so that few programs are compiled."""
+  """[B, S] int32, S a multiple of 8: few shapes, few programs."""
   most = max(len(ids) for ids in stop_ids)
   stops = np.full((len(stop_ids), 8 * max(1, -(-most // 8))), -1, np.int32)
   for row, ids in zip(stops, stop_ids, strict=True):

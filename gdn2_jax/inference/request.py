@@ -25,7 +25,11 @@ from gdn2_jax.model.config import ModelConfig
 
 @dataclasses.dataclass
 class Request:
-  """Arguments of `generate`, checked before anything is computed."""
+  """The arguments of `gdn2_jax.inference.generate`, which explains them.
+
+  Raises:
+    ValueError: as `generate`; before anything is computed.
+  """
 
   config: ModelConfig
   prompts: Any
@@ -42,7 +46,7 @@ class Request:
     require_count("max_new_tokens", self.max_new_tokens)
     require_key("rng", self.rng)
     self.sampler.check(vocab_size)
-    stops = require_ids("stop_ids", self.stop_ids, vocab_size, least=0)
+    stops = require_ids("stop_ids", self.stop_ids, vocab_size)
     self.stop_ids = stops.tolist()
     self.prompts = [
       require_ids(f"prompts[{i}]", prompt, vocab_size)
@@ -51,6 +55,9 @@ class Request:
     batch_size = len(self.prompts)
     if not batch_size:
       raise ValueError("prompts: expected at least one prompt, got none")
+    for i, prompt in enumerate(self.prompts):
+      if not prompt.size:
+        raise ValueError(f"prompts[{i}]: expected at least one token, got none")
     position, limit = 0, None
     if self.state is not None:
       require_state(self.state, self.config, batch_size)
@@ -58,29 +65,33 @@ class Request:
     elif "A" in self.config.pattern:
       limit = self.max_length
     require_room(position, self._lengths() + int(self.max_new_tokens), limit)
+    self.index = self._index()
+
+  def _index(self):
+    shape = (len(self.prompts),)
     index = np.asarray(self.index)
-    if index.shape not in ((), (batch_size,)) or index.dtype.kind not in "iu":
+    if index.shape not in ((), shape) or index.dtype.kind not in "iu":
       raise ValueError(
-        f"index: expected an integer or {batch_size} of them, got {self.index}"
+        f"index: expected an integer or {shape[0]} of them, got {self.index}"
       )
     most = MAX_POSITION - int(self.max_new_tokens)
     if index.min() < 0 or index.max() > most:
       raise ValueError(f"index: expected 0 to {most}, got {self.index}")
-    self.index = np.broadcast_to(index, (batch_size,)).astype(np.int32)
+    return np.broadcast_to(index, shape).astype(np.int32)
 
   def _lengths(self):
     return np.asarray([prompt.size for prompt in self.prompts], np.int64)
 
   def begin(self, params) -> tuple[State, Rows]:
-    """Reads all tokens of the prompts but the last of each."""
-    # Checked again: the state may have been donated while the request waited.
+    """Reads the prompts but for their last tokens."""
+    # Again: a request may have waited.
     require_alive(self.state)
     lengths = self._lengths()
     batch_size = len(lengths)
     state = self.state
     if state is None:
       longest = int(lengths.max()) + self.max_new_tokens
-      # Rounded to a power of two, so that few programs are compiled.
+      # A power of two: few shapes, few programs.
       max_length = self.max_length or bucket(longest, MAX_POSITION)
       state = init_state(self.config, batch_size, max_length)
     tokens = np.zeros((batch_size, lengths.max()), np.int32)

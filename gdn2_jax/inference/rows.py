@@ -1,9 +1,10 @@
-"""Rows of a state: fork, batch, unbatch, take and put.
+"""Rows of a state: copied, put together, taken apart, replaced.
 
 Pure functions for use inside and outside of jit, one dispatch each. Every leaf
-of a cache has the rows on axis 1, positions have them on axis 0, and rows are
-independent, so bits are copied and nothing is computed. Results share no buffer
-with their sources, which stay usable even if the result is donated.
+of a cache has the rows on axis 1, positions have them on axis 0, and no row
+knows of another, so all of this is exact: bits move and nothing is computed.
+Results share no buffer with their sources, which stay usable even where the
+result is donated.
 """
 
 import functools
@@ -20,16 +21,16 @@ from gdn2_jax.inference.state import State
 
 
 def fork(state: State, n: int) -> State:
-  """Copies each row `n` times, side by side: rows 0, 0, ..., 1, 1, ...
+  """`n` copies of each row, side by side: rows 0, 0, ..., 1, 1, ...
 
-  Reads a prompt once to continue it in several ways.
+  Read a prompt once, then continue it in several ways.
 
   Args:
-    state: state of B sequences; stays usable.
-    n: copies of each row, >= 1.
+    state: of B sequences; stays usable.
+    n: >= 1.
 
   Returns:
-    The state of B * n sequences.
+    A state of B * n sequences.
 
   Raises:
     ValueError: n < 1, or a state that was donated.
@@ -47,13 +48,14 @@ def _fork(state, *, n):
 
 
 def batch(states: Sequence[State]) -> State:
-  """Joins the rows of several states of one model, in order.
+  """The rows of several states of one model as one state, in order.
 
   Args:
-    states: at least one, each with any number of rows and of tokens read.
+    states: at least one; they may have any numbers of rows and have seen any
+      numbers of tokens.
 
   Returns:
-    The state of all their sequences.
+    A state of as many sequences as they have together.
 
   Raises:
     ValueError: no state, or states of different models or capacities.
@@ -73,28 +75,29 @@ def _batch(states):
 
 
 def unbatch(state: State) -> list[State]:
-  """Splits a state into one state per row; the inverse of `batch`."""
-  return [take(state, [row]) for row in range(state.batch_size)]
+  """Every row as a state of one sequence; the inverse of `batch`."""
+  return [take(state, [row]) for row in range(_rows_of(state))]
 
 
 def take(
   state: State, rows: Sequence[int] | Int[Array | np.ndarray, " N"]
 ) -> State:
-  """Copies the rows with these indices, in this order, repeats included.
+  """The named rows, in the order named; one may be named several times.
 
   Args:
-    state: state of B sequences; stays usable.
-    rows: N >= 1 indices in [0, B). Traced indices cannot be checked: one
-      outside gives NaN and position -1.
+    state: of B sequences; stays usable.
+    rows: N >= 1 indices in [0, B). Under jit they may be traced, and then
+      their values cannot be checked: one outside gives NaN and position -1.
 
   Returns:
-    The state of N sequences.
+    A state of N sequences.
 
   Raises:
-    ValueError: no index, one outside [0, B), or a state that was donated.
+    ValueError: no index, or (if known) one outside [0, B), or a state that was
+      donated.
   """
   require_alive(state)
-  return _take(state, _check_rows(rows, state.batch_size))
+  return _take(state, _check_rows(rows, _rows_of(state)))
 
 
 @jax.jit
@@ -111,32 +114,32 @@ def put(
   rows: int | np.integer | Sequence[int] | Int[Array | np.ndarray, "*N"],
   other: State,
 ) -> State:
-  """Replaces rows, for instance an ended sequence by a new one.
+  """Replaces rows: a sequence that is over makes room for a new one.
 
-  Works in place inside jit with `state` donated.
+  Inside jit with `state` donated this is done in place.
 
   Args:
-    state: state of B sequences; stays usable.
-    rows: N different indices in [0, B), or one. Traced indices cannot be
-      checked: one outside is ignored.
-    other: state of N sequences, the new rows in this order.
+    state: of B sequences; stays usable.
+    rows: N different indices in [0, B), or one. Under jit they may be traced,
+      and then their values cannot be checked: one outside is left out.
+    other: of N sequences, which take these places in this order.
 
   Returns:
     `state` with these rows replaced.
 
   Raises:
     ValueError: states of different models or capacities, numbers of rows that
-      disagree, or an index outside [0, B) or given twice.
+      disagree, or (if known) an index outside [0, B) or named twice.
   """
   require_alive(state)
   require_alive(other)
   _check_alike("other", other, state)
   if np.ndim(rows) == 0:
     rows = rows[None] if isinstance(rows, jax.Array) else [rows]
-  rows = _check_rows(rows, state.batch_size)
-  if rows.shape[0] != other.batch_size:
+  rows = _check_rows(rows, _rows_of(state))
+  if rows.shape[0] != _rows_of(other):
     raise ValueError(
-      f"rows: expected {other.batch_size} indices for the rows of other, got "
+      f"rows: expected {_rows_of(other)} indices for the rows of other, got "
       f"{rows.shape[0]}"
     )
   if isinstance(rows, np.ndarray) and len(set(rows.tolist())) != len(rows):
@@ -153,8 +156,12 @@ def _put(state, rows, other):
   return _map(replace, state, other)
 
 
+def _rows_of(state: State) -> int:
+  return state.position.shape[0]
+
+
 def _map(f, state: State, *others: State) -> State:
-  """Maps f(axis of the rows, leaf, *leaves of others) over all leaves."""
+  """f(axis of the rows, leaf, *leaves of others) over all leaves."""
   return state.replace(
     cache=jax.tree.map(
       lambda *x: f(1, *x), state.cache, *(o.cache for o in others)
@@ -180,19 +187,19 @@ def _check_alike(name: str, state: State, like: State) -> None:
     if row_shape(got) != row_shape(want):
       raise ValueError(
         f"{name}: leaves of shape {got.shape} and dtype {got.dtype}, expected "
-        f"{want.shape} up to the rows and {want.dtype}; use one max_length "
-        "for both"
+        f"{want.shape} up to the rows and {want.dtype}: was it made with "
+        "another max_length?"
       )
 
 
 def _check_rows(rows, batch_size):
-  """Row indices as a NumPy array; traced ones stay traced."""
+  """Row numbers as a numpy array, or as they are where they are traced."""
   if not isinstance(rows, jax.core.Tracer):
     rows = np.asarray(jax.device_get(rows))
   if rows.ndim != 1 or rows.shape[0] < 1:
     raise ValueError(f"rows: expected at least one index, got {rows.shape}")
   if isinstance(rows, jax.core.Tracer):
-    # JAX would count a negative index from the end.
+    # A negative index would count from the end, traced or not.
     return jnp.where(rows < 0, batch_size, rows)
   if rows.min() < 0 or rows.max() >= batch_size:
     raise ValueError(

@@ -1,4 +1,4 @@
-"""Sampling of the next token: greedy, temperature, top-k and top-p.
+"""Choosing the next token: greedy, temperature, top-k and top-p.
 
 Legend: B batch, VOCAB vocabulary, R ranks kept (most probable first).
 """
@@ -20,19 +20,19 @@ from jaxtyping import Array, Float, Int, Key
 class Sampler:
   """p(i) proportional to exp(logits_i / temperature) over the kept tokens.
 
-  Tokens are ranked by logit, the lower id first among equals. The first `top_k`
-  ranks are kept, and of these the shortest prefix whose probability (softmax at
-  this temperature over the top_k ranks) reaches `top_p`; the first rank is
-  always kept. The kept probabilities are renormalised. A static argument for
-  jit, which compiles once per sampler.
+  Tokens are ranked by logit, the lower id first among equals. Kept are the
+  first `top_k` ranks, and of these the shortest prefix whose probability
+  (softmax at this temperature over the top_k ranks) reaches `top_p`; the
+  first rank is always kept. What is kept is renormalised. A static argument
+  for jit, which compiles once per sampler.
 
   Attributes:
-    temperature: 0 for greedy, which ignores top_k and top_p, or at least 1e-6,
-      below which float32 logits / temperature may overflow.
+    temperature: 0, which takes the first rank (greedy) whatever the rest, or
+      at least 1e-6, below which float32 logits / temperature may overflow.
     top_k: ranks kept; 0 keeps all.
-    top_p: probability kept, in (0, 1]; 1 keeps all.
-    vocab_size: only ids below it are drawn; 0 draws from all. A model's
-      vocabulary may be padded beyond its tokenizer's.
+    top_p: in (0, 1]; 1 keeps all.
+    vocab_size: ids from here on are never drawn; 0 draws from all. A model's
+      vocabulary may be rounded up past its tokenizer's.
 
   Raises:
     ValueError: a value outside its range.
@@ -61,7 +61,7 @@ class Sampler:
       )
 
   def check(self, vocab_size: int) -> None:
-    """Raises ValueError if the model's vocabulary is too small."""
+    """Raises ValueError if the model's vocabulary is too small for this."""
     if self.vocab_size > vocab_size:
       raise ValueError(
         f"sampler.vocab_size: expected at most the model's {vocab_size}, got "
@@ -80,7 +80,7 @@ GREEDY = Sampler(temperature=0.0)
 
 @struct.dataclass
 class RowSamplers:
-  """One sampler per row, as arrays, so that one program serves all settings.
+  """One sampler per row, as arrays: one compiled program serves all settings.
 
   Attributes:
     temperature, top_p: [B] float32.
@@ -99,7 +99,7 @@ def row_samplers(samplers: Sequence[Sampler], vocab_size: int) -> RowSamplers:
 
   Args:
     samplers: one per row.
-    vocab_size: vocabulary size of the model.
+    vocab_size: of the model.
 
   Raises:
     ValueError: a top_k or vocab_size larger than the model's vocabulary.
@@ -123,7 +123,7 @@ def filter_logits(
 
   Args:
     logits: [B, VOCAB], any float dtype.
-    sampler: temperature, top_k and top_p.
+    sampler: what to keep, and the temperature.
 
   Returns:
     float32 [B, VOCAB]: logits / temperature up to a constant per row, -inf
@@ -145,9 +145,9 @@ def sample(
 ) -> Int[Array, " B"]:
   """Draws one token per row, each row with its own key.
 
-  Takes the argmax after adding Gumbel noise, which depends on the key and the
-  id alone. So a row's draw depends on that row's logits, key and sampler alone,
-  and a sequence gets the same tokens in any batch.
+  The most probable after adding Gumbel noise, of which every id gets its own
+  amount from the key alone. So a row's draw depends on that row's logits, key
+  and sampler alone, and a sequence gets the same tokens in any batch.
 
   Args:
     logits: [B, VOCAB], any float dtype; computed in float32.
@@ -172,19 +172,19 @@ def sample(
 
 
 def _noise(keys, logits):
-  """Gumbel noise of every id [B, VOCAB]."""
-  return jax.vmap(
-    lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32)
-  )(keys)
+  def draw(key):
+    return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
+
+  return jax.vmap(draw)(keys)
 
 
 def _first(logits):
-  """Most probable id of each row, the lower one among equals."""
+  """The most probable id of each row, the lower one among equals."""
   return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def _known(logits, sampler):
-  """Logits of the ids that may be drawn, float32."""
+  """float32 logits of the ids that may be drawn."""
   sampler.check(logits.shape[-1])
   return logits[:, : sampler.vocab_size or None].astype(jnp.float32)
 
@@ -192,7 +192,7 @@ def _known(logits, sampler):
 def _ranked(
   logits: Float[Array, "B VOCAB"], sampler: Sampler
 ) -> tuple[Float[Array, "B R"], Int[Array, "B R"]]:
-  """Kept logits / temperature (-inf if dropped) and their ids."""
+  """Returns kept logits / temperature (-inf if dropped) and their ids."""
   logits = _known(logits, sampler)
   vocab_size = logits.shape[-1]
   if sampler.temperature == 0:
@@ -201,7 +201,7 @@ def _ranked(
   # Shifted first, so that a small temperature cannot give inf - inf.
   logits = logits - jnp.max(logits, axis=-1, keepdims=True)
   if sampler.top_k == 0 and sampler.top_p == 1:
-    # Nothing is dropped, so ids need no sorting.
+    # Nothing to drop: spare the sort, any order of the ids will do.
     ids_BR = jnp.broadcast_to(jnp.arange(vocab_size)[None], logits.shape)
     return logits / sampler.temperature, ids_BR
   values_BR, ids_BR = jax.lax.top_k(logits, sampler.top_k or vocab_size)
@@ -213,7 +213,7 @@ def _ranked(
 
 
 def _sample_rows(logits, keys, samplers: RowSamplers):
-  """Runs `sample` with settings per row that are known at run time only."""
+  """`sample` where each row has settings of its own, known at run time only."""
   vocab_size = logits.shape[-1]
   unknown = jnp.arange(vocab_size)[None] >= samplers.vocab_size[:, None]
   logits = jnp.where(unknown, -jnp.inf, logits.astype(jnp.float32))
@@ -221,7 +221,7 @@ def _sample_rows(logits, keys, samplers: RowSamplers):
   shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
   scaled = shifted / jnp.where(greedy, 1.0, samplers.temperature)[:, None]
   ranks_matter = ~greedy & ((samplers.top_k > 0) | (samplers.top_p < 1))
-  # Sorting a vocabulary costs more than everything else: only if needed.
+  # Sorting a vocabulary costs more than all the rest: only where it is needed.
   kept = jax.lax.cond(
     ranks_matter.any(), _drop_ranks, lambda x, _: x, scaled, samplers
   )
@@ -230,7 +230,7 @@ def _sample_rows(logits, keys, samplers: RowSamplers):
 
 
 def _drop_ranks(values, samplers):
-  """Replaces ids that top_k and top_p do not keep by -inf."""
+  """-inf in place of the ids that top_k and top_p do not keep."""
   vocab_size = values.shape[-1]
   values_BR, ids_BR = jax.lax.top_k(values, vocab_size)
   ranks_BR = jnp.broadcast_to(jnp.arange(vocab_size)[None], values.shape)
@@ -243,7 +243,7 @@ def _drop_ranks(values, samplers):
 
 
 def _nucleus(values_BR, top_p):
-  """Mask of the shortest prefix of ranks that reaches top_p."""
+  """Which ranks are kept: the shortest prefix that reaches top_p."""
   p_BR = jax.nn.softmax(values_BR, axis=-1)
   # Mass of the more probable ranks: 0 for the first, so it always stays.
   before_BR = jnp.cumsum(p_BR, axis=-1) - p_BR

@@ -1,4 +1,4 @@
-"""`python -m gdn2_jax.generate`: output, sessions and refusals."""
+"""`python -m gdn2_jax.generate`: what it prints, keeps, and how it refuses."""
 
 import pathlib
 import re
@@ -191,7 +191,7 @@ def test_refusals_are_one_line_and_exit_with_one(
     ([*ok, f"--session={tmp_path / 'no' / 'talk'}"], "no such folder"),
     ([*ok, f"--session={tmp_path / 'text'}"], "not a safetensors file"),
     ([f"--model={other}", ok[1], talk], "talk: weights: the file has '"),
-    ([ok[0], talk], "its text has ended; give a --prompt to continue"),
+    ([ok[0], talk], "its text has ended; give a --prompt to go on"),
     ([*ok, talk, "--top_k=300"], "top_k: expected at most the vocabulary"),
   ]
   misspelt = [f"--workdir={workdir}", "--promt=x"]

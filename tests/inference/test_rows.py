@@ -11,8 +11,6 @@ import pytest
 from gdn2_jax.inference.rows import batch, fork, put, take, unbatch
 from tests.inference.states import CONFIG, assert_equal, random_state
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 
 def rows_of(state, rows):
   """These rows by the layout that the module promises, on the host."""

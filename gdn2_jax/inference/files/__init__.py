@@ -1,1 +1,1 @@
-"""Files of states: snapshots, sessions and the prefix cache."""
+"""States as files: snapshots, sessions, a cache of prefixes."""

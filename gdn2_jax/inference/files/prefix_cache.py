@@ -1,10 +1,14 @@
-"""Prefix cache on disk: states after the common beginnings of prompts.
+"""A prefix cache on disk: what a model remembers after texts it has read.
 
-A folder of state files (`state.py`), each named by the number of tokens and a
-hash of model, weights, tokenizer and tokens, so models do not share entries.
-Processes and threads may share a folder: a file appears in one step, and one
-that is evicted while it is read either arrives whole or counts as missing. Only
-files of such names, and leftovers of killed writers, are touched.
+Many prompts begin alike. A state after such a beginning is worth the time that
+reading it took, and has the same size however long it was.
+
+A folder of state files (`state_file.py`), each named by the number of tokens
+and a hash of model, weights, tokenizer and tokens, so that no model finds what
+another one left. Processes and threads may share a folder: a file appears whole
+or not at all, and one that is evicted while it is read either arrives whole or
+counts as missing. Only files of such names, and leftovers of writers that died,
+are ever touched.
 """
 
 import contextlib
@@ -39,18 +43,18 @@ _LOCK = ".lock"
 
 
 class StateStore:
-  """Least-recently-used cache of states by the tokens they have read.
+  """States by the tokens they have read, in a folder of bounded size.
 
   Args:
-    folder: folder of the entries; made if it is missing.
-    identity: identity of the model, from `identify`; models may share a folder.
-    max_bytes: size of all entries together; the least recently used go first.
-    dtype: dtype of the recurrent states in the files. With "bfloat16" twice as
-      many fit, and results after a hit are close to those of a miss, not equal.
+    folder: made if it is missing.
+    identity: of the model, from `identify`; one folder may serve many.
+    max_bytes: of all entries together; the ones not used for the longest time
+      go first.
+    dtype: of the recurrent states in the files. With "bfloat16" twice as many
+      fit, and what follows a hit is close to what follows a miss, not equal.
 
   Raises:
-    ValueError: max_bytes < 1.
-    OSError: the folder cannot be made, or is a file.
+    ValueError: max_bytes < 1, or a folder that is none.
   """
 
   def __init__(
@@ -67,24 +71,27 @@ class StateStore:
     self._folder = pathlib.Path(folder)
     self._max_bytes = max_bytes
     self._dtype = dtype
+    if self._folder.exists() and not self._folder.is_dir():
+      raise ValueError(f"folder={os.fspath(folder)!r}: not a folder")
     self._folder.mkdir(parents=True, exist_ok=True)
 
   def put(self, tokens: Any, state: State) -> None:
-    """Stores the state of one sequence that has read exactly these tokens.
+    """Keeps the state of one sequence that has read exactly these tokens.
 
-    An existing entry is not written again.
+    What is there already is not written again. The entries not used for the
+    longest time make room.
 
     Args:
-      tokens: all ids that `state` has read.
-      state: state of one sequence; stays usable.
+      tokens: all that `state` has read.
+      state: of one sequence; stays usable.
 
     Raises:
       ValueError: no token, an id outside the vocabulary, a state of another
-        model, of several rows or after another number of tokens, or one larger
-        than max_bytes.
+        model, of several rows or after another number of tokens, or one that
+        is larger than max_bytes.
       OSError: the folder cannot be written to, or its disk is full.
     """
-    tokens = self._ids(tokens)
+    tokens = _ids(tokens, self.identity)
     if state.position.shape != (1,):
       raise ValueError(
         f"state: expected one sequence, got {state.position.shape[0]}; "
@@ -92,8 +99,8 @@ class StateStore:
       )
     if int(state.position[0]) != len(tokens):
       raise ValueError(
-        f"state: has read {int(state.position[0])} tokens, expected "
-        f"{len(tokens)} as in tokens"
+        f"state: has read {int(state.position[0])} tokens, expected the "
+        f"{len(tokens)} of tokens"
       )
     ((_, path),) = self._paths(tokens, [len(tokens)])
     if _touch(path):
@@ -114,35 +121,35 @@ class StateStore:
       new.unlink(missing_ok=True)
 
   def get(self, tokens: Any, *, room: int = 0) -> State | None:
-    """Returns the state after exactly these tokens, or None.
+    """The state after exactly these tokens, if it is there and whole.
 
     Args:
-      tokens: all ids that the state has read.
+      tokens: that it has read.
       room: tokens that may follow, as for `load_state`.
 
     Raises:
       ValueError: no token, or an id outside the vocabulary.
     """
-    tokens = self._ids(tokens)
+    tokens = _ids(tokens, self.identity)
     ((_, path),) = self._paths(tokens, [len(tokens)])
     return self._load(path, len(tokens), room)
 
   def longest_prefix(
     self, tokens: Any, *, room: int = 0
   ) -> tuple[int, State] | None:
-    """Returns the entry of the longest prefix of these tokens.
+    """The state after the most of these tokens, counted from the first.
 
     Args:
-      tokens: ids of a prompt.
+      tokens: of a prompt.
       room: tokens that may follow all of `tokens`, as for `load_state`.
 
     Returns:
-      The number of tokens read and the state; None without an entry.
+      How many tokens it has read, and the state; None where there is none.
 
     Raises:
       ValueError: no token, or an id outside the vocabulary.
     """
-    tokens = self._ids(tokens)
+    tokens = _ids(tokens, self.identity)
     names = {entry.name for entry in self._entries()}
     lengths = sorted({int(name[:10]) for name in names})
     candidates = self._paths(tokens, [n for n in lengths if n <= len(tokens)])
@@ -154,14 +161,10 @@ class StateStore:
         return length, state
     return None
 
-  def _ids(self, tokens: Any) -> np.ndarray:
-    """Returns the tokens as int32 ids of the model, at least one, or raises."""
-    return require_ids("tokens", tokens, self.identity.config.vocab_size)
-
   def _paths(
     self, tokens: np.ndarray, lengths: Sequence[int]
   ) -> list[tuple[int, pathlib.Path]]:
-    """Pairs (n, file of the first n tokens) for ascending lengths."""
+    """(n, file of the first n tokens) for ascending lengths, in one pass."""
     belongs = self.identity
     key = (belongs.model, belongs.weights, belongs.tokenizer, self._dtype)
     running = hashlib.sha256("\n".join(key).encode())
@@ -200,13 +203,13 @@ class StateStore:
 
   @contextlib.contextmanager
   def _locked(self) -> Iterator[None]:
-    """Excludes other writers in all threads and processes."""
+    """One writer at a time, whichever thread of whichever process it is in."""
     with open(self._folder / _LOCK, "ab") as file:
       fcntl.flock(file, fcntl.LOCK_EX)
       yield
 
   def _make_room(self, size: int) -> None:
-    """Removes the least recently used entries until `size` bytes fit."""
+    """Removes entries until `size` more bytes fit, the oldest use first."""
     found = []
     for entry in self._entries():
       with contextlib.suppress(FileNotFoundError):  # dropped meanwhile
@@ -231,23 +234,23 @@ def prefill_cached(
   chunk_size: int = CHUNK_SIZE,
   room: int = 0,
 ) -> tuple[Float[Array, "1 VOCAB"], State, int]:
-  """Reads one prompt like `prefill`, starting from the longest cached prefix.
+  """`prefill` of one prompt that reads only what the store has not seen.
 
-  Stores a state after every `every` tokens. If the store holds no others, the
-  result is bit for bit that of `prefill`, hit or miss, because the chunks are
-  the same. After `store.put` of other lengths it is equal up to rounding.
+  Keeps a state after every `every` tokens. Where the store holds no others,
+  the result is bit for bit that of `prefill`, hit or miss: the chunks are the
+  same. After `store.put` of other lengths it is equal up to rounding.
 
   Args:
     params: unboxed parameters of the model of `store.identity`.
-    tokens: ids of the prompt.
-    store: cache to read and to extend; a full disk is a warning.
-    every: tokens between stored states, a multiple of chunk_size.
+    tokens: of the prompt.
+    store: to look in and to add to; a full disk is a warning.
+    every: tokens between the states that are kept, a multiple of chunk_size.
     chunk_size: tokens per dispatch, as for `prefill`.
     room: tokens that may follow; for models with layers "A", ignored by others.
 
   Returns:
-    float32 logits [1, VOCAB] after the last token, the state, and the number of
-    tokens taken from the cache.
+    float32 logits [1, VOCAB] after the last token, the state, and how many
+    tokens were not read again.
 
   Raises:
     ValueError: no token, an id outside the vocabulary, or an `every` that is
@@ -257,8 +260,8 @@ def prefill_cached(
     raise ValueError(
       f"every={every}: expected a positive multiple of chunk_size={chunk_size}"
     )
-  tokens = store._ids(tokens)
-  # Without the last token, which is read anyway: logits are not stored.
+  tokens = _ids(tokens, store.identity)
+  # Not all of them: states are kept, but the logits of the last token are not.
   found = None
   if len(tokens) > 1:
     found = store.longest_prefix(tokens[:-1], room=room + 1)
@@ -273,21 +276,37 @@ def prefill_cached(
       params, piece, np.array([end - start]), state, chunk_size=chunk_size
     )
     if end % every == 0:
-      try:
-        store.put(tokens[:end], state)
-      except OSError as e:
-        warnings.warn(f"not kept in the state store: {e}", stacklevel=2)
+      _try_put(store, tokens[:end], state)
     start = end
   return logits, state, reused
 
 
+def _try_put(store, tokens, state) -> None:
+  try:
+    store.put(tokens, state)
+  except OSError as e:
+    warnings.warn(f"not kept in the state store: {e}", stacklevel=3)
+
+
+def _ids(tokens: Any, identity: Identity) -> np.ndarray:
+  """The tokens as int32.
+
+  Raises:
+    ValueError: none, or one that is no id of the model.
+  """
+  ids = require_ids("tokens", tokens, identity.config.vocab_size)
+  if not len(ids):
+    raise ValueError("tokens: expected at least one id, got none")
+  return ids
+
+
 def _touch(path: pathlib.Path) -> bool:
-  """Marks an entry as used now; returns False if it is missing."""
+  """Marks an entry as used now; whether it is there."""
   now = time.time_ns()
   try:
     os.utime(path, ns=(now, now), follow_symlinks=False)
   except FileNotFoundError:
     return False
   except OSError:
-    return path.exists()  # the folder may be read-only
+    return path.exists()  # of a folder that may only be read
   return True

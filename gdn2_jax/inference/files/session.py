@@ -1,32 +1,37 @@
-"""Session files: a conversation that continues exactly in another process.
+"""Conversations as files: one goes on days later as if it had never stopped.
 
-A state file (see `state.py`) with JSON in its metadata field `session`.
+A state file (see state.py) with a line more in its metadata.
 """
 
 import dataclasses
 import json
 import os
+import pathlib
+from typing import Any
 
-from gdn2_jax.inference.files.state import read_state, write_state
+from gdn2_jax.inference.files.state import (
+  read_state,
+  remove_leftovers_of,
+  write_state,
+)
 from gdn2_jax.inference.identity import Identity
 from gdn2_jax.inference.state import State
+from gdn2_jax.interop.disk import parse_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Session:
-  """Snapshot of a conversation, enough to continue it exactly.
+  """A conversation between two calls: what it takes to go on exactly.
 
   Attributes:
-    state: state of one sequence.
-    pending: last chosen token, not yet read by the state; None if the text has
-      ended or nothing was chosen, so that only a new prompt can follow.
-    draws: tokens chosen so far, the `index` of the next one.
-    seed: seed of the draws, below 2**32.
-    tail: last tokens of the text, `pending` included, for decoding the next
-      ones: a character may take several tokens.
-
-  Raises:
-    ValueError: a state of several sequences, or an integer out of range.
+    state: of one sequence.
+    pending: the token chosen last, which the state has not read yet; None
+      where the text has ended or nothing was chosen, so that only more text
+      can follow.
+    draws: tokens chosen so far; the next one is drawn with this index.
+    seed: of the draws.
+    tail: the last tokens of the text, `pending` included: whoever decodes the
+      next ones has to see them, since a character may take several tokens.
   """
 
   state: State
@@ -35,31 +40,14 @@ class Session:
   seed: int
   tail: tuple[int, ...] = ()
 
-  def __post_init__(self):
-    if self.state.batch_size != 1:
-      raise ValueError(
-        "session: state: expected the state of one sequence, got "
-        f"{self.state.batch_size}"
-      )
-    vocab_size = self.state.config.vocab_size
-    numbers = [("draws", self.draws, 1 << 31), ("seed", self.seed, 1 << 32)]
-    numbers += [("tail", token, vocab_size) for token in self.tail]
-    if self.pending is not None:
-      numbers.append(("pending", self.pending, vocab_size))
-    for name, value, end in numbers:
-      # type(): isinstance takes True for an int.
-      if type(value) is not int or not 0 <= value < end:
-        raise ValueError(
-          f"session: {name}={value!r}: expected an integer in [0, {end})"
-        )
-
 
 def save_session(
   path: str | os.PathLike, session: Session, identity: Identity
 ) -> None:
-  """Writes a conversation; arguments and errors as `save_state`.
+  """Writes a conversation; `load_state` reads its state alone.
 
-  `load_state` reads the state of such a file alone.
+  Raises:
+    ValueError, OSError: as `save_state`; or a session that makes no sense.
   """
   fields = {
     "pending": session.pending,
@@ -67,24 +55,54 @@ def save_session(
     "seed": session.seed,
     "tail": list(session.tail),
   }
+  _check_session("session", fields, session.state)
   text = json.dumps(fields, separators=(",", ":"))
   write_state(path, session.state, identity, session=text)
+  remove_leftovers_of(path)
 
 
 def load_session(
   path: str | os.PathLike, identity: Identity, *, room: int = 0
 ) -> Session:
-  """Reads a file of `save_session`; arguments as `load_state`.
+  """Reads what `save_session` wrote; arguments as `load_state`.
 
   Raises:
-    FileNotFoundError, ValueError: as `load_state`, or a bare state.
+    FileNotFoundError, ValueError: as `load_state`; or a state without one.
   """
   state, text = read_state(path, identity, room)
   if not text:
     raise ValueError(
-      f"{path}: session: the file has none, only a state; expected a file of "
-      "save_session"
+      f"{path}: session: the file has none, only a state; expected what "
+      "save_session wrote"
     )
-  fields = json.loads(text)
+  fields = parse_json(text.encode(), pathlib.Path(path))
+  _check_session(f"{path}: session", fields, state)
   fields["tail"] = tuple(fields["tail"])
   return Session(state=state, **fields)
+
+
+def _check_session(where: str, fields: dict[str, Any], state: State) -> None:
+  if set(fields) != {"pending", "draws", "seed", "tail"}:
+    raise ValueError(f"{where}: unexpected fields: {sorted(fields)}")
+  if not isinstance(fields["tail"], list):
+    raise ValueError(f"{where}: tail={fields['tail']!r}: expected a list")
+
+  def require(name, value, end):
+    # type(): True is an int to isinstance.
+    if type(value) is not int or not 0 <= value < end:
+      raise ValueError(
+        f"{where}: {name}={value!r}: expected an integer in [0, {end})"
+      )
+
+  vocab_size = state.config.vocab_size
+  require("draws", fields["draws"], 1 << 31)
+  require("seed", fields["seed"], 1 << 32)
+  if fields["pending"] is not None:
+    require("pending", fields["pending"], vocab_size)
+  for token in fields["tail"]:
+    require("tail", token, vocab_size)
+  if state.position.shape != (1,):
+    raise ValueError(
+      f"{where}: expected the state of one sequence, got "
+      f"{state.position.shape[0]}"
+    )

@@ -1,21 +1,23 @@
-"""Snapshots of a state: one safetensors file each, loaded bit for bit.
+"""States as files: exact, or refused.
 
-The tensors are the leaves of the state, "cache.0.state", "cache.0.conv_q", ...,
-"position"; of the keys and values of full attention only the slots in use. The
-metadata fields are
+One safetensors file per state. Its tensors are the leaves of the state,
+"cache.0.state", "cache.0.conv_q", ..., "position", bit for bit; of the keys and
+values of full attention only the slots in use. Its metadata says what it is and
+whom it belongs to:
 
   format, version   of this layout
-  model, config     hash of the config fields that decide the model's function,
-                    and these fields; one missing in the file has its default
+  model, config     hash of what decides the model's function, and that itself;
+                    a field that the file does not know has its default
   weights           hash of the parameters
   tokenizer         hash of the tokenizer, "" without one
-  positions         tokens read by each row
-  dtype             dtype of the recurrent states in the file
-  session           JSON of a conversation (`session.py`), "" for a bare state
+  positions         tokens seen by each row
+  dtype             of the recurrent states in the file
+  session           of a conversation, "" for a bare state; see `session.py`
   digest            SHA-256 over all of the above and every bit of the tensors
 
-The digest finds damage, not forgery: anyone who can write the file can also
-write its digest.
+All of it is checked, the header before any tensor is read, and a state is
+returned whole or not at all. The digest finds damage, not forgery: whoever can
+write the file can also write its digest.
 """
 
 import contextlib
@@ -24,6 +26,7 @@ import json
 import os
 import pathlib
 import re
+import struct
 import time
 from typing import Any
 
@@ -39,6 +42,7 @@ from gdn2_jax.inference.identity import (
   hash_text,
 )
 from gdn2_jax.inference.state import State, init_state
+from gdn2_jax.interop.disk import regular_size
 from gdn2_jax.interop.header import read_header
 from gdn2_jax.interop.tensors import save_tensors
 from gdn2_jax.interop.tree import check_tensors
@@ -63,7 +67,8 @@ _FIELDS = frozenset(
     "digest",
   )
 )
-_LEFTOVER_SECONDS = 600.0  # a living writer adds bytes more often
+_LEFTOVER_SECONDS = 600.0  # since its last byte
+_MAX_HEADER_BYTES = 4 << 20  # positions of 300,000 rows fit
 
 
 def save_state(
@@ -73,39 +78,39 @@ def save_state(
   *,
   dtype: str = "float32",
 ) -> None:
-  """Writes a state of any number of rows in one step.
+  """Writes a state of any number of rows, whole or not at all.
 
   Args:
-    path: file to write, usually *.safetensors; an existing one is replaced.
-    state: state of B sequences; stays usable.
-    identity: identity of the model that made it, from `identify`.
-    dtype: dtype of the recurrent states in the file. "float32" keeps every bit;
-      "bfloat16" halves their size and rounds, so a continuation is close, not
-      equal.
+    path: to write, usually *.safetensors; an existing file is replaced.
+    state: of B sequences; stays usable.
+    identity: of the model that made it, from `identify`.
+    dtype: of the recurrent states in the file. "float32" keeps every bit;
+      "bfloat16" halves them and rounds: what follows is then close, not equal.
 
   Raises:
     ValueError: a state of another model, a donated one, or an unknown dtype.
-    OSError: the file cannot be written; an existing one is unchanged.
+    OSError: the file cannot be written; an old one is as it was.
   """
   write_state(path, state, identity, dtype=dtype)
+  remove_leftovers_of(path)
 
 
 def load_state(
   path: str | os.PathLike, identity: Identity, *, room: int = 0
 ) -> State:
-  """Reads a file of `save_state` onto the default device.
+  """Reads what `save_state` wrote, onto the default device.
 
   Args:
-    path: file to read; a session file gives its state alone.
-    identity: identity of the model that continues, from `identify`.
-    room: tokens that the longest row may still read; for models with layers
-      "A", ignored by others.
+    path: of the file; that of a session gives its state alone.
+    identity: of the model that is to go on, from `identify`.
+    room: tokens that the longest row may read from here on; for models with
+      layers "A", ignored by the others.
 
   Raises:
     FileNotFoundError: no such file.
-    ValueError: not a state file, truncated, changed, or of another model,
-      weights or tokenizer: the message names the field, the value in the file
-      and the expected value. Or room < 0.
+    ValueError: not such a file, truncated, changed, or of another model,
+      weights or tokenizer: the message names the field, what the file has and
+      what was expected. Or room < 0.
   """
   return read_state(path, identity, room)[0]
 
@@ -118,13 +123,13 @@ def write_state(
   dtype: str = "float32",
   session: str = "",
 ) -> None:
-  """Writes a state, with a text for the field `session`."""
+  """`save_state` with a text to keep beside the state."""
   require_alive(state)
   if dtype not in _DTYPES:
     raise ValueError(f"dtype={dtype!r}: expected one of {_DTYPES}")
   if function_of(state.config) != identity.function:
     raise ValueError(
-      "state: its model is not that of identity: "
+      "state: of another model than identity: "
       + _difference(function_of(state.config), identity.function)
     )
   state = jax.device_get(state)
@@ -133,7 +138,7 @@ def write_state(
     raise ValueError(f"state: position={positions}: expected >= 0")
   tensors = _named(_with_slots(state, max(1, *positions)))
   for name in _recurrent(tensors):
-    with np.errstate(invalid="ignore"):  # NumPy warns of a NaN it converts
+    with np.errstate(invalid="ignore"):  # a NaN stays one
       tensors[name] = tensors[name].astype(dtype, copy=False)
   metadata = {
     "format": FORMAT,
@@ -148,13 +153,17 @@ def write_state(
   }
   metadata["digest"] = _digest(metadata, tensors)
   save_tensors(path, tensors, metadata)
+
+
+def remove_leftovers_of(path: str | os.PathLike) -> None:
+  """Removes what writers of this file left beside it when they were killed."""
   path = pathlib.Path(path)
   name = re.escape(f".{path.name}.tmp-") + "[0-9a-f]+"
   remove_leftovers(path.parent, re.compile(name))
 
 
 def remove_leftovers(folder: pathlib.Path, names: re.Pattern[str]) -> None:
-  """Removes files of killed writers, by name and age."""
+  """Removes files of such names, unless a living writer may be at work."""
   with os.scandir(folder) as found:
     for entry in found:
       if not names.fullmatch(entry.name):
@@ -168,29 +177,37 @@ def remove_leftovers(folder: pathlib.Path, names: re.Pattern[str]) -> None:
 def read_state(
   path: str | os.PathLike, identity: Identity, room: int
 ) -> tuple[State, str]:
-  """Reads a state and the text of the field `session`."""
+  """`load_state`, and the text that was kept beside the state."""
   path = pathlib.Path(path)
   if room < 0:
     raise ValueError(f"room: expected >= 0, got {room}")
-  header = read_header(path)
-  metadata = header.metadata
-  _check_metadata(path, metadata, identity)
-  tensors = {name: np.asarray(x) for name, x in header.tensors.items()}
-  digest = _digest(metadata, tensors)
-  if metadata["digest"] != digest:
-    raise _mismatch(f"{path}: damaged", "digest", metadata["digest"], digest)
-  positions = json.loads(metadata["positions"])
+  metadata, entries = _read_header(path)
+  _check_identity(path, metadata, identity)
+  positions = _positions(path, metadata["positions"])
+  if metadata["dtype"] not in _DTYPES:
+    raise ValueError(
+      f"{path}: dtype: the file has {_quote(metadata['dtype'])}, expected one "
+      f"of {_DTYPES}"
+    )
   longest = max(1, *positions)
-  abstract = _abstract_state(
-    identity.config,
-    len(positions),
-    # Without full attention one cached entry serves all lengths.
-    longest if "A" in identity.config.pattern else 1,
-  )
+  abstract = _abstract_state(identity.config, len(positions), longest)
   specs = _named(abstract)
   for name in _recurrent(specs):
     specs[name] = jax.ShapeDtypeStruct(specs[name].shape, metadata["dtype"])
-  check_tensors(tensors, specs, str(path))
+  check_tensors(entries, specs, str(path))
+
+  tensors = {name: np.asarray(entry) for name, entry in entries.items()}
+  expected = _digest(metadata, tensors)
+  if metadata["digest"] != expected:
+    raise ValueError(
+      f"{path}: damaged: digest: the file has {metadata['digest'][:16]}, "
+      f"expected {expected[:16]} for its content"
+    )
+  if tensors["position"].tolist() != positions:
+    raise ValueError(
+      f"{path}: positions: the file has {_quote(metadata['positions'])}, "
+      f"expected {_quote(str(tensors['position'].tolist()))} as in its tensor"
+    )
   for name in _recurrent(tensors):
     tensors[name] = tensors[name].astype(np.float32, copy=False)
   state = jax.tree.unflatten(
@@ -199,37 +216,59 @@ def read_state(
   return jax.device_put(_with_slots(state, longest + room)), metadata["session"]
 
 
-def _check_metadata(path, metadata, identity: Identity) -> None:
-  """Raises ValueError unless this is a state of the model."""
+def _read_header(path):
+  """Metadata with exactly our fields, and the tensors, not read yet."""
+  size = regular_size(path)
+  with open(path, "rb") as file:
+    start = file.read(8)
+  # Before a header is parsed that no state can have.
+  length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+  if _MAX_HEADER_BYTES < length <= size:
+    raise ValueError(
+      f"{path}: not a state: a header of {length:,} bytes, expected at most "
+      f"{_MAX_HEADER_BYTES:,}"
+    )
+  header = read_header(path)
+  metadata = header.metadata
   for name, expected in (("format", FORMAT), ("version", VERSION)):
-    if metadata.get(name) != expected:
-      raise _mismatch(path, name, metadata.get(name), expected)
+    found = metadata.get(name)
+    if found != expected:
+      raise ValueError(
+        f"{path}: {name}: the file has {_quote(found)}, expected {expected!r}"
+      )
   if set(metadata) != _FIELDS:
     wrong = ", ".join(sorted(_FIELDS ^ set(metadata)))
     raise ValueError(f"{path}: metadata: missing or unexpected: {wrong}")
-  if metadata["model"] != identity.model and not _has_function(
-    metadata["config"], identity
-  ):
-    error = _mismatch(path, "model", metadata["model"], identity.model)
-    difference = _difference(metadata["config"], identity.function)
-    raise ValueError(f"{error}: {difference}")
-  for name in ("weights", "tokenizer"):
-    if metadata[name] != getattr(identity, name):
-      raise _mismatch(path, name, metadata[name], getattr(identity, name))
+  return metadata, header.tensors
 
 
-def _mismatch(path, name: str, found: str | None, expected: str) -> ValueError:
-  def short(text):
-    return repr(text if len(text) <= 40 else text[:16] + "...")
+def _check_identity(path, metadata, identity: Identity) -> None:
+  for name in ("model", "weights", "tokenizer"):
+    found, expected = metadata[name], getattr(identity, name)
+    if found == expected:
+      continue
+    more = ""
+    if name == "model":
+      if _has_function(metadata["config"], identity):
+        continue
+      more = ": " + _difference(metadata["config"], identity.function)
+    raise ValueError(
+      f"{path}: {name}: the file has {_quote(found)}, expected "
+      f"{_quote(expected)}{more}"
+    )
 
-  shown = "none" if found is None else short(found)
-  return ValueError(
-    f"{path}: {name}: the file has {shown}, expected {short(expected)}"
+
+def _abstract_state(
+  config: ModelConfig, batch_size: int, max_length: int
+) -> State:
+  # Where the length decides no shape, one entry serves all lengths.
+  return _cached_abstract_state(
+    config, batch_size, max_length if "A" in config.pattern else 1
   )
 
 
 def _has_function(text: str, identity: Identity) -> bool:
-  """Tests that a config, perhaps without newer fields, is of this model."""
+  """Whether a config written before some field existed means this model."""
   try:
     config = config_json.from_dict(ModelConfig, json.loads(text), "model")
   except (ValueError, RecursionError):
@@ -238,10 +277,25 @@ def _has_function(text: str, identity: Identity) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract_state(
-  config: ModelConfig, batch_size: int, max_length: int
-) -> State:
+def _cached_abstract_state(config, batch_size, max_length) -> State:
   return jax.eval_shape(lambda: init_state(config, batch_size, max_length))
+
+
+def _positions(path, text: str) -> list[int]:
+  try:
+    found = json.loads(text)
+  except (ValueError, RecursionError):
+    found = None
+  if (
+    not isinstance(found, list)
+    or not found
+    or not all(type(n) is int and 0 <= n < 1 << 31 for n in found)
+  ):
+    raise ValueError(
+      f"{path}: positions: the file has {_quote(text)}, expected a list of "
+      "numbers of tokens"
+    )
+  return found
 
 
 def _named(state: State) -> dict[str, Any]:
@@ -254,7 +308,7 @@ def _named(state: State) -> dict[str, Any]:
 
 
 def _with_slots(state: State, count: int) -> State:
-  """Resizes the keys and values of full attention, on the host."""
+  """The state with so many slots for keys and values, on the host."""
 
   def resized(x):
     x = x[..., :count, :]
@@ -282,7 +336,7 @@ def _digest(metadata, tensors) -> str:
 
 
 def _difference(found: str, expected: str) -> str:
-  """Describes the first field in which two configs as JSON differ."""
+  """The first field in which two configs as JSON differ."""
   try:
     found, expected = _flat(json.loads(found)), _flat(json.loads(expected))
   except (ValueError, RecursionError):
@@ -301,3 +355,10 @@ def _flat(tree, prefix="model"):
     for key, part in tree.items()
     for name, value in _flat(part, f"{prefix}.{key}").items()
   }
+
+
+def _quote(text: str | None) -> str:
+  """A value of a file, short enough for one line."""
+  if text is None:
+    return "none"
+  return repr(text if len(text) <= 40 else text[:16] + "...")

@@ -1,4 +1,4 @@
-"""State and session files: every bit returns, or the file is refused."""
+"""States as files: exact, or refused."""
 
 import dataclasses
 import json
@@ -29,8 +29,6 @@ from tests.inference.states import (
   random_state,
 )
 from tests.random_params import random_params
-
-pytestmark = pytest.mark.usefixtures("fast_compiles")
 
 
 @pytest.fixture
@@ -139,7 +137,7 @@ def test_a_state_belongs_to_one_function_weights_and_tokenizer(saved):
   for stranger, message in cases:
     with pytest.raises(ValueError, match=message):
       load_state(saved, stranger)
-  with pytest.raises(ValueError, match="state: its model is not that of"):
+  with pytest.raises(ValueError, match="state: of another model than identity"):
     save_state(saved, random_state(1), cases[2][0])
   with pytest.raises(ValueError, match="dtype='float16': expected one of"):
     save_state(saved, random_state(1), belongs, dtype="float16")
@@ -184,6 +182,18 @@ def test_pieces_of_files_and_other_files_are_refused(saved, tmp_path):
     load_state(saved, identity())
 
 
+def test_a_header_that_no_state_has_is_not_parsed(path, monkeypatch):
+  def parse(*_):
+    raise AssertionError("parsed")
+
+  monkeypatch.setattr(state_file, "read_header", parse)
+  with open(path, "wb") as file:
+    file.write(struct.pack("<Q", 50 << 20))
+    file.truncate(60 << 20)
+  with pytest.raises(ValueError, match="header of 52,428,800 bytes"):
+    load_state(path, identity())
+
+
 def forge(path, change):
   """Writes the file anew after `change(tensors, metadata)`, digest included."""
   tensors, metadata = load_tensors(path), dict(read_header(path).metadata)
@@ -222,9 +232,14 @@ def test_files_that_only_their_digest_makes_look_right(saved, monkeypatch):
     (lambda _, m: m.update(x=""), "missing or unexpected: x"),
     (lambda _, m: m.update(version="2"), "version: the file has '2', expected"),
     (lambda _, m: m.update(format="x"), "format: the file has 'x', expected"),
-    (lambda _, m: m.update(dtype="float16"), "cache.0.state: float32"),
+    (lambda _, m: m.update(dtype="float16"), "dtype: the file has 'float16'"),
     (lambda _, m: m.update(dtype="bfloat16"), "cache.0.state: float32"),
+    (lambda _, m: m.update(positions="[]"), "positions: the file has"),
+    (lambda _, m: m.update(positions="[-1, 2]"), "positions: the file has"),
+    (lambda _, m: m.update(positions="[true, 2]"), "positions: the file has"),
+    (lambda _, m: m.update(positions="[" * 9999), "positions: the file has"),
     (lambda _, m: m.update(positions="[1]"), "not those of this model"),
+    (lambda _, m: m.update(positions="[1, 2]"), "positions: the file has"),
     (lambda _, m: m.update(model="0", config="{"), "its config is unreadable"),
     (lambda _, m: m.update(model="0", config="[]"), "model: the file has '0'"),
     (lambda _, m: older(m, "num_layers"), "model.num_layers=None, expected 4"),
@@ -303,6 +318,9 @@ def test_sessions_keep_what_a_conversation_needs(path):
   forged = [
     ('{"pending":true,"draws":1,"seed":1,"tail":[]}', "pending=True"),
     ('{"pending":1,"draws":1.0,"seed":1,"tail":[]}', "draws=1.0"),
+    ('{"pending":1,"draws":1,"seed":1,"tail":{}}', "tail={}"),
+    ('{"pending":1,"draws":1,"seed":1}', "unexpected fields"),
+    ("[]", "expected a JSON object"),
   ]
   for text, message in forged:
     path.write_bytes(old)
