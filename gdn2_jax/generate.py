@@ -1,4 +1,4 @@
-"""Entry point of `python -m gdn2_jax.generate`; imported, the function."""
+"""Command `python -m gdn2_jax.generate`; on import, the function."""
 
 import sys
 
@@ -8,8 +8,8 @@ if __name__ == "__main__":
 
   cli.run(command.main, command.__doc__ or "")
 else:
-  # `import gdn2_jax.generate` binds what is in sys.modules to the package: the
-  # public function, so that no import order hides it behind this module.
+  # Importing this module would bind it to the package's name `generate` and
+  # hide the public function; so the import gives the function itself.
   from gdn2_jax.inference.generate import generate
 
   sys.modules[__name__] = generate  # type: ignore[assignment]

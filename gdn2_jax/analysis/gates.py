@@ -1,4 +1,4 @@
-"""Gates of a language model over given tokens, and how long they remember."""
+"""Gates of a language model over given tokens, and their half-lives."""
 
 import copy
 import dataclasses
@@ -18,7 +18,7 @@ _NAMES = ("q", "k", "v", "g", "b", "w", "o")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerGates:
-  """What one GDN-2 layer fed its recurrence, and what came out; float32.
+  """Inputs and outputs of the recurrence of one GDN-2 layer, float32.
 
   Attributes:
     layer: index of the layer in the model, from 0, attention layers counted.
@@ -46,13 +46,13 @@ def collect_gates(
   tokens: Int[Array | np.ndarray, "B T"],
   segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
 ) -> list[LayerGates]:
-  """Runs the model and keeps what every GDN-2 layer saw, in layer order.
+  """Runs the model and records every GDN-2 layer, in layer order.
 
   Args:
-    config: of the model; layers may be scanned or not.
-    params: its parameters.
+    config: model config; layers may be scanned or not.
+    params: unboxed parameters of LM(config).
     tokens: ids [B, T].
-    segment_ids: [B, T], as in `gdn2_jax.ops.gdn2.gdn2`; None is one document.
+    segment_ids: [B, T], as in `gdn2_jax.gdn2`; None is one document.
 
   Raises:
     ValueError: the pattern has no GDN-2 layer.
@@ -61,7 +61,7 @@ def collect_gates(
     raise ValueError(
       f"config.pattern={config.pattern!r}: expected at least one layer G"
     )
-  # A copy: the compiled program is found again by the config's hash.
+  # A copy: jit keeps the config as a cache key, and callers may change theirs.
   seen = _intermediates(copy.deepcopy(config), params, tokens, segment_ids)
   records = []
   for group in range(config.num_groups):
@@ -99,10 +99,9 @@ def _of_layer(seen, config, group, place):
 
 
 def half_life(g: Num[Array | np.ndarray, "*any"]) -> np.ndarray:
-  """ln 2 / -g: tokens until a channel that decays by exp(g) is at one half.
+  """Half-life in tokens of a channel that decays by exp(g), ln 2 / -g.
 
-  The erase gate is not part of it: where a key comes back, what was stored
-  along it goes sooner.
+  Erasing is not included: a repeated key shortens the memory further.
 
   Args:
     g: log-decay per token, any shape, <= 0.
@@ -111,13 +110,13 @@ def half_life(g: Num[Array | np.ndarray, "*any"]) -> np.ndarray:
     Tokens, float64, of the same shape; inf where g is 0.
 
   Raises:
-    ValueError: a positive or undefined entry.
+    ValueError: a positive or NaN entry.
   """
   g = np.asarray(g, np.float64)
   if not np.all(g <= 0):
     raise ValueError(f"g: a maximum of {g.max()}, expected log-decay <= 0")
   with np.errstate(divide="ignore", over="ignore"):
-    # Not -g: that is -0.0 where g is 0, and the quotient -inf.
+    # 0.0 - g, because -g is -0.0 where g is 0, and the quotient -inf.
     return np.asarray(math.log(2) / (0.0 - g))
 
 
@@ -125,11 +124,10 @@ def effective_memory(
   g: Float[Array | np.ndarray, "B T H K"],
   segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
 ) -> np.ndarray:
-  """Half-life of every head and channel over the tokens read [H, K].
+  """Half-life of every head and channel over a text [H, K].
 
-  Decays multiply, so the rate over a text is the mean of g: a channel that
-  keeps all of it on most tokens and clears itself on a few is short-lived,
-  whatever its median gate.
+  Decays multiply, so the rate over a text is the mean of g. A channel that
+  clears itself on a few tokens is short-lived, whatever its median gate.
 
   Args:
     g: log-decay [B, T, H, K], <= 0.
@@ -149,9 +147,9 @@ def effective_memory(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoupling:
-  """How far the gates of each value head are from one shared number [HV].
+  """Distance of the gates of each value head from one shared number [HV].
 
-  All three are 0 where b = w = beta, a scalar per token and head.
+  All three are 0 if b = w = beta, a scalar per token and head.
 
   Attributes:
     erase_spread: standard deviation of b over key channels, mean over tokens.
@@ -168,7 +166,7 @@ def decoupling(
   b: Float[Array | np.ndarray, "B T H K"],
   w: Float[Array | np.ndarray, "B T HV V"],
 ) -> Decoupling:
-  """Measures how much of the freedom of separate gates is used.
+  """Measures how much b and w vary over channels and differ.
 
   Args:
     b: erase gate [B, T, H, K].

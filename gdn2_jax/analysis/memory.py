@@ -1,4 +1,4 @@
-"""The recurrent state over time, and what an overwrite does to a neighbour."""
+"""Recurrent state over time, and effects of an overwrite on other values."""
 
 import dataclasses
 import functools
@@ -23,24 +23,14 @@ def states(
   every: int = 1,
   segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
 ) -> Float[np.ndarray, "N B HV K V"]:
-  """The state after every so many tokens, from `gdn2` with carried state.
-
-  Args:
-    q: [B, T, H, K]; the arguments are those of `gdn2_jax.ops.gdn2.gdn2`.
-    k: [B, T, H, K].
-    v: [B, T, HV, V].
-    g: [B, T, H, K].
-    b: [B, T, H, K].
-    w: [B, T, HV, V].
-    every: tokens of a piece.
-    segment_ids: [B, T], 0 for padding.
+  """Returns the states after every `every` tokens; arguments as `gdn2`.
 
   Returns:
     S [N, B, HV, K, V] after tokens every, 2 every, ... and T, so that
     N = ceil(T / every).
 
   Raises:
-    ValueError: every < 1, or what gdn2 refuses.
+    ValueError: every < 1, or as `gdn2`.
   """
   if every < 1:
     raise ValueError(f"every={every}: expected at least 1")
@@ -53,10 +43,8 @@ def states(
 
 
 def _pieces(x, every):
-  """[B, T, ...] as [N, B, every, ...], the end filled with zeros.
-
-  Zeros are padding by their segment id: they leave the state alone.
-  """
+  """Cuts [B, T, ...] into [N, B, every, ...], the end filled with zeros."""
+  # Segment id 0 is padding, which does not change the state.
   x = np.asarray(x)
   B, T = x.shape[:2]
   fill = [(0, 0)] * x.ndim
@@ -70,8 +58,8 @@ def _scan_pieces(state, *pieces):
   def read(carry, piece):
     state, last = carry
     *arrays, ids = piece
-    # gdn2 takes the first segment of a call for the one its state comes from;
-    # a border that falls between two pieces is ours to see.
+    # gdn2 continues the state with the first segment of a call; a border
+    # between two pieces has to reset the state here.
     real = ids != 0
     first = jnp.take_along_axis(ids, jnp.argmax(real, 1)[:, None], 1)[:, 0]
     starts_anew = real.any(1) & (last != 0) & (first != last)
@@ -90,20 +78,20 @@ def state_norm(
 ) -> Float[np.ndarray, "*heads"]:
   """Frobenius norm of every head's state."""
   norm = np.linalg.norm(np.asarray(state, np.float64), axis=(-2, -1))
-  return np.asarray(norm)  # NumPy makes a plain number of a single head's
+  return np.asarray(norm)  # NumPy returns a scalar for a single head
 
 
 def effective_rank(
   state: Float[Array | np.ndarray, "*heads K V"],
 ) -> Float[np.ndarray, "*heads"]:
-  """exp of the entropy of the singular values, scaled to sum 1.
+  """Effective rank: exp of the entropy of the normalised singular values.
 
   r equal singular values give r; a state of zeros gives 0.
   """
   sigma = np.linalg.svd(np.asarray(state, np.float64), compute_uv=False)
   total = sigma.sum(-1, keepdims=True)
   p = sigma / np.where(total == 0, 1, total)
-  # 0 log 0 = 0: where p is 0 the logarithm is taken of 1 instead.
+  # 0 log 0 = 0: the logarithm of 1 replaces that of 0.
   entropy = -(p * np.log(np.where(p == 0, 1, p))).sum(-1)
   return np.where(total[..., 0] == 0, 0.0, np.exp(entropy))
 
@@ -115,11 +103,11 @@ assert _K == 2 * _OWN + _SHARED
 
 @dataclasses.dataclass(frozen=True)
 class Overwrite:
-  """What both keys read back, before and after one of them is overwritten.
+  """Readings with two keys before and after the overwrite of one value.
 
   Attributes:
     before: [..., 2, 3]. Row 0 is the reading with k1, row 1 that with k2; the
-      columns are how much of v1, of the old v2 and of the new v2 it holds.
+      columns are the coefficients of v1, the old v2 and the new v2.
     after: the same, after the overwrite.
   """
 
@@ -143,16 +131,16 @@ def overwrite(
 
     S + k2 (w v2' - e_1 v1 - e_2 v2)^T
 
-  All numbers may be arrays, which are broadcast against each other.
+  Arguments may be arrays, which are broadcast against each other.
 
   Args:
     cosine: k1 . k2, in [0, 1).
-    erase_own: b on the channels that k2 alone uses, in [0, 2].
-    erase_shared: b on the channels that both keys use, in [0, 2].
+    erase_own: b on the channels of k2 alone, in [0, 2].
+    erase_shared: b on the channels of both keys, in [0, 2].
     write: w on all value channels, in [0, 1].
 
   Raises:
-    ValueError: a number outside its range.
+    ValueError: an argument outside its range.
   """
   numbers = {
     "cosine": (cosine, 0, np.nextafter(1, 0)),

@@ -1,4 +1,4 @@
-"""Generation: prompts in, tokens out, all at once or as they come."""
+"""Text generation: a whole batch at once, or one prompt as a stream."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +18,14 @@ from gdn2_jax.model.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-  """What `generate` returns with return_state: all that going on takes.
+  """Result of `generate` with return_state: what a continuation needs.
 
   Attributes:
     tokens: B lists of ids.
-    state: of B sequences, each of which has read its prompt and all tokens
-      chosen for it but the last.
-    pending: [B] the last token chosen for each row: the last of its `tokens`,
-      or the stop id that ended it. Whatever follows begins with it.
+    state: state of B sequences, each of which has read its prompt and all
+      tokens chosen for it but the last.
+    pending: [B] last token chosen for each row: the last of its `tokens`, or
+      the stop id that ended it. The next prompt of the row begins with it.
     index: [B] tokens chosen for each row so far, stop ids included.
   """
 
@@ -58,37 +58,37 @@ def generate(
 
   Args:
     params: unboxed parameters of LM(config).
-    config: of the model.
+    config: model config.
     prompts: B non-empty lists of token ids.
-    max_new_tokens: per row, >= 1.
+    max_new_tokens: tokens per row at most, >= 1.
     rng: one typed key, as from `jax.random.key`.
-    sampler: how a token is chosen.
+    sampler: temperature, top_k and top_p.
     stop_ids: tokens that end a row.
-    state: of B sequences, which the prompts continue; donated. None: the
-      prompts start from nothing.
+    state: state of B sequences that the prompts continue; donated. None starts
+      from an empty state.
     index: n of the first token, one for all rows or one per row.
     on_tokens: called as on_tokens(i, ids) with the new tokens of row i, first
-      with one and then with up to tokens_per_dispatch; to end the row there it
-      returns True.
-    return_state: whether to return all that going on takes. Then
+      with one and then with up to tokens_per_dispatch; returning True ends the
+      row there.
+    return_state: return a `Generated`. Then
 
         first = generate(params, config, prompts, n, rng=rng, return_state=True)
         more = generate(
           params, config, [[token] for token in first.pending], m, rng=rng,
           state=first.state, index=first.index)
 
-      gives in two parts, bit for bit, what one call gives for n + m tokens.
+      gives in two calls, bit for bit, what one call gives for n + m tokens.
     tokens_per_dispatch: >= 1; does not change the tokens.
 
   Returns:
-    B lists of at most max_new_tokens ids: without the prompt, and without the
+    B lists of at most max_new_tokens ids, without the prompt and without the
     stop id that ended the row. With return_state a `Generated`.
 
   Raises:
     ValueError: an empty prompt, an id outside the vocabulary, a count < 1, an
       untyped key, a top_k above the vocabulary size, a state of another model
       or batch size, or more tokens than it has room for.
-    NonFiniteError: logits of the model that are NaN, +inf or nothing but -inf,
+    NonFiniteError: logits of the model that are NaN, +inf or all -inf; raised
       once all other rows are done. It names the row, the index of the token
       and the cause, and has the `tokens` of all rows.
   """
@@ -112,7 +112,7 @@ def generate(
       if on_tokens and ids and on_tokens(row, ids):
         rows.done[row] = True
     if return_state and not rows.done.all():
-      # The others go on, and with them this row's state.
+      # Kept now: while other rows decode, this row's state reads on.
       for row in np.flatnonzero(rows.done & ~before).tolist():
         ended[row] = take(state, [row])
     count = size
@@ -141,21 +141,7 @@ def stream(
   """Yields the tokens that `generate` gives for [prompt], as they come.
 
   The first token comes alone, the others `tokens_per_dispatch` at a time.
-
-  Args:
-    params: unboxed parameters of LM(config).
-    config: of the model.
-    prompt: non-empty token ids.
-    max_new_tokens: >= 1.
-    rng: one typed key.
-    sampler: how a token is chosen.
-    stop_ids: tokens that end the stream; not yielded.
-    state: of one sequence, which the prompt continues; donated.
-    index: n of the first token.
-    tokens_per_dispatch: >= 1; does not change the tokens.
-
-  Returns:
-    An iterator of token ids.
+  Arguments as `generate`, for one prompt and one sequence.
 
   Raises:
     ValueError: as `generate`, at the call and not at the first token.

@@ -1,6 +1,6 @@
-"""Identity of a state: its model's function, weights and tokenizer.
+"""Identity of a model: hashes of its config, weights and tokenizer.
 
-A state means nothing to any other model, and nothing in its numbers would tell.
+A state is valid for one model only, and its numbers do not show for which.
 """
 
 import concurrent.futures
@@ -19,12 +19,12 @@ from gdn2_jax.model.config import EXECUTION, LAYOUT, ModelConfig, without
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-  """Hashes of what decides a state; made by `identify`.
+  """Hashes of a model, which its states and sessions carry.
 
   Attributes:
-    config: of the model.
+    config: model config.
     weights: SHA-256 of all parameters, by their flat names.
-    tokenizer: SHA-256 of what decides the token ids; "" where there is none.
+    tokenizer: SHA-256 of the tokenizer, "" without one.
   """
 
   config: ModelConfig
@@ -33,7 +33,7 @@ class Identity:
 
   @functools.cached_property
   def function(self) -> str:
-    """The fields of the config that decide the function, as canonical JSON."""
+    """Config fields that decide the function, as canonical JSON."""
     return function_of(self.config)
 
   @functools.cached_property
@@ -49,11 +49,10 @@ def identify(
 
   Args:
     params: unboxed parameters of LM(config), on any devices of this process.
-    config: of the model. How it is computed (remat, scan_layers, scan_unroll,
-      loss_chunk, implementation) is left out of the hash: it leaves the
-      function as it is.
-    tokenizer: with an attribute `sha256`, as those of `gdn2_jax.data` have;
-      None where there is no text.
+    config: model config. The hash leaves out fields that do not change the
+      function: remat, scan_layers, scan_unroll, loss_chunk, implementation.
+    tokenizer: object with an attribute `sha256`, as the tokenizers of
+      `gdn2_jax.data`; None without text.
 
   Raises:
     ValueError: parameters of another model.
@@ -66,7 +65,7 @@ def identify(
 
 
 def function_of(config: ModelConfig) -> str:
-  """What of a config decides the function, as canonical JSON."""
+  """Config fields that decide the function, as canonical JSON."""
   tree = without(dataclasses.asdict(config), *LAYOUT, *EXECUTION)
   return json.dumps(tree, sort_keys=True, separators=(",", ":"))
 
@@ -77,17 +76,15 @@ def hash_text(text: str) -> str:
 
 
 def hash_tensors(tensors: Mapping[str, np.ndarray]) -> str:
-  """Hex SHA-256 of names, dtypes, shapes and every bit, in any order of names.
-
-  Tensors are hashed side by side: hashlib lets other threads run.
-  """
+  """Hex SHA-256 of names, dtypes, shapes and bits, in any order of names."""
+  # In threads: hashlib releases the interpreter lock.
   with concurrent.futures.ThreadPoolExecutor() as pool:
     lines = pool.map(_hash_tensor, tensors.keys(), tensors.values())
     return hash_text("\n".join(sorted(lines)))
 
 
 def _hash_tensor(name: str, x: np.ndarray) -> str:
-  # As bytes: NumPy lends no buffers of bfloat16.
+  # As bytes, because NumPy has no buffer protocol for bfloat16.
   data = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
   digest = hashlib.sha256(data).hexdigest()
   return f"{name} {x.dtype} {list(x.shape)} {digest}"

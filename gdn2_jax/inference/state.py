@@ -1,8 +1,8 @@
-"""The state of a batch of sequences, and the steps that advance it.
+"""State of a batch of sequences, and the functions that advance it.
 
-Everything here is a pure function of (parameters, tokens, state). The state
-has the same size whatever number of tokens it has seen (but for models with
-full attention, whose memory is made for a number of tokens in advance).
+All are pure functions of (parameters, tokens, state). The size of a state does
+not depend on the tokens it has read; models with full attention allocate for a
+maximum length in advance.
 """
 
 import copy
@@ -35,12 +35,12 @@ _SMALLEST_BUCKET = 16
 
 @struct.dataclass
 class State:
-  """What a batch of sequences remembers: an immutable pytree.
+  """Memory of B sequences, an immutable pytree.
 
   Attributes:
-    cache: of the model, leaves [groups, B, ...].
+    cache: caches of the model's layers, leaves [groups, B, ...].
     position: [B] int32, tokens read by each row.
-    config: of the model; static, a part of the tree's structure.
+    config: model config; static, a part of the tree's structure.
   """
 
   # Any: tree transformations build states of other things than arrays.
@@ -50,12 +50,12 @@ class State:
 
   @property
   def batch_size(self) -> Any:
-    """Sequences B, an int, or a symbol in programs that take any number."""
+    """Sequences B: an int, or a symbol in exported programs."""
     return self.position.shape[0]
 
   @property
   def max_length(self) -> int | None:
-    """Tokens that a sequence may have; None: as many as you like."""
+    """Tokens that a sequence may have; None: no limit."""
     for part in self.cache:
       if isinstance(part, KVCache):
         return part.k.shape[-2]
@@ -65,17 +65,16 @@ class State:
 def init_state(
   config: ModelConfig, batch_size: int, max_length: int | None = None
 ) -> State:
-  """Returns the state of `batch_size` sequences that have seen nothing.
+  """Makes the state of sequences that have read no tokens.
 
   Args:
-    config: of the model; copied, so that later changes do not reach the state.
+    config: model config; copied, so that later changes do not reach the state.
     batch_size: sequences B, >= 1.
-    max_length: tokens that a sequence may have in the end, for models with
-      full attention (pattern "A"). All others remember in constant memory and
-      ignore it.
+    max_length: tokens that a sequence may have, for models with full attention
+      (pattern "A"). All others need constant memory and ignore it.
 
   Raises:
-    ValueError: batch_size < 1, or a max_length that is needed and missing.
+    ValueError: batch_size < 1, or max_length is missing where it is needed.
   """
   return State(
     cache=init_cache(config, batch_size, max_length),
@@ -94,29 +93,29 @@ def prefill(
 ) -> tuple[Float[Array, "B VOCAB"], State]:
   """Reads right-padded prompts, continuing from `state`, which is donated.
 
-  A row's padding changes nothing of its state, so a ragged batch gives what
-  each prompt gives alone. Long prompts are read `chunk_size` tokens at a
-  time, and the last chunk is padded to a power of two (from 16), so any mix
-  of prompt lengths compiles a handful of programs.
+  Padding does not change the state of a row, so a ragged batch gives the same
+  as each prompt alone. Long prompts are read `chunk_size` tokens at a time, and
+  the last chunk is padded to a power of two (from 16), so any mix of prompt
+  lengths compiles a handful of programs.
 
   Args:
     params: unboxed parameters of LM(state.config).
     tokens: [B, T] ids; row i is read up to lengths[i], the rest is ignored.
     lengths: [B] tokens of each row, 1 to T.
-    state: of B sequences. Donated: its buffers are reused for the result, so
-      go on with the returned state, and copy this one before if you need it.
+    state: state of B sequences. Donated: its buffers are reused for the result,
+      so continue with the returned state; copy this one first to keep it.
     chunk_size: tokens per dispatch, >= 1; does not change the result beyond
       rounding.
 
   Returns:
-    float32 logits [B, VOCAB] after each row's last token, as the model gives
-    them, NaN and infinities included; and the new state.
+    float32 logits [B, VOCAB] after each row's last token, NaN and infinities of
+    the model included; and the new state.
 
   Raises:
     ValueError: shapes that disagree, numbers that are not integers, parameters
-      of another model, a state that was donated before, chunk_size < 1, or (if
-      known outside of jit) a length outside 1..T, an id outside the
-      vocabulary, or more tokens than the state has room for.
+      of another model, a donated state, chunk_size < 1, or (outside of jit) a
+      length outside 1..T, an id outside the vocabulary, or more tokens than the
+      state has room for.
   """
   require_count("chunk_size", chunk_size)
   require_block(tokens, lengths, state)
@@ -130,9 +129,9 @@ def read(
   state: State,
   chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Float[Array, "B VOCAB"], State]:
-  """`prefill` unchecked; lengths may be 0, where logits come out as 0."""
+  """Runs `prefill` unchecked; a length of 0 gives logits of 0."""
   if is_concrete(tokens) and is_concrete(lengths):
-    # On the host: cutting arrays on the device compiles once per length.
+    # On the host, because slicing on the device compiles once per length.
     tokens, lengths = jax.device_get((tokens, lengths))
     tokens = tokens[:, : lengths.max()]
   pad = np.pad if is_concrete(tokens) else jnp.pad
@@ -146,7 +145,7 @@ def read(
 
 
 def bucket(size: int, largest: int) -> int:
-  """The smallest power of two >= size and 16, but no more than `largest`."""
+  """Smallest power of two >= size and 16, but no more than `largest`."""
   assert 1 <= size <= largest
   return min(largest, max(_SMALLEST_BUCKET, 1 << (size - 1).bit_length()))
 
@@ -158,12 +157,10 @@ def read_chunk(
   state: State,
   logits: Float[Array, "B VOCAB"],
 ) -> tuple[Float[Array, "B VOCAB"], State]:
-  """One chunk without its jit, for use inside a larger jitted function.
-
-  Lengths may be below 1 (row over, keeps its logits) or above T (goes on).
-  """
+  """Reads one chunk of prompts, for use inside a larger jitted function."""
+  # A length below 1 means that the row has ended: it keeps its logits.
   x, count, state = _hidden(params, tokens, lengths, state)
-  # The head is applied to one position per row, not to all of them.
+  # Only the last position of a row goes through the head.
   last = jnp.maximum(count - 1, 0)[:, None, None]
   x_last = jnp.take_along_axis(x, last, axis=1)[:, 0]
   new = _head(params, x_last, state)
@@ -181,26 +178,25 @@ def extend(
 ) -> tuple[Float[Array, "B T VOCAB"], State]:
   """Reads a short block of tokens and returns the logits after each of them.
 
-  What `prefill` is to a prompt this is to a draft: whether a model agrees with
-  T tokens costs one call instead of T. The state cannot be taken back by some
-  tokens: to drop a part of the block, copy the state before, and read what is
-  kept again with smaller `lengths`. Compiles once per T. Waits for the result,
-  to look whether it is finite; inside jit it returns what the model gives.
+  Checks a draft of T tokens in one call instead of T. A state cannot be
+  rewound: to drop a part of the block, copy the state first and read the kept
+  tokens again with smaller `lengths`. Compiles once per T. Waits for the result
+  to test that it is finite; inside jit nothing is tested.
 
   Args:
     params: unboxed parameters of LM(state.config).
     tokens: [B, T] ids; row i is read up to lengths[i], the rest is ignored.
     lengths: [B] tokens of each row, 1 to T.
-    state: of B sequences. Donated: its buffers are reused for the result.
+    state: state of B sequences. Donated: its buffers are reused.
 
   Returns:
-    float32 logits [B, T, VOCAB], of which [i, j] follow token j of row i and
-    mean something for j < lengths[i]; and the new state.
+    float32 logits [B, T, VOCAB], [i, j] after token j of row i and valid for
+    j < lengths[i]; and the new state.
 
   Raises:
     ValueError: as `prefill`.
-    NonFiniteError: outside of jit, logits that mean something and are NaN,
-      +inf or nothing but -inf. The state is lost, that of all rows.
+    NonFiniteError: outside of jit, valid logits that are NaN, +inf or all -inf.
+      The state of all rows is lost.
   """
   require_block(tokens, lengths, state)
   logits, state, usable = _extend(params, tokens, lengths, state)
@@ -262,18 +258,18 @@ def decode_step(
 
   Args:
     params: unboxed parameters of LM(state.config).
-    token: [B] ids in [0, vocab_size). Those of a NumPy array are checked; to
-      look at those of a JAX array would wait for the device, so there an id
-      outside gives its row NaN, as does a token that there is no room for.
-    state: of B sequences. Donated: its buffers are reused for the result.
+    token: [B] ids in [0, vocab_size). A NumPy array is checked. A JAX array is
+      not, because that would wait for the device: an id outside, or a token
+      beyond max_length, gives its row NaN.
+    state: state of B sequences. Donated: its buffers are reused.
 
   Returns:
-    float32 logits [B, VOCAB] of the next token, as the model gives them, NaN
-    and infinities included; and the new state.
+    float32 logits [B, VOCAB] of the next token, NaN and infinities of the model
+    included; and the new state.
 
   Raises:
-    ValueError: another batch size or other parameters than the state's,
-      numbers that are not ids, or a state that was donated before.
+    ValueError: batch size or parameters that are not the state's, numbers that
+      are not ids, or a donated state.
   """
   require_step(token, state)
   return _decode_step(params, token, state)
@@ -282,14 +278,14 @@ def decode_step(
 def advance(
   params: Any, token: Int[Array, " B"], state: State
 ) -> tuple[Float[Array, "B VOCAB"], State]:
-  """`decode_step` without its jit, for use inside a larger jitted function."""
+  """Runs `decode_step` unchecked, for use inside a larger jitted function."""
   require_params(params, state.config)
   logits, cache = LM(state.config).apply(
     {"params": params}, token[:, None].astype(jnp.int32), None, state.cache
   )
   logits = logits[:, 0].astype(jnp.float32)
   position = state.position + 1
-  # Past 2**31 - 1 tokens it turns negative: say so, whatever the model can do.
+  # After 2**31 - 1 tokens the int32 overflows to a negative number.
   logits = jnp.where((position < 0)[:, None], jnp.nan, logits)
   return logits, state.replace(cache=cache, position=position)
 

@@ -1,1 +1,1 @@
-"""States as files: snapshots, sessions, a cache of prefixes."""
+"""Files of states: snapshots, sessions and the prefix cache."""
