@@ -36,7 +36,8 @@ ALLOWED = {
   "inference": "typing config_json sharding ops model interop",
   "analysis": "typing ops model",
   "eval": "typing config_class sharding model data",
-  "train": "typing config_class config_json sharding model data eval inference",
+  "train": "typing config_class config_json sharding model data interop "
+  "inference eval",
   "interop.convert": "interop model data train",
   "interop.export": "kernels interop ops model inference",
   "bench": "typing kernels sharding pallas triton ops model data train "

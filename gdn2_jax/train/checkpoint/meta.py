@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from gdn2_jax.config_json import from_dict
+from gdn2_jax.interop.disk import PICKLES
 from gdn2_jax.model.config import EXECUTION, NUMERICS, ModelConfig, without
 from gdn2_jax.train.config import TrainConfig, differences
 
@@ -32,7 +33,6 @@ _DTYPES = {
   f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
 }
 _DTYPES |= {"float16", "bfloat16", "float32", "float64", "bool"}
-_PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
 _MAX_META_BYTES = 64 << 20
 
 # Weights hardly compress. A file that claims to expand further than this is
@@ -219,7 +219,7 @@ def check_files(step_dir: pathlib.Path, claimed_bytes: int = 0) -> None:
       found = path.lstat()
       if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
         raise DamagedError(f"{path}: a link or a special file")
-      if path.suffix.lower() in _PICKLES:
+      if path.suffix.lower() in PICKLES:
         raise DamagedError(f"{path}: this kind of file may run code, refused")
       on_disk += found.st_size
   if claimed_bytes > max(_SMALL_BYTES, _MAX_EXPANSION * on_disk):
