@@ -33,9 +33,6 @@ class _RowNumbers(PackedRows):
 
 def rows_of(dataset: Any, step: int) -> list[tuple[int, int]]:
   """(source, row) of every row of the batch of `step`, which counts from 0."""
-  # Text that is packed while training has no row numbers.
-  if getattr(dataset, "texts", None) is not None:
-    return []
   sources = []
   for number in range(len(dataset.parts)):
     rows = dataset.train_rows(number)
@@ -74,8 +71,6 @@ class SkippedBatches:
     if jax.process_index() == 0:
       with open(self._path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-    if not rows:
-      return "text packed while training"
     shown = ", ".join(
       f"{source}:{row}" if source else str(row) for source, row in rows[:_SHOWN]
     )
