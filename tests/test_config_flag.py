@@ -161,7 +161,7 @@ BUGS = {
   ),
   "attribute": (
     _TINY + "  return tiny_cpu.get_cfg()\n",
-    "AttributeError: module 'configs.tiny_cpu' has no attribute 'get_cfg'",
+    "AttributeError: module 'gdn2_jax.configs.tiny_cpu' has no attribute",
   ),
   "type": (
     "def get_config():\n  return 1 + 'x'\n",
