@@ -30,7 +30,7 @@ MODULES = (
   "gdn2_jax.pallas.gdn2.scan_grad",
   "gdn2_jax.pallas.gated_norm",
   "gdn2_jax.pallas.short_conv",
-  "gdn2_jax.pallas.attention",
+  "gdn2_jax.pallas.attention.forward",
   "gdn2_jax.pallas.attention.backward",
 )
 

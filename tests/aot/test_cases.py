@@ -1,4 +1,4 @@
-"""Which kernels are compiled, and by what their bytes are divided."""
+"""Cases of `make aot`: the kernels compiled, and the units of their bytes."""
 
 import sys
 import types
@@ -73,3 +73,9 @@ def test_a_broken_module_fails_and_hides_no_other(modules):
 def test_two_cases_of_one_name_fail(modules):
   name = modules("aot_one", [("step", abs, shapes((2, 4, 64)))] * 2)
   assert "second case is called 'step'" in find_cases("", [name])[2][0]
+
+
+def test_every_module_of_kernels_offers_cases():
+  found, absent, failures = find_cases("")
+  assert (absent, failures) == ([], [])
+  assert {case.name.split(",")[0] for case in found} >= {"intra", "attention"}
