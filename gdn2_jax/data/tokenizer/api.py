@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, a byte-level BPE trained here, or a file users bring.
+"""Tokenizers: bytes, a byte-level BPE trained here, or a user's file.
 
 All of them treat text as text: a document that spells a special token gets
 ordinary tokens for it, so no input can forge the end of a document. Ids of
@@ -6,6 +6,7 @@ special tokens decode to nothing. "bytes" and "bpe-N" are lossless,
 `decode(encode(text)) == text` for every string.
 """
 
+import base64
 import dataclasses
 import functools
 import json
@@ -13,7 +14,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable
-from typing import SupportsIndex, override
+from typing import Any, SupportsIndex, override
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -39,10 +40,6 @@ class BytesTokenizer(Tokenizer):
   @override
   def encode(self, text: str) -> list[int]:
     return list(check_text(text))
-
-  @override
-  def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-    return [self.encode(text) for text in texts]
 
   @override
   def decode(self, ids: Iterable[SupportsIndex]) -> str:
@@ -81,11 +78,8 @@ class BPETokenizer(Tokenizer):
     self.eos_id: int = vocabulary[names[0]]
     self.vocab_size: int = max(vocabulary.values()) + 1
 
-  def __getstate__(self) -> str:
-    return self.to_json()
-
-  def __setstate__(self, state: str) -> None:
-    self.__init__(state)
+  def __reduce__(self) -> tuple[Any, ...]:
+    return BPETokenizer, (self.to_json(),)
 
   @override
   def encode(self, text: str) -> list[int]:
@@ -130,7 +124,7 @@ class BPETokenizer(Tokenizer):
 
 
 def open_tokenizer(spec: str, *, train_texts: Iterable[str] = ()) -> Tokenizer:
-  """Gives the tokenizer that a configuration names.
+  """Opens or trains the tokenizer that a configuration names.
 
   Args:
     spec: "bytes"; "bpe-N", trained on `train_texts` to at most N ids; or the
@@ -148,11 +142,7 @@ def open_tokenizer(spec: str, *, train_texts: Iterable[str] = ()) -> Tokenizer:
 
 
 def check_spec(spec: str) -> None:
-  """Refuses a tokenizer name that `open_tokenizer` would refuse.
-
-  Raises:
-    ValueError: naming the spec and what was expected.
-  """
+  """Refuses a tokenizer name that `open_tokenizer` would refuse."""
   if spec.startswith("bpe-"):
     _bpe_size(spec)
   elif spec != "bytes" and not pathlib.Path(spec).is_file():
@@ -175,17 +165,20 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
   check_spec(os.fspath(path))
   try:
     if pathlib.Path(path).suffix == ".model":
-      return sentencepiece.load_model(path)
+      return sentencepiece.SentencePieceTokenizer(
+        pathlib.Path(path).read_bytes()
+      )
     text = pathlib.Path(path).read_text(encoding="utf-8")
     content = json.loads(text)
     kind = content.get("format") if isinstance(content, dict) else None
+    if kind not in (_BYTES_FORMAT, sentencepiece.FORMAT):
+      return BPETokenizer(text)
+    if content.get("version") != 1:
+      raise ValueError(f"a newer version of {kind}, expected version 1")
     if kind == _BYTES_FORMAT:
-      if content.get("version") != 1:
-        raise ValueError("a newer version of the bytes format")
       return BytesTokenizer()
-    if kind == sentencepiece.FORMAT:
-      return sentencepiece.from_json(content)
-    return BPETokenizer(text)
+    model = base64.b64decode(content["model"], validate=True)
+    return sentencepiece.SentencePieceTokenizer(model)
   except ModuleNotFoundError:
     raise
   except Exception as error:  # the library raises bare Exception
@@ -193,24 +186,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-  """Trains a byte-level BPE; equal texts give an equal tokenizer.
-
-  Digits are never merged: a number is as many tokens as it has digits,
-  whichever numbers the training text happened to hold.
-
-  Args:
-    texts: training texts, each valid UTF-8.
-    vocab_size: most ids to use, special tokens included; a small corpus can
-      run out of pairs before.
-
-  Raises:
-    ValueError: if `vocab_size` is below 257.
-  """
-  if vocab_size < _MIN_BPE:
-    raise ValueError(f"vocab_size={vocab_size}: expected at least {_MIN_BPE}")
+  """Trains a byte-level BPE of at most `vocab_size` ids, EOS included."""
   backend = tokenizers.Tokenizer(models.BPE())
   backend.pre_tokenizer = pre_tokenizers.Sequence(
     [
+      # A number is as many tokens as it has digits, whatever numbers the
+      # training text happened to hold.
       pre_tokenizers.Digits(individual_digits=True),
       pre_tokenizers.ByteLevel(add_prefix_space=False),
     ]
@@ -237,7 +218,7 @@ def _bpe_size(spec: str) -> int:
 
 @functools.cache
 def _byte_alphabet() -> dict[str, int]:
-  """The printable character that byte-level BPE writes for each byte."""
+  """Printable character of byte-level BPE -> byte."""
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
   alphabet = {chr(byte): byte for byte in printable}
   others = [byte for byte in range(256) if byte not in set(printable)]

@@ -24,9 +24,9 @@ class Tokenizer(abc.ABC):
   def encode(self, text: str) -> list[int]:
     """Ids of a text, without any special token."""
 
-  @abc.abstractmethod
   def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
     """`encode` of every text, in parallel where the backend can."""
+    return [self.encode(text) for text in texts]
 
   @abc.abstractmethod
   def decode(self, ids: Iterable[SupportsIndex]) -> str:
@@ -45,23 +45,9 @@ class Tokenizer(abc.ABC):
     """Hex SHA-256 of everything that decides the ids."""
     return files.sha256_bytes(self.to_json().encode())
 
-  def bytes_per_token(self, texts: Iterable[str]) -> float:
-    """UTF-8 bytes over tokens of some texts, end of documents not counted.
-
-    Raises:
-      ValueError: if there is no token at all.
-    """
-    texts = list(texts)
-    count = sum(len(ids) for ids in self.encode_batch(texts))
-    if count == 0:
-      raise ValueError("texts: expected at least one token, got none")
-    return sum(len(text.encode()) for text in texts) / count
-
   def first_token_bytes(self, token_id: SupportsIndex) -> int:
-    """Bytes of a text that its first token stands for.
-
-    Llama's tokenizers put a space before each text, which is not of the text.
-    """
+    """Bytes of a text that its first token stands for."""
+    # Llama's tokenizers put a space before each text: no byte of the text.
     return max(0, len(self.token_bytes(token_id)) - self._added_bytes)
 
   @functools.cached_property
@@ -83,11 +69,7 @@ class Tokenizer(abc.ABC):
 
 
 def check_text(text: str) -> bytes:
-  """The UTF-8 bytes of a text.
-
-  Raises:
-    ValueError: if it is no string or has a lone surrogate.
-  """
+  """UTF-8 bytes of a text; refuses other types and lone surrogates."""
   if not isinstance(text, str):
     raise ValueError(f"text: expected a string, got {type(text).__name__}")
   try:

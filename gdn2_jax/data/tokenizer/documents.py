@@ -24,7 +24,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def encode_documents(
   texts: list[str], tokenizer: Tokenizer
 ) -> list[np.ndarray]:
-  """Ids [tokens] of each document and its EOS, which is all of an empty one."""
+  """Ids [tokens] of each document, EOS included."""
   dtype = token_dtype(tokenizer.vocab_size)
   found: list[list[np.ndarray]] = [[] for _ in texts]
   pieces = (

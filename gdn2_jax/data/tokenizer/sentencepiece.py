@@ -2,17 +2,12 @@
 
 import base64
 import json
-import os
-import pathlib
-import re
 from collections.abc import Iterable
 from typing import Any, SupportsIndex, override
 
 from gdn2_jax.data.tokenizer.base import Tokenizer, check_text
 
 FORMAT = "gdn2-sentencepiece-tokenizer"
-
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -38,11 +33,8 @@ class SentencePieceTokenizer(Tokenizer):
     if self.eos_id < 0:
       raise ValueError("the model has no end-of-document token </s>")
 
-  def __getstate__(self) -> bytes:
-    return self._model  # the processor itself does not pickle
-
-  def __setstate__(self, state: bytes) -> None:
-    self.__init__(state)
+  def __reduce__(self) -> tuple[Any, ...]:
+    return SentencePieceTokenizer, (self._model,)
 
   @override
   def encode(self, text: str) -> list[int]:
@@ -50,26 +42,18 @@ class SentencePieceTokenizer(Tokenizer):
     return self._backend.encode(text, out_type=int)
 
   @override
-  def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-    return [self.encode(text) for text in texts]
-
-  @override
   def decode(self, ids: Iterable[SupportsIndex]) -> str:
-    kept = [
-      token
-      for token in self._check_ids(ids)
-      if not (self._is_special(token) or self._backend.is_unused(token))
-    ]
+    kept = [t for t in self._check_ids(ids) if not self._has_no_text(t)]
     return self._backend.decode(kept)
 
   @override
   def token_bytes(self, token_id: SupportsIndex) -> bytes:
     (token,) = self._check_ids([token_id])
-    if self._is_special(token) or self._backend.is_unused(token):
+    if self._has_no_text(token):
       return b""
     piece = self._backend.id_to_piece(token)
-    if self._backend.is_byte(token) and (match := _BYTE.fullmatch(piece)):
-      return bytes.fromhex(match[1])
+    if self._backend.is_byte(token):  # "<0x41>"
+      return bytes.fromhex(piece[3:5])
     return piece.replace("\u2581", " ").encode()
 
   @override
@@ -78,28 +62,10 @@ class SentencePieceTokenizer(Tokenizer):
     content = {"format": FORMAT, "version": 1, "model": model}
     return json.dumps(content, indent=2) + "\n"
 
-  def _is_special(self, token: int) -> bool:
-    return self._backend.is_control(token) or self._backend.is_unknown(token)
-
-
-def load_model(path: str | os.PathLike[str]) -> SentencePieceTokenizer:
-  """Reads a tokenizer.model.
-
-  Raises:
-    RuntimeError: if it is no such file.
-    ValueError: if it has no token for the end of a document.
-  """
-  return SentencePieceTokenizer(pathlib.Path(path).read_bytes())
-
-
-def from_json(content: dict[str, Any]) -> SentencePieceTokenizer:
-  """The inverse of `SentencePieceTokenizer.to_json`, parsed.
-
-  Raises:
-    ValueError: for another version or a damaged model.
-  """
-  if content.get("version") != 1:
-    raise ValueError("a newer version of the SentencePiece format")
-  return SentencePieceTokenizer(
-    base64.b64decode(content["model"], validate=True)
-  )
+  def _has_no_text(self, token: int) -> bool:
+    backend = self._backend
+    return (
+      backend.is_control(token)
+      or backend.is_unknown(token)
+      or backend.is_unused(token)
+    )
