@@ -1,4 +1,4 @@
-"""Text that needs no download: documents, where they come from, their split.
+"""Text that needs no download, and its split by document.
 
 The embedded corpus is the documentation every CPython carries: the language
 reference topics of `pydoc`, the docstrings of the standard library (read from
@@ -53,40 +53,19 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """Documents in a fixed order.
+  """Documents in a fixed order, all without lone surrogates."""
 
-  Attributes:
-    source: one of `SOURCES`.
-    documents: the texts, all valid Unicode without lone surrogates.
-  """
-
-  source: str
   documents: tuple[Document, ...]
-
-  @functools.cached_property
-  def sha256(self) -> str:
-    """Hex SHA-256 over the texts in order."""
-    digest = hashlib.sha256()
-    for document in self.documents:
-      digest.update(bytes.fromhex(document.sha256))
-    return digest.hexdigest()
 
 
 def read_corpus(source: str) -> Corpus:
-  """Reads a corpus by name.
-
-  Returns:
-    The corpus, about 2.3 MB for "embedded" and 0.2 MB for "snapshot".
-
-  Raises:
-    ValueError: for an unknown source.
-  """
+  """Reads "embedded" (about 2.3 MB) or "snapshot" (0.2 MB)."""
   if source == "embedded":
-    return Corpus(source, tuple(_embedded_documents()))
+    return Corpus(tuple(_embedded_documents()))
   if source == "snapshot":
     lines = map(json.loads, _SNAPSHOT.read_bytes().splitlines())
     documents = (Document(line["name"], line["text"]) for line in lines)
-    return Corpus(source, tuple(documents))
+    return Corpus(tuple(documents))
   raise ValueError(f"source={source!r}: expected one of {', '.join(SOURCES)}")
 
 
@@ -99,18 +78,10 @@ def write_json_lines(corpus: Corpus, path: pathlib.Path) -> None:
 
 
 def source_key(source: str) -> str:
-  """A hash that changes when `read_corpus(source)` might.
-
-  For "embedded" it looks at names, sizes and times of the library's files
-  instead of parsing them, which costs 20 ms instead of 3 s.
-
-  Raises:
-    ValueError: if `source` is not one of `SOURCES`.
-  """
+  """A hash that changes when `read_corpus(source)` might."""
   if source == "snapshot":
     return files.sha256_file(_SNAPSHOT)
-  if source != "embedded":
-    raise ValueError(f"source={source!r}: expected one of {SOURCES}")
+  # Names, sizes and times of the library's files take 20 ms, parsing them 3 s.
   # These two files are the recipe: a change to it is a change of the corpus.
   recipe = [files.sha256_file(f) for f in (__file__, extension_docs.__file__)]
   digest = hashlib.sha256(repr((sys.version, recipe)).encode())
@@ -121,32 +92,22 @@ def source_key(source: str) -> str:
 
 
 def split_documents(
-  documents: Sequence[Document], *, validation_fraction: float = 0.1
+  documents: Sequence[Document],
 ) -> tuple[list[Document], list[Document]]:
-  """Assigns every document to train or validation by the hash of its text.
-
-  The side depends on the text alone: it survives reordering and growth of the
-  corpus, and two equal documents are never on different sides.
-
-  Returns:
-    (train, validation), both in the order given.
-
-  Raises:
-    ValueError: if `validation_fraction` is outside [0, 1).
-  """
-  if not 0 <= validation_fraction < 1:
-    raise ValueError(
-      f"validation_fraction={validation_fraction}: expected 0 <= f < 1"
-    )
+  """(train, validation) by the hash of each text; a tenth is held out."""
   train, validation = [], []
   for document in documents:
-    held_out = is_held_out(document.sha256, validation_fraction)
+    held_out = is_held_out(document.sha256, 0.1)
     (validation if held_out else train).append(document)
   return train, validation
 
 
 def is_held_out(text_sha256: str, validation_fraction: float) -> bool:
-  """True if a text, given by its hex SHA-256, is held out."""
+  """True if a text, given by its hex SHA-256, is held out.
+
+  That depends on the text alone: it survives reordering and growth of a corpus,
+  and equal documents are never on different sides.
+  """
   digest = files.sha256_bytes(f"{_SPLIT_SALT}:{text_sha256}".encode())
   return int(digest[:16], 16) < validation_fraction * 2.0**64
 
