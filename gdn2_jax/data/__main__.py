@@ -12,22 +12,23 @@ Exit status: 0 done, 2 refused (the reason is on standard error), 130 Ctrl-C.
 """
 
 import argparse
+import dataclasses
+import functools
 import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import tqdm
 
+from gdn2_jax.data import sources
 from gdn2_jax.data.build import build, recipe, report
-from gdn2_jax.data.build.inputs import Inputs, open_inputs
 from gdn2_jax.data.packed import folder as packed
 from gdn2_jax.data.text import fineweb_edu
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one command line, or that of the process; gives its exit status."""
+  """Runs one command line, by default the process's; returns its status."""
   arguments = _parser().parse_args(argv)
   run = {"inspect": _inspect, "fineweb_edu": _fineweb_edu, "tfds": _tfds}
   try:
@@ -106,7 +107,7 @@ def _add_fineweb_flags(command: argparse.ArgumentParser) -> None:
     help="commit of the repository (default: v1.4.0, %(default).12s)",
   )
   command.add_argument(
-    "--max_files", type=int, help="take only so many files, one is held out"
+    "--max_files", type=int, help="number of files to take, one is held out"
   )
 
 
@@ -122,7 +123,7 @@ def _add_output_flags(command: argparse.ArgumentParser, tokenizer: str) -> None:
     "--seed",
     type=int,
     default=0,
-    help="of the document order (default: 0)",
+    help="seed of the document order (default: 0)",
   )
 
 
@@ -135,7 +136,7 @@ def _add_build_flags(command: argparse.ArgumentParser) -> None:
   )
   command.add_argument(
     "--validation_files",
-    default="",
+    type=lambda text: tuple(name for name in text.split(",") if name) or None,
     help="input files to hold out, names or patterns with commas between",
   )
   command.add_argument(
@@ -147,11 +148,12 @@ def _add_build_flags(command: argparse.ArgumentParser) -> None:
     "--shard_tokens",
     type=int,
     default=recipe.SHARD_TOKENS,
-    help="tokens of a shard, at most, about (default: %(default)s)",
+    help="most tokens of a shard, about (default: %(default)s)",
   )
   command.add_argument(
     "--skip_bad_shards",
     action="store_true",
+    dest="skip_bad",
     help="leave out and count what cannot be read, instead of stopping",
   )
 
@@ -161,27 +163,20 @@ def _fineweb_edu(arguments: argparse.Namespace) -> None:
   checksums, revision = fineweb_edu.recorded(paths)
   if arguments.checksums:
     checksums = _read_checksums(arguments.checksums, list(paths))
-  source = fineweb_edu.source_entry(arguments.config, revision=revision)
+  source = fineweb_edu.source_entry(arguments.config, revision)
   options = {"validation_fraction": 0.01}
   if not arguments.validation_files and arguments.validation_fraction is None:
     options["validation_files"] = fineweb_edu.held_out_files(list(paths))
-  _build(arguments, Inputs(paths, source, options), checksums)
+  _build(arguments, recipe.Inputs(paths, source, options, checksums))
 
 
 def _fineweb_files(arguments: argparse.Namespace) -> dict[str, pathlib.Path]:
-  """Name -> path, of files that are brought or downloaded."""
-  if arguments.config:
-    fineweb_edu.folder_of(arguments.config)
+  """Name -> path of the user's own files, or of those to download."""
   if arguments.max_files is not None and arguments.max_files < 1:
     raise ValueError(f"max_files={arguments.max_files}: expected at least 1")
   if arguments.local:
     paths = fineweb_edu.local_files(arguments.local, arguments.config)
     return {n: paths[n] for n in sorted(paths)[: arguments.max_files]}
-  if not arguments.config:
-    raise ValueError(
-      f"config: expected one of {', '.join(fineweb_edu.FOLDERS)}, a dump such"
-      " as CC-MAIN-2024-10, or --local=FOLDER"
-    )
   return fineweb_edu.download(
     arguments.config,
     arguments.download_dir,
@@ -194,37 +189,28 @@ def _pack(arguments: argparse.Namespace) -> None:
   name = arguments.command
   if name == "text":
     name = f"text:{arguments.path}"
-  with open_inputs(name) as inputs:
-    _build(arguments, inputs, {})
+  with sources.open_inputs(name) as inputs:
+    _build(arguments, inputs)
 
 
-def _build(
-  arguments: argparse.Namespace, inputs: Inputs, checksums: dict[str, str]
-) -> None:
+def _build(arguments: argparse.Namespace, inputs: recipe.Inputs) -> None:
   """Builds with the flags that the command has."""
   flags = vars(arguments)
   workers = flags.get("workers", 0)
   if workers < 0:
     raise ValueError(f"workers={workers}: expected at least 0")
   given = {
-    "tokenizer": flags["tokenizer"],
-    "seed": flags["seed"],
-    "validation_fraction": flags.get("validation_fraction"),
-    "shard_tokens": flags.get("shard_tokens"),
-    "skip_bad": flags.get("skip_bad_shards"),
+    field.name: flags[field.name]
+    for field in dataclasses.fields(recipe.Options)
+    if flags.get(field.name) is not None
   }
-  options = inputs.options | {k: v for k, v in given.items() if v is not None}
-  if held_out := flags.get("validation_files"):
-    options["validation_files"] = tuple(n for n in held_out.split(",") if n)
   built = build.build_rows(
-    inputs.paths,
+    inputs,
     arguments.out,
-    recipe.Options(**options),
-    source=inputs.source,
-    checksums=checksums,
+    recipe.Options(**inputs.options | given),
     workers=workers,
-    bar=_bar,
-    say=_say,
+    bar=tqdm.tqdm,
+    say=functools.partial(tqdm.tqdm.write, file=sys.stderr),
   )
   report.print_manifest(built.packed)
   report.print_row(built.packed, "train", 0, 256)
@@ -235,7 +221,7 @@ def _build(
 
 
 def _read_checksums(path: str, names: list[str]) -> dict[str, str]:
-  """Lines "<sha256>  <name>" as sha256sum prints them, matched by name."""
+  """Name -> SHA-256, from lines "<sha256>  <name>" of sha256sum."""
   found = {}
   lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
   for number, line in enumerate(lines, start=1):
@@ -268,14 +254,6 @@ def _inspect(arguments: argparse.Namespace) -> None:
   report.print_manifest(found)
   print("all sizes and hashes match the manifest")
   report.print_row(found, arguments.split, arguments.row, arguments.len)
-
-
-def _bar(label: str, unit: str, total: int) -> Any:
-  return tqdm.tqdm(total=total, desc=label, unit=unit, unit_scale=True)
-
-
-def _say(line: str) -> None:
-  tqdm.tqdm.write(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

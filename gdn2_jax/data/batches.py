@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from absl import flags
 
 from gdn2_jax.data.packed.rows import PackedRows, check_batch, padding_row
 
@@ -25,18 +26,9 @@ _WORKER_BUFFER = 2
 class TrainBatches(Iterator[Batch]):
   """An endless iterator whose whole state is `step`, the next step's number.
 
-  Args:
-    sources: rows of each source; one takes all rows from it.
-    weights: share of each source in the rows of the stream, any positive
-      numbers. Shares are kept exactly in every stretch of rows, not drawn, to
-      a hundredth of the smallest.
-    seed: seed of the row order.
-    batch_size: global rows of a step.
-    start_step: the step whose batch comes first.
-    process_index: this host.
-    process_count: all hosts.
-    num_threads: reader threads, of each process; 0 reads in the caller's.
-    num_workers: reader processes; 0 uses threads alone.
+  Arguments are those of `Dataset.train_batches` and `DataConfig`; weights are
+  shares of rows, kept exactly in every stretch of the stream rather than drawn
+  (to a hundredth of the smallest weight).
   """
 
   def __init__(
@@ -54,11 +46,10 @@ class TrainBatches(Iterator[Batch]):
   ):
     import grain  # imports JAX, which numpy-only callers need not pay for
 
+    seeds = source_seeds(seed, len(sources))
     streams = [
       grain.MapDataset.source(rows).seed(own).shuffle().repeat()
-      for rows, own in zip(
-        sources, source_seeds(seed, len(sources)), strict=True
-      )
+      for rows, own in zip(sources, seeds, strict=True)
     ]
     mixed = streams[0]
     if len(streams) > 1:
@@ -74,41 +65,34 @@ class TrainBatches(Iterator[Batch]):
       num_threads=num_threads, prefetch_buffer_size=2 * num_threads
     )
     self._iterator = None
-    self.step = start_step
     self.seek(start_step)
 
   def seek(self, step: int) -> None:
     """Makes `step` the next one; costs the same for any step."""
-    if self._workers:
-      # What workers save of their place fits no other number of them, so the
-      # stream is cut at the step instead.
-      self.close()
-      self._iterator = self._open(step)
-    else:
-      if self._iterator is None:
-        self._iterator = self._open(0)
-      self._iterator.set_state({"next_index": step})
-    self.step = step
-
-  def _open(self, step: int) -> Iterator[Batch]:
     import grain
 
+    self.close()
+    # The stream is cut at the step: the position that grain's workers save fits
+    # no other number of them.
     host, count = self._host
     own = self._batches[host + step * count :: count]
     batches = own.to_iter_dataset(self._options)
     if self._workers:
-      _allow_workers()
+      # They take their flags from absl, which may not have parsed any.
+      if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
       batches = batches.mp_prefetch(
         grain.MultiprocessingOptions(
           num_workers=self._workers, per_worker_buffer_size=_WORKER_BUFFER
         )
       )
-    return iter(batches)
+    self._iterator = iter(batches)
+    self.step = step
 
   def __next__(self) -> Batch:
     batch = next(self._iterator)
     if self._workers:
-      # Out of the memory shared with the worker, which has an end of its own.
+      # Copied: the worker's shared memory ends with the worker.
       batch = {name: np.array(values) for name, values in batch.items()}
     self.step += 1
     return batch
@@ -121,7 +105,7 @@ class TrainBatches(Iterator[Batch]):
 
 
 class InterleavedRows:
-  """Rows of several sources, each shard of each spread evenly over the whole.
+  """Rows of several sources, every shard spread evenly over the whole.
 
   A prefix of any length holds of every shard about its share, so a limited
   evaluation sees all of them. One source of one shard keeps its order.
@@ -149,7 +133,7 @@ class InterleavedRows:
 
 
 def source_seeds(seed: int, count: int) -> list[int]:
-  """A seed per source: equal sources must not give equal orders."""
+  """One seed per source: equal sources must not have equal orders."""
   others = np.random.SeedSequence(seed).generate_state(max(count - 1, 1))
   return [seed, *(int(other) for other in others)][:count]
 
@@ -160,14 +144,7 @@ def fixed_batches(
   limit: int | None,
   vocab_size: int,
 ) -> Iterator[Batch]:
-  """All rows once, in order; the last batch is padded to the same shape.
-
-  Args:
-    rows: what is read.
-    batch_size: rows of a batch.
-    limit: stop after that many batches; None reads all.
-    vocab_size: ids of the tokenizer; others are refused.
-  """
+  """All rows once, in order; the last batch is padded to the same shape."""
   count = -(-len(rows) // batch_size)
   for index in range(count if limit is None else min(count, limit)):
     start = index * batch_size
@@ -177,11 +154,3 @@ def fixed_batches(
     batch = {name: np.stack([r[name] for r in members]) for name in members[0]}
     check_batch(batch, vocab_size)
     yield batch
-
-
-def _allow_workers() -> None:
-  """Grain's workers take their flags from absl, parsed or not at all."""
-  from absl import flags
-
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent.
+"""Atomic writes and SHA-256 of files.
 
 A file is written beside its final name, flushed to the device and then
 renamed, so that a process that is killed, or two at a time, never leave a file

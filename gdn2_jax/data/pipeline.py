@@ -1,4 +1,4 @@
-"""Dataset of a run: its configuration, batches and identity.
+"""Dataset of a run: its configuration, batches and fingerprint.
 
 `gdn2_jax.data.sources` says what a source may be, `gdn2_jax.data.batches` how
 batches follow from the step.
@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -29,13 +28,13 @@ __all__ = [
   "validate",
 ]
 
-# Enough for n-gram baselines, which hold them in memory several times.
+# Enough for n-gram baselines, which hold several copies in memory.
 _SAMPLE_TOKENS = 1 << 24
 
 
 @config_class
 class DataConfig:
-  """Source of the text, and how it is cut into batches.
+  """Source of the text, and the batches it is cut into.
 
   Attributes:
     source: "embedded", "snapshot", "text:PATH" or "tfds:FOLDER", packed into
@@ -91,31 +90,36 @@ def open_dataset(config: DataConfig) -> "Dataset":
   """
   validate(config)
   entries = sources.parse(config.source)
-  opened = [
+  opened = tuple(
     sources.open_rows(
-      entry.name,
+      entry,
       config.tokenizer,
       cache_dir=config.cache_dir,
       verify_hashes=config.verify_hashes,
     )
     for entry in entries
-  ]
-  _check_one_tokenizer(entries, opened)
-  weights = tuple(entry.weight for entry in entries)
-  dataset = Dataset(dataclasses.replace(config), tuple(opened), weights)
+  )
+  first = opened[0].tokenizer.sha256
   for entry, found in zip(entries, opened, strict=True):
+    if found.tokenizer.sha256 != first:
+      raise ValueError(
+        f"data.source: {entry.name!r} was packed with another tokenizer"
+        f" (sha256 {found.tokenizer.sha256[:16]}) than {entries[0].name!r}"
+        f" ({first[:16]})"
+      )
     tokens = len(found.tokens["train"])
     if tokens <= config.seq_len:
       raise ValueError(
         f"data.seq_len={config.seq_len}: the training split of"
         f" {entry.name!r} holds only {tokens} tokens"
       )
-  return dataset
+  weights = tuple(entry.weight for entry in entries)
+  return Dataset(dataclasses.replace(config), opened, weights)
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """Batches, tokenizer and identity of an opened corpus.
+  """Batches, tokenizer and fingerprint of an opened corpus.
 
   A batch is a dict of [B, L] arrays: inputs, targets, segment_ids (1-based
   within a row, 0 for padding), positions (from 0 in each segment), all int32,
@@ -124,7 +128,7 @@ class Dataset:
 
   config: DataConfig
   parts: tuple[packed.Packed, ...]
-  weights: tuple[float, ...] = (1.0,)
+  weights: tuple[float, ...]
 
   @property
   def packed(self) -> packed.Packed:
@@ -137,18 +141,12 @@ class Dataset:
     return self.packed.tokenizer
 
   @property
-  def manifest(self) -> dict[str, Any]:
-    """Counts, hashes and origin; of a mixture, under the sources' names."""
-    if len(self.parts) == 1:
-      return self.packed.manifest
-    names = [entry.name for entry in sources.parse(self.config.source)]
-    return {
-      name: part.manifest for name, part in zip(names, self.parts, strict=True)
-    }
+  def fingerprint(self) -> str:
+    """Hex SHA-256 of everything that decides the batch of a given step.
 
-  @property
-  def identity(self) -> dict[str, Any]:
-    """The fields behind `fingerprint`, to show where two of them differ."""
+    Host, thread and worker counts do not take part. A run must not resume on
+    data of another fingerprint: the step number would mean other rows.
+    """
     one = len(self.parts) == 1
     formats = [
       f"{part.manifest['format']}-{part.manifest['version']}"
@@ -163,18 +161,9 @@ class Dataset:
       "seed": self.config.seed,
       "batch_size": self.config.batch_size,
     }
-    return found if one else found | {"weights": list(self.weights)}
-
-  @property
-  def fingerprint(self) -> str:
-    """Hex SHA-256 of everything that decides the batch of a given step.
-
-    Host, thread and worker counts do not take part. A run must not resume on
-    data of another fingerprint: the step number would mean other rows.
-    """
-    return files.sha256_bytes(
-      json.dumps(self.identity, sort_keys=True).encode()
-    )
+    if not one:
+      found["weights"] = list(self.weights)
+    return files.sha256_bytes(json.dumps(found, sort_keys=True).encode())
 
   @property
   def validation_bytes_per_token(self) -> float:
@@ -195,11 +184,10 @@ class Dataset:
     return sum(e["predicted_bytes"] for e in entries) / predicted
 
   def train_tokens(self, limit: int = _SAMPLE_TOKENS) -> np.ndarray:
-    """The first training tokens, uint16 or uint32: widen before sums.
+    """At most `limit` training tokens, uint16 or uint32: widen before sums.
 
-    Args:
-      limit: at most so many: of a mixture each source by its weight, of a
-        source the same share of every shard.
+    Of a mixture each source by its weight, of a source the same share of every
+    shard, from its beginning.
     """
     taken = []
     for part, weight in zip(self.parts, self.weights, strict=True):
@@ -216,15 +204,11 @@ class Dataset:
     return tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
 
   def train_rows(self, part: int = 0) -> PackedRows:
-    """Training rows of config.seq_len by index; a short last one is dropped.
+    """Training rows of config.seq_len, of one source of a mixture, by index.
 
-    Args:
-      part: which source of a mixture.
+    A short last row is dropped.
     """
-    found = self.parts[part]
-    return PackedRows(
-      found.tokens["train"], found.offsets["train"], self.config.seq_len
-    )
+    return self.parts[part].rows("train", self.config.seq_len)
 
   def train_batches(
     self,
@@ -237,12 +221,11 @@ class Dataset:
     Args:
       start_step: the step whose batch comes first.
       process_index: this host, h.
-      process_count: all hosts, H; must divide config.batch_size. Host h gets
+      process_count: number of hosts, H; divides config.batch_size. Host h gets
         rows h B/H .. (h+1) B/H of each global batch.
 
     Raises:
-      ValueError: for a negative step, a host outside [0, H) or an H that does
-        not divide the batch.
+      ValueError: naming the argument that is out of range.
     """
     batch_size = self.config.batch_size
     if start_step < 0:
@@ -280,7 +263,7 @@ class Dataset:
     Args:
       seq_len: L, need not be that of training.
       batch_size: rows of a batch.
-      limit: stop after that many batches; None reads all.
+      limit: most batches; None reads all.
 
     Raises:
       ValueError: for a size below 1.
@@ -289,13 +272,7 @@ class Dataset:
       if value is not None and value < 1:
         raise ValueError(f"{name}={value}: expected at least 1")
     rows = [
-      PackedRows(
-        part.tokens["validation"],
-        part.offsets["validation"],
-        seq_len,
-        keep_partial=True,
-      )
-      for part in self.parts
+      part.rows("validation", seq_len, keep_partial=True) for part in self.parts
     ]
     return streams.fixed_batches(
       streams.InterleavedRows(rows),
@@ -303,16 +280,3 @@ class Dataset:
       limit,
       self.tokenizer.vocab_size,
     )
-
-
-def _check_one_tokenizer(
-  entries: tuple[sources.Weighted, ...], opened: list[packed.Packed]
-) -> None:
-  first = opened[0].tokenizer.sha256
-  for entry, found in zip(entries, opened, strict=True):
-    if found.tokenizer.sha256 != first:
-      raise ValueError(
-        f"data.source: {entry.name!r} was packed with another tokenizer"
-        f" (sha256 {found.tokenizer.sha256[:16]}) than {entries[0].name!r}"
-        f" ({first[:16]})"
-      )

@@ -18,15 +18,18 @@ def pack(texts, out, **options):
   """Packs texts, with bytes as ids unless told otherwise."""
   path = write_lines(out.with_name(f"{out.name}-text") / "texts.jsonl", texts)
   return build.build_rows(
-    {path.name: path},
+    recipe.Inputs({path.name: path}, {"kind": "text"}),
     out,
     recipe.Options(**{"tokenizer": "bytes"} | options),
-    source={"kind": "text"},
   ).packed
+
+
+def borders(offsets):
+  """All borders of documents in a split, from 0 on."""
+  return np.append(0, offsets.within(0, int(offsets.starts[-1])))
 
 
 def documents(found, split):
   """Texts of a split, in order."""
-  offsets = np.asarray(found.offsets[split])
-  parts = np.split(np.asarray(found.tokens[split]), offsets[1:-1])
+  parts = np.split(found.tokens[split][:], borders(found.offsets[split])[1:-1])
   return [found.tokenizer.decode(part) for part in parts if len(part)]

@@ -35,7 +35,7 @@ def test_build_prints_counts_and_a_row(tmp_path, capsys):
 
 def test_folder_is_a_data_source(folder, tmp_path):
   config = DataConfig(source=str(folder), tokenizer="bpe-300", seq_len=32)
-  assert open_dataset(config).manifest["seed"] == 1
+  assert open_dataset(config).packed.manifest["seed"] == 1
 
 
 def test_inspect_shows_borders(folder, capsys):

@@ -1,7 +1,6 @@
 """The pipeline: one order for any number of hosts, exact seeking, identity."""
 
 import dataclasses
-import json
 import math
 import pickle
 import re
@@ -17,7 +16,7 @@ from gdn2_jax.data.packed.rows import PackedRows
 from gdn2_jax.data.pipeline import DataConfig, TrainBatches, check_batch
 from gdn2_jax.data.text import corpus
 from tests.data.batches import assert_equal
-from tests.data.packing import documents
+from tests.data.packing import borders, documents
 
 LENGTH = 64
 BATCH = 4
@@ -155,7 +154,7 @@ def test_a_seed_is_not_the_next_seed_an_epoch_later(dataset):
 def test_every_validation_token_counts_once(dataset, length):
   batch_size = 512 if length < 64 else 3
   tokens = dataset.validation_tokens()
-  first = np.asarray(dataset.packed.offsets["validation"])
+  first = borders(dataset.packed.offsets["validation"])
   counted = np.zeros(dataset.tokenizer.vocab_size, np.int64)
   shapes = set()
   for batch in dataset.validation_batches(length, batch_size):
@@ -215,7 +214,6 @@ def test_fingerprint_covers_what_decides_the_batches(dataset, cache, tmp_path):
   prints = {_with(dataset, **change).fingerprint for change in changes}
   assert len(prints | {dataset.fingerprint}) == len(changes) + 1
   assert re.fullmatch("[0-9a-f]{64}", dataset.fingerprint)
-  json.dumps(dataset.identity)
 
 
 def test_the_cache_is_used(dataset, monkeypatch):
@@ -251,7 +249,7 @@ def test_a_tokenizer_file_is_accepted(dataset, tmp_path):
   dataset.tokenizer.save(path)
   again = _with(dataset, tokenizer=str(path))
   assert again.fingerprint == dataset.fingerprint
-  assert again.manifest["tokenizer"]["spec"] == str(path)
+  assert again.packed.manifest["tokenizer"]["spec"] == str(path)
 
 
 def test_a_dataset_is_picklable(dataset):

@@ -47,14 +47,18 @@ def test_text_is_packed_on_first_use(config, monkeypatch):
   assert pipeline.open_dataset(trained).tokenizer.vocab_size == 300
 
 
-def test_text_can_be_mixed_and_read_by_workers(config):
+def test_text_can_be_mixed(config):
   config.source = f"{config.source}:0.5,snapshot:0.5"
-  config.num_workers = 1
   dataset = pipeline.open_dataset(config)
   batches = dataset.train_batches(start_step=3)
   assert next(batches)["inputs"].shape == (4, 48)
   batches.close()
-  assert set(dataset.manifest) == {config.source.split(":0.5")[0], "snapshot"}
+  kinds = [part.manifest["source"]["kind"] for part in dataset.parts]
+  assert kinds == ["text", "snapshot"]
+  # Each source trains its own tokenizer of this name.
+  config.tokenizer = "bpe-300"
+  with pytest.raises(ValueError, match=r"'snapshot' was packed with another"):
+    pipeline.open_dataset(config)
 
 
 def test_text_that_cannot_be_read_is_named(config):

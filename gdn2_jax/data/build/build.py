@@ -12,6 +12,7 @@ with the same bytes as one that was not.
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -20,25 +21,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import tqdm
+
 from gdn2_jax.data import files
 from gdn2_jax.data.build import recipe, shard
 from gdn2_jax.data.build.workers import run_tasks
 from gdn2_jax.data.packed import folder as packed
 
-Bar = Callable[[str, str, int], Any]
+_NO_BAR = functools.partial(tqdm.tqdm, disable=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-  """Work of one run of a build, and how long it took.
-
-  Attributes:
-    documents: documents tokenised in this run.
-    tokens: their tokens.
-    bytes: bytes of their text.
-    cpu_seconds: CPU time of all workers together.
-    seconds: wall time.
-  """
+  """Work of one run of a build, its CPU time and its wall time."""
 
   documents: int
   tokens: int
@@ -55,38 +50,25 @@ class Built:
   rates: Rates | None
 
 
-class _NoBar:
-  def update(self, count: int) -> None:
-    pass
-
-  def close(self) -> None:
-    pass
-
-
 def build_rows(
-  paths: Mapping[str, pathlib.Path],
+  inputs: recipe.Inputs,
   out: str | os.PathLike[str],
   options: recipe.Options,
   *,
-  source: Mapping[str, Any],
-  checksums: Mapping[str, str] | None = None,
   workers: int = 0,
   wait: bool = False,
-  bar: Bar = lambda label, unit, total: _NoBar(),
+  bar: Callable[..., tqdm.tqdm] = _NO_BAR,
   say: Callable[[str], None] = lambda line: None,
 ) -> Built:
   """Packs files into a folder that appears whole or not at all.
 
   Args:
-    paths: name -> file; the names go into the manifest and their order
-      decides the result, not where the files lie.
+    inputs: files and their origin.
     out: the folder to make; may exist if it holds the same data.
     options: what decides the result besides the files.
-    source: where the files come from, for the manifest.
-    checksums: name -> SHA-256 that the file must have.
     workers: processes; 0 works in the caller's, which decides nothing.
     wait: wait for another build of this folder, instead of refusing.
-    bar: makes a progress bar of (label, unit, total).
+    bar: makes a progress bar; none is shown by default.
     say: is told about what is resumed or left out.
 
   Raises:
@@ -95,6 +77,7 @@ def build_rows(
     RuntimeError: if a worker process died.
   """
   out = pathlib.Path(out)
+  bar = functools.partial(bar, unit="B", unit_scale=True)
   taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
   if taken and not (out / "manifest.json").is_file():
     raise ValueError(f"{out}: exists and is not a packed folder")
@@ -105,13 +88,7 @@ def build_rows(
       path.unlink(missing_ok=True)
     try:
       plan = recipe.make_plan(
-        paths,
-        partial,
-        options,
-        source=source,
-        checksums=checksums or {},
-        workers=workers,
-        bar=bar,
+        inputs, partial, options, workers=workers, bar=bar
       )
       for entry in plan.content["skipped"]:
         say(f"left out {entry['path']}: {entry['reason']}")
@@ -122,29 +99,31 @@ def build_rows(
         shutil.rmtree(partial, ignore_errors=True)
       raise
     _adopt_plan(partial, plan)
-    records, rates = _run(partial, plan, options, workers, bar, say)
+    (partial / shard.RECORDS).mkdir(exist_ok=True)
+    if finished := len(list((partial / shard.RECORDS).glob("*.json"))):
+      say(f"resuming: {finished} of {len(plan.tasks)} shards are done")
+    shared = (partial, options, plan.tokenizer)
+    records, rates = _run(plan, shared, workers, bar)
+    for record in records:
+      for entry in record["bad"]:
+        say(f"left out {entry['path']}: {entry['where']}: {entry['reason']}")
     _publish(partial, out, plan, records)
   return Built(packed.open_packed(out, verify_hashes=False), rates)
 
 
 def _run(
-  partial: pathlib.Path,
   plan: recipe.Plan,
-  options: recipe.Options,
+  shared: tuple[Any, ...],
   workers: int,
-  bar: Bar,
-  say: Callable[[str], None],
+  bar: Callable[..., tqdm.tqdm],
 ) -> tuple[list[dict[str, Any]], Rates]:
   """Makes all shards; their records in the order of the plan."""
-  (partial / shard.RECORDS).mkdir(exist_ok=True)
-  if finished := len(list((partial / shard.RECORDS).glob("*.json"))):
-    say(f"resuming: {finished} of {len(plan.tasks)} shards are done")
   started = time.perf_counter()
   done = {"documents": 0, "tokens": 0, "bytes": 0, "cpu_seconds": 0.0}
   records = {}
-  shared = (partial, options, plan.tokenizer)
+  total = sum(task.size for task in plan.tasks)
   with (
-    contextlib.closing(bar("tokenize", "B", _size(plan.tasks))) as progress,
+    bar(desc="tokenize", total=total) as progress,
     contextlib.closing(
       run_tasks(shard.write_shard, plan.tasks, shared, workers)
     ) as results,
@@ -158,15 +137,8 @@ def _run(
       for counts in record["counts"].values():
         for name in ("documents", "tokens", "bytes"):
           done[name] += counts[name]
-  ordered = [records[task] for task in plan.tasks]
-  for record in ordered:
-    for entry in record["bad"]:
-      say(f"left out {entry['path']}: {entry['where']}: {entry['reason']}")
-  return ordered, Rates(**done, seconds=time.perf_counter() - started)
-
-
-def _size(tasks: Sequence[recipe.Task]) -> int:
-  return sum(task.size for task in tasks)
+  rates = Rates(**done, seconds=time.perf_counter() - started)
+  return [records[task] for task in plan.tasks], rates
 
 
 def _publish(
@@ -180,7 +152,7 @@ def _publish(
     own = [record for record in records if split in record["counts"]]
     counts = {
       name: sum(record["counts"][split][name] for record in own)
-      for name in shard.COUNTS
+      for name in packed.COUNTS
     }
     every = {k: v for r in own for k, v in r["files"][split].items()}
     splits[split] = counts | {"shards": len(own), "files": every}
@@ -214,7 +186,7 @@ def _tidy(folder: pathlib.Path) -> None:
 
 
 def _adopt_plan(partial: pathlib.Path, plan: recipe.Plan) -> None:
-  """Writes the plan, or makes sure that it is the one being carried out."""
+  """Writes the plan; refuses a folder with another one."""
   path = partial / "plan.json"
   text = json.dumps(plan.content, indent=2)
   if path.is_file() and (
@@ -243,7 +215,7 @@ def _reuse(
 
 
 def _differences(found: Mapping[str, Any], plan: recipe.Plan) -> str:
-  """Names of the fields in which a plan or manifest is not of this plan."""
+  """Names of the fields of a plan or manifest that differ from this plan."""
   wanted = json.loads(json.dumps(plan.content))
   return ", ".join(k for k in wanted if found.get(k) != wanted[k])
 

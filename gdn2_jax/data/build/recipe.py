@@ -5,8 +5,8 @@ where inputs are cut into shards. Two builds of one plan are equal, and a build
 may only be resumed under its own plan.
 """
 
+import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import fnmatch
 import itertools
@@ -14,6 +14,8 @@ import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+import tqdm
 
 from gdn2_jax.data import files
 from gdn2_jax.data.packed import folder as packed
@@ -30,6 +32,24 @@ _MOST_SHARDS = 256  # of an input whose shards are not of full size
 _TRAIN_CHARS = 16 << 20
 
 
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+  """Files of a build, their origin and checksums.
+
+  Attributes:
+    paths: name -> file; the names go into the manifest and their order
+      decides the result, not where the files lie.
+    source: origin of the text, for the manifest.
+    options: fields of `Options`.
+    checksums: name -> SHA-256 that the file must have.
+  """
+
+  paths: dict[str, pathlib.Path]
+  source: dict[str, Any]
+  options: dict[str, Any] = dataclasses.field(default_factory=dict)
+  checksums: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
   """Choices that decide the result besides the files.
@@ -38,8 +58,8 @@ class Options:
     tokenizer: "bytes", "bpe-N", or the path of a tokenizer.json or
       tokenizer.model.
     seed: seed of the order of documents within a shard.
-    order: what that order is drawn from, beside the seed: the "place" of a
-      document in the input, or its "text".
+    order: hashed with the seed to order documents: the "place" of a document
+      in the input, or its "text".
     validation_files: names or patterns of input files that are held out
       whole; () holds out by document.
     validation_fraction: expected share of documents held out by the hash of
@@ -76,13 +96,23 @@ class Task:
     parts: stretches of files, with the number of each one's file.
     split: the split of all its documents; "" where the text's hash decides,
       which makes a shard of that index in both splits.
-    size: bytes of text, as the files declare them.
   """
 
   index: int
   parts: tuple[tuple[int, readers.Part], ...]
   split: str
-  size: int
+
+  @property
+  def size(self) -> int:
+    """Bytes of text, as the files declare them."""
+    return sum(part.size for _, part in self.parts)
+
+  def split_of(self, text_sha256: str, fraction: float) -> str:
+    """Split of a document of this task, given by the hash of its text."""
+    if self.split:
+      return self.split
+    held_out = corpus.is_held_out(text_sha256, fraction)
+    return "validation" if held_out else "train"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +121,7 @@ class Plan:
 
   Attributes:
     content: goes into the manifest; decides the result.
-    paths: input name -> where it lies on this machine.
+    paths: input name -> its file on this machine.
     tasks: the shards to make.
     tokenizer: gives the ids.
   """
@@ -103,36 +133,39 @@ class Plan:
 
 
 def make_plan(
-  paths: Mapping[str, pathlib.Path],
+  inputs: Inputs,
   folder: pathlib.Path,
   options: Options,
   *,
-  source: Mapping[str, Any],
-  checksums: Mapping[str, str],
   workers: int,
-  bar: Callable[[str, str, int], Any],
+  bar: Callable[..., tqdm.tqdm],
 ) -> Plan:
-  """Reads enough of the inputs to know the whole build.
-
-  Arguments are those of `gdn2_jax.data.build.build_rows`; `folder` is that of
-  the unfinished build, where hashes of inputs are remembered.
-
-  Raises:
-    ValueError: for an input that is missing, damaged or has no text, for a
-      file to hold out that is not there, or an unusable tokenizer.
-  """
+  """Plans a build in its unfinished folder; see `build_rows` for the rest."""
+  paths = inputs.paths
   held_out = _held_out(list(paths), options.validation_files)
   shard_bytes = _shard_bytes(paths, options)
-  parts, skipped = _survey(paths, shard_bytes, options.skip_bad)
+  parts, skipped = {}, []
+
+  def leave_out(name: str, reason: str) -> None:
+    if not options.skip_bad:
+      raise readers.BadInputError(
+        f"{paths[name]}: {reason}; --skip_bad_shards leaves it out"
+      )
+    skipped.append({"path": name, "reason": reason})
+
+  for name, path in paths.items():
+    try:
+      parts[name] = readers.cut_into_parts(path, shard_bytes)
+    except readers.BadInputError as error:
+      leave_out(name, str(error).removeprefix(f"{path}: "))
   digests = _hash_inputs({n: paths[n] for n in parts}, folder, workers, bar)
   for name, digest in digests.items():
-    expected = checksums.get(name, digest)
+    expected = inputs.checksums.get(name, digest)
     if digest != expected:
-      reason = f"sha256 {digest}, expected {expected}"
-      if not options.skip_bad:
-        raise readers.BadInputError(f"{paths[name]}: {reason}")
-      skipped.append({"path": name, "reason": reason})
+      leave_out(name, f"sha256 {digest}, expected {expected}")
       del parts[name]
+  if not parts:
+    raise ValueError(f"none of the {len(paths)} input files can be read")
   split_of = {name: _split(name, held_out, options) for name in parts}
   tasks = _tasks(parts, shard_bytes, split_of)
   tokenizer = open_tokenizer(
@@ -141,7 +174,7 @@ def make_plan(
   content = {
     "format": packed.FORMAT,
     "version": packed.VERSION,
-    "source": dict(source),
+    "source": dict(inputs.source),
     "inputs": [
       {
         "name": name,
@@ -171,8 +204,7 @@ def make_plan(
     "skip_bad_shards": options.skip_bad,
     "shard_bytes": shard_bytes,
   }
-  used = {name: paths[name] for name in parts}
-  return Plan(content, used, tasks, tokenizer)
+  return Plan(content, {n: paths[n] for n in parts}, tasks, tokenizer)
 
 
 def _held_out(names: list[str], patterns: tuple[str, ...]) -> set[str]:
@@ -212,31 +244,11 @@ def _shard_bytes(paths: Mapping[str, pathlib.Path], options: Options) -> int:
   return min(max(SHARD_BYTES, size // _MOST_SHARDS), largest)
 
 
-def _survey(
-  paths: Mapping[str, pathlib.Path], shard_bytes: int, skip_bad: bool
-) -> tuple[dict[str, list[readers.Part]], list[dict[str, str]]]:
-  """Parts of the files that can be read, and what is wrong with the others."""
-  parts, skipped = {}, []
-  for name, path in paths.items():
-    try:
-      parts[name] = readers.cut_into_parts(path, shard_bytes)
-    except readers.BadInputError as error:
-      if not skip_bad:
-        raise readers.BadInputError(
-          f"{error}; --skip_bad_shards leaves it out"
-        ) from error
-      reason = str(error).removeprefix(f"{path}: ")
-      skipped.append({"path": name, "reason": reason})
-  if not parts:
-    raise ValueError(f"none of the {len(paths)} input files can be read")
-  return parts, skipped
-
-
 def _hash_inputs(
   paths: Mapping[str, pathlib.Path],
   folder: pathlib.Path,
   workers: int,
-  bar: Callable[[str, str, int], Any],
+  bar: Callable[..., tqdm.tqdm],
 ) -> dict[str, str]:
   """SHA-256 of the files; known ones of unchanged size and time are kept."""
   memory = folder / "hashes.json"
@@ -247,9 +259,9 @@ def _hash_inputs(
     for status in [path.stat()]
   }
   left = [n for n in paths if known.get(n, [None])[:-1] != stamps[n]]
-  progress = bar("hash inputs", "B", sum(stamps[n][1] for n in left))
+  total = sum(stamps[name][1] for name in left)
   with (
-    contextlib.closing(progress),
+    bar(desc="hash inputs", total=total) as progress,
     concurrent.futures.ThreadPoolExecutor(max(workers, 1)) as pool,
   ):
     digests = pool.map(files.sha256_file, [paths[name] for name in left])
@@ -266,18 +278,23 @@ def _tasks(
   shard_bytes: int,
   split_of: Mapping[str, str],
 ) -> list[Task]:
-  numbers = {name: number for number, name in enumerate(parts)}
-  tasks: list[Task] = []
-  count = {split: itertools.count() for split in ("", *packed.SPLITS)}
-  for split, names in itertools.groupby(parts, split_of.__getitem__):
-    owner = [(numbers[name], part) for name in names for part in parts[name]]
-    groups = readers.group_parts([part for _, part in owner], shard_bytes)
-    flat = iter(owner)
-    for group in groups:
-      members = tuple(itertools.islice(flat, len(group)))
-      size = sum(part.size for part in group)
-      tasks.append(Task(next(count[split]), members, split, size))
-  return tasks
+  """Neighbouring parts of one split, joined up to about a shard's size."""
+  groups: list[tuple[str, list[tuple[int, readers.Part]]]] = []
+  last, room = None, 0
+  for number, (name, own) in enumerate(parts.items()):
+    if split_of[name] != last:
+      last, room = split_of[name], -1
+    for part in own:
+      if part.size > room:
+        groups.append((last, []))
+        room = shard_bytes
+      groups[-1][1].append((number, part))
+      room -= part.size
+  numbers = collections.defaultdict(itertools.count)
+  return [
+    Task(next(numbers[split]), tuple(members), split)
+    for split, members in groups
+  ]
 
 
 def _leading_texts(tasks: list[Task], options: Options) -> Iterator[str]:
@@ -289,9 +306,7 @@ def _leading_texts(tasks: list[Task], options: Options) -> Iterator[str]:
     for _, part in task.parts:
       for item in readers.read_part(part, lambda bad: None):
         digest = files.sha256_bytes(item.text.encode())
-        if not task.split and corpus.is_held_out(
-          digest, options.validation_fraction
-        ):
+        if task.split_of(digest, options.validation_fraction) != "train":
           continue
         yield from pieces_of(item.text[:room])
         room -= len(item.text)

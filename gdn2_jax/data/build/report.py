@@ -4,7 +4,6 @@ import numpy as np
 
 from gdn2_jax.data.build import build
 from gdn2_jax.data.packed import folder as packed
-from gdn2_jax.data.packed.rows import PackedRows
 from gdn2_jax.data.text import fineweb_edu
 
 _ODD = {
@@ -18,7 +17,7 @@ _SHOWN = 8  # files of a split
 
 
 def print_manifest(found: packed.Packed) -> None:
-  """Origin, tokenizer, counts and files of a packed folder."""
+  """Prints origin, tokenizer, counts and files of a packed folder."""
   manifest = found.manifest
   tokenizer = manifest["tokenizer"]
   print(f"{found.path}")
@@ -51,14 +50,8 @@ def print_manifest(found: packed.Packed) -> None:
 
 
 def print_row(found: packed.Packed, split: str, index: int, length: int):
-  """Decodes one row, with a line at each document border.
-
-  Raises:
-    ValueError: if the split has no such row.
-  """
-  rows = PackedRows(
-    found.tokens[split], found.offsets[split], length, keep_partial=True
-  )
+  """Prints one row as text, with a line at each document border."""
+  rows = found.rows(split, length, keep_partial=True)
   if not 0 <= index < len(rows):
     raise ValueError(
       f"row={index}: the {split} split has {len(rows)} rows of {length} tokens"
@@ -75,11 +68,7 @@ def print_row(found: packed.Packed, split: str, index: int, length: int):
 
 
 def print_rates(rates: build.Rates, workers: int) -> None:
-  """Measured throughput, and what it means for the samples of FineWeb-Edu.
-
-  The projection goes by bytes of text, of which the samples are assumed to
-  have 4.7 per GPT-2 token.
-  """
+  """Prints throughput, and the hours it makes of FineWeb-Edu's samples."""
   if rates.bytes == 0:
     return
   for label, seconds in (

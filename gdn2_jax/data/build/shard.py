@@ -9,7 +9,6 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import numpy as np
 from gdn2_jax.data import files
 from gdn2_jax.data.build.recipe import Options, Task
 from gdn2_jax.data.packed import folder as packed
-from gdn2_jax.data.text import corpus, readers
+from gdn2_jax.data.text import readers
 from gdn2_jax.data.tokenizer.base import Tokenizer
 from gdn2_jax.data.tokenizer.documents import (
   LONG_CHARS,
@@ -26,16 +25,6 @@ from gdn2_jax.data.tokenizer.documents import (
 )
 
 RECORDS = "records"
-COUNTS = (
-  "documents",
-  "empty_documents",
-  "invalid_utf8_documents",
-  "nul_documents",
-  "long_documents",
-  "tokens",
-  "bytes",
-  "predicted_bytes",
-)
 
 
 def write_shard(
@@ -55,14 +44,20 @@ def write_shard(
   if (found := _finished(path, folder)) is not None:
     return found
   splits = (task.split,) if task.split else packed.SPLITS
-  counts = {split: dict.fromkeys(COUNTS, 0) for split in splits}
+  counts = {split: dict.fromkeys(packed.COUNTS, 0) for split in splits}
   documents: dict[str, list] = {split: [] for split in splits}
   bad: list[readers.Bad] = []
-  for batch in batches_of(_texts(task, options.skip_bad, bad)):
+  skip = bad.append if options.skip_bad else None
+  texts = (
+    (item.text, (file, item))
+    for file, part in task.parts
+    for item in readers.read_part(part, skip)
+  )
+  for batch in batches_of(texts):
     encoded = encode_documents([text for text, _ in batch], tokenizer)
     for (text, (file, item)), tokens in zip(batch, encoded, strict=True):
       digest = files.sha256_bytes(text.encode())
-      split = task.split or _split_of(digest, options.validation_fraction)
+      split = task.split_of(digest, options.validation_fraction)
       _count(counts[split], item, tokens, tokenizer)
       if text:
         place = digest if options.order == "text" else f"{file}:{item.place}"
@@ -97,19 +92,6 @@ def _finished(
       if not path.is_file() or files.sha256_file(path) != entry["sha256"]:
         return None
   return found
-
-
-def _texts(
-  task: Task, skip_bad: bool, bad: list[readers.Bad]
-) -> Iterator[tuple[str, tuple[int, readers.Text]]]:
-  for file, part in task.parts:
-    for item in readers.read_part(part, bad.append if skip_bad else None):
-      yield item.text, (file, item)
-
-
-def _split_of(text_sha256: str, fraction: float) -> str:
-  held_out = corpus.is_held_out(text_sha256, fraction)
-  return "validation" if held_out else "train"
 
 
 def _count(

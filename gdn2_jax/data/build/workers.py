@@ -1,4 +1,4 @@
-"""Processes that work through tasks and never outlive whoever started them."""
+"""Worker processes that end with the process that started them."""
 
 import concurrent.futures
 import multiprocessing
@@ -49,7 +49,7 @@ def run_tasks(
     for future in concurrent.futures.as_completed(waiting):
       yield waiting[future], future.result()
   except BaseException as error:
-    # A task half done is done again by the next build: waiting for it would
+    # An unfinished task is done again by the next build: waiting for it would
     # only delay the error or the Ctrl-C.
     for child in multiprocessing.active_children():
       if child not in others:

@@ -1,4 +1,4 @@
-"""Packed folders: their files, and opening them without trusting them.
+"""Packed folders: files, manifest, and their verification.
 
 A packed folder holds, for each split, the tokens of all documents and where
 each begins, in shards; plus the tokenizer and a manifest with the hash of
@@ -26,6 +26,7 @@ import numpy as np
 
 from gdn2_jax.data import files
 from gdn2_jax.data.packed.arrays import ShardedOffsets, ShardedTokens
+from gdn2_jax.data.packed.rows import PackedRows
 from gdn2_jax.data.tokenizer.api import Tokenizer, load_tokenizer
 
 FORMAT = "gdn2-packed-rows"
@@ -33,13 +34,15 @@ VERSION = 2
 SPLITS = ("train", "validation")
 EOS_POLICY = "one EOS after every document; the target after it is masked"
 BOS_POLICY = "none"
-_COUNTS = (
+COUNTS = (  # of a split or a shard
   "documents",
   "empty_documents",
+  "invalid_utf8_documents",
+  "nul_documents",
+  "long_documents",
   "tokens",
   "bytes",
   "predicted_bytes",
-  "shards",
 )
 
 
@@ -61,13 +64,21 @@ class Packed:
   tokens: dict[str, ShardedTokens]
   offsets: dict[str, ShardedOffsets]
 
+  def rows(
+    self, split: str, seq_len: int, *, keep_partial: bool = False
+  ) -> PackedRows:
+    """Rows of a split by index; see `PackedRows`."""
+    tokens, offsets = self.tokens[split], self.offsets[split]
+    return PackedRows(tokens, offsets, seq_len, keep_partial)
+
+  def files(self) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every token and offset file, by file name."""
+    splits = self.manifest["splits"]
+    return splits["train"]["files"] | splits["validation"]["files"]
+
   def file_hashes(self) -> dict[str, str]:
     """SHA-256 of every token and offset file, by file name."""
-    return {
-      name: entry["sha256"]
-      for split in SPLITS
-      for name, entry in self.manifest["splits"][split]["files"].items()
-    }
+    return {name: entry["sha256"] for name, entry in self.files().items()}
 
 
 def open_packed(
@@ -92,36 +103,25 @@ def open_packed(
       f"{path / 'tokenizer.json'}: sha256 {tokenizer.sha256}, the manifest"
       f" says {expected}"
     )
-  recorded = [
-    (path / name, entry)
-    for split in SPLITS
-    for name, entry in manifest["splits"][split]["files"].items()
-  ]
-  _check_files(recorded, verify_hashes)
+  found = Packed(path, manifest, tokenizer, {}, {})
+  _check_files(found, verify_hashes)
   dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-  tokens, offsets = {}, {}
   for split in SPLITS:
-    entry = manifest["splits"][split]
-    names = [path / n for n in _names(split, entry, "tokens")]
-    tokens[split] = ShardedTokens(names, dtype)
-    starts = tokens[split].starts
-    names = [path / n for n in _names(split, entry, "offsets")]
-    offsets[split] = ShardedOffsets(names, starts)
-    _check_counts(path, split, tokens[split], offsets[split], entry)
-    if verify_hashes:
-      _check_values(
-        path, split, tokens[split], offsets[split], tokenizer.vocab_size
-      )
-  return Packed(path, manifest, tokenizer, tokens, offsets)
+    numbers = range(manifest["splits"][split]["shards"])
+    tokens, offsets = (
+      [path / shard_name(split, number, kind) for number in numbers]
+      for kind in ("tokens", "offsets")
+    )
+    found.tokens[split] = ShardedTokens(tokens, dtype)
+    starts = found.tokens[split].starts
+    found.offsets[split] = ShardedOffsets(offsets, starts)
+    _check_arrays(found, split, verify_hashes)
+  return found
 
 
 def shard_name(split: str, index: int, kind: str) -> str:
   """File name of a shard: "train-00003.tokens.bin"; kind tokens or offsets."""
   return f"{split}-{index:05d}.{kind}.bin"
-
-
-def _names(split: str, entry: dict[str, Any], kind: str) -> list[str]:
-  return [shard_name(split, i, kind) for i in range(entry["shards"])]
 
 
 def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
@@ -144,22 +144,22 @@ def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _check_entry(split: str, entry: dict[str, Any]) -> None:
-  for count in _COUNTS:
+  for count in (*COUNTS, "shards"):
     if not isinstance(entry[count], int) or entry[count] < 0:
       raise ValueError(f"{split} {count} is {entry[count]!r}")
   # Fixed names: a manifest must not point outside its folder.
   expected = {
-    name
+    shard_name(split, index, kind)
     for kind in ("tokens", "offsets")
-    for name in _names(split, entry, kind)
+    for index in range(entry["shards"])
   }
   if set(entry["files"]) != expected:
     raise ValueError(f"{split} files are {sorted(entry['files'])}")
 
 
-def _check_files(
-  recorded: list[tuple[pathlib.Path, dict[str, Any]]], verify_hashes: bool
-) -> None:
+def _check_files(found: Packed, verify_hashes: bool) -> None:
+  """Compares sizes and hashes of files with those in the manifest."""
+  recorded = [(found.path / n, entry) for n, entry in found.files().items()]
   for path, entry in recorded:
     if not path.is_file():
       raise ValueError(f"{path}: missing")
@@ -172,53 +172,37 @@ def _check_files(
     return
   # Hashing releases the interpreter's lock: threads use all cores.
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    found = pool.map(files.sha256_file, [path for path, _ in recorded])
-    for (path, entry), digest in zip(recorded, found, strict=True):
+    digests = pool.map(files.sha256_file, [path for path, _ in recorded])
+    for (path, entry), digest in zip(recorded, digests, strict=True):
       if digest != entry["sha256"]:
         raise ValueError(
           f"{path}: sha256 {digest}, the manifest says {entry['sha256']}"
         )
 
 
-def _check_counts(
-  path: pathlib.Path,
-  split: str,
-  tokens: ShardedTokens,
-  offsets: ShardedOffsets,
-  entry: dict[str, Any],
-) -> None:
-  for name, own, borders in zip(
-    _names(split, entry, "offsets"), tokens.parts, offsets.parts, strict=True
-  ):
-    if len(borders) == 0 or borders[0] != 0 or borders[-1] != len(own):
-      raise ValueError(
-        f"{path / name}: not the borders of documents from 0 to {len(own)}"
-      )
-  found = {"tokens": len(tokens), "documents": len(offsets) - 1}
-  for name, count in found.items():
-    if count != entry[name]:
-      raise ValueError(
-        f"{path}: the {split} split holds {count} {name}, the manifest says"
-        f" {entry[name]}"
-      )
-
-
-def _check_values(
-  path: pathlib.Path,
-  split: str,
-  tokens: ShardedTokens,
-  offsets: ShardedOffsets,
-  vocab_size: int,
-) -> None:
-  """Refuses what a hash cannot see: wrong from the beginning."""
+def _check_arrays(found: Packed, split: str, verify_values: bool) -> None:
+  """Compares arrays with counts, and values with what every build writes."""
+  tokens, offsets = found.tokens[split], found.offsets[split]
+  vocab_size = found.tokenizer.vocab_size
   for index, (own, borders) in enumerate(
     zip(tokens.parts, offsets.parts, strict=True)
   ):
-    if not np.all(np.diff(borders) > 0):
-      name = path / shard_name(split, index, "offsets")
-      raise ValueError(f"{name}: offsets do not increase")
-    if own.size and (largest := int(own.max())) >= vocab_size:
-      name = path / shard_name(split, index, "tokens")
+    name = found.path / shard_name(split, index, "offsets")
+    if len(borders) == 0 or borders[0] != 0 or borders[-1] != len(own):
       raise ValueError(
-        f"{name}: holds id {largest}, the tokenizer has {vocab_size}"
+        f"{name}: not the borders of documents from 0 to {len(own)}"
+      )
+    # A hash cannot see what was wrong from the beginning.
+    if verify_values and not np.all(np.diff(borders) > 0):
+      raise ValueError(f"{name}: offsets do not increase")
+    if verify_values and own.size and own.max() >= vocab_size:
+      name = found.path / shard_name(split, index, "tokens")
+      raise ValueError(
+        f"{name}: holds id {own.max()}, the tokenizer has {vocab_size}"
+      )
+  for name, count in (("tokens", len(tokens)), ("documents", len(offsets) - 1)):
+    if count != (expected := found.manifest["splits"][split][name]):
+      raise ValueError(
+        f"{found.path}: the {split} split holds {count} {name}, the manifest"
+        f" says {expected}"
       )

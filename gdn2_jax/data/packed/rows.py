@@ -113,7 +113,7 @@ def padding_row(length: int) -> Row:
 
 
 def check_batch(batch: dict[str, np.ndarray], vocab_size: int) -> None:
-  """Refuses a batch that would train on wrong rows without a word.
+  """Refuses a batch with ids, positions or masks out of range.
 
   An embedding lookup clamps ids that are too large and wraps negative ones,
   so ids are checked on the host.

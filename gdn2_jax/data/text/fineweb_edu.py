@@ -1,4 +1,4 @@
-"""FineWeb-Edu: its configurations and its files, brought or downloaded.
+"""FineWeb-Edu: its configurations, its files and their download.
 
 Ten columns in every file: text, id, dump, url, file_path, language,
 language_score, token_count (of GPT-2's tokenizer), score, int_score. Only the
@@ -49,32 +49,21 @@ BYTES_PER_GPT2_TOKEN = 4.7
 
 
 def folder_of(config: str) -> str:
-  """Folder of a configuration in the repository.
-
-  Raises:
-    ValueError: for an unknown name.
-  """
+  """Folder of a configuration in the repository; refuses unknown names."""
   if config in FOLDERS:
     return FOLDERS[config]
   if _DUMP.fullmatch(config):
     return f"data/{config}"
   raise ValueError(
-    f"config={config!r}: expected one of {', '.join(FOLDERS)}, or a dump such"
-    " as CC-MAIN-2024-10"
+    f"config={config!r}: expected one of {', '.join(FOLDERS)}, a dump such as"
+    " CC-MAIN-2024-10, or none with --local=FOLDER"
   )
 
 
 def held_out_files(names: list[str]) -> tuple[str, ...]:
-  """The files that are held out unless the caller says otherwise.
-
-  Args:
-    names: all input files.
-
-  Returns:
-    One name; () for a single file, of which documents are held out instead.
-  """
+  """The file that is held out by default; () if there is only one."""
   if len(names) < 2:
-    return ()
+    return ()  # documents are held out instead
   conventional = [n for n in names if n.rpartition("/")[2] == _HELD_OUT]
   return (conventional[0] if len(conventional) == 1 else max(names),)
 
@@ -82,14 +71,9 @@ def held_out_files(names: list[str]) -> tuple[str, ...]:
 def local_files(
   folder: str | os.PathLike[str], config: str = ""
 ) -> dict[str, pathlib.Path]:
-  """The parquet files of a folder the user brings, by name.
+  """The parquet files of a folder, at any depth: name -> path.
 
-  Args:
-    folder: holds parquet files, at any depth; or a copy of the repository.
-    config: of such a copy, only this configuration's files are taken.
-
-  Raises:
-    ValueError: if there is none.
+  Of a copy of the repository only the files of `config` are taken.
   """
   root = pathlib.Path(folder)
   if config and (root / folder_of(config)).is_dir():
@@ -108,10 +92,7 @@ def local_files(
 def recorded(
   paths: Mapping[str, pathlib.Path],
 ) -> tuple[dict[str, str], str | None]:
-  """Commit and hashes that huggingface_hub wrote down beside its files.
-
-  Args:
-    paths: name -> file.
+  """Hashes and the commit that huggingface_hub recorded beside its files.
 
   Returns:
     name -> SHA-256, for the files where it is known; and the commit, if all
@@ -152,7 +133,7 @@ def download(
     folder: keeps the files, laid out as in the repository, with what
       `recorded` reads beside them.
     revision: a commit, a tag or a branch.
-    limit: only the first and, held out, the last of that many files.
+    limit: number of files to take, the one to hold out among them.
 
   Returns:
     name -> file.
@@ -195,15 +176,8 @@ def download(
   return {name.removeprefix(f"{prefix}/"): root / name for name in names}
 
 
-def source_entry(
-  config: str, *, revision: str | None = None
-) -> Mapping[str, Any]:
-  """Origin of the text, for the manifest.
-
-  Args:
-    config: of the dataset, or "" for files that the user brought.
-    revision: the commit, where it is known.
-  """
+def source_entry(config: str, revision: str | None) -> dict[str, Any]:
+  """Origin of the text, for the manifest; "" is the user's own files."""
   return {
     "kind": "fineweb_edu",
     "repository": REPOSITORY,

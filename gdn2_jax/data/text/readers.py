@@ -14,7 +14,7 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 SUFFIXES = (".parquet", ".jsonl", ".txt")
@@ -49,7 +49,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-  """One document: where it stands in its file, and what it says."""
+  """One document: its place in the file and its text."""
 
   place: int
   text: str
@@ -58,7 +58,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Bad:
-  """A place that was left out, and the reason."""
+  """A place that cannot be read, and the reason."""
 
   path: str
   where: str
@@ -66,24 +66,16 @@ class Bad:
   documents: int
 
 
-Skip = Callable[[Bad], None]
-
-
-def find_files(source: str | pathlib.Path) -> list[pathlib.Path]:
-  """The readable files of a folder and the folders in it, or the file itself.
-
-  Returns:
-    Paths sorted by name, relative to `source`.
-
-  Raises:
-    ValueError: if there is none.
-  """
-  path = pathlib.Path(source)
-  if path.is_dir():
-    found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
-    found = [p for p in found if p.is_file()]
-  else:
-    found = [path] if path.is_file() and path.suffix in SUFFIXES else []
+def find_files(source: str | pathlib.Path) -> dict[str, pathlib.Path]:
+  """Readable files of a folder, at any depth, or one file: name -> path."""
+  root = pathlib.Path(source)
+  paths = sorted(root.rglob("*")) if root.is_dir() else [root]
+  base = root if root.is_dir() else root.parent
+  found = {
+    path.relative_to(base).as_posix(): path
+    for path in paths
+    if path.suffix in SUFFIXES and path.is_file()
+  }
   if not found:
     raise ValueError(
       f"source={str(source)!r}: expected a {', '.join(SUFFIXES)} file, or a"
@@ -109,17 +101,16 @@ def cut_into_parts(path: pathlib.Path, size: int = PART_BYTES) -> list[Part]:
   if total == 0:
     raise BadInputError(f"{name}: the file is empty")
   if path.suffix == ".jsonl":
-    starts = range(0, total, size)
-    ends = [min(start + size, total) for start in starts]
-    return [
-      Part(name, a, b, 0, b - a) for a, b in zip(starts, ends, strict=True)
-    ]
+    spans = [(a, min(a + size, total)) for a in range(0, total, size)]
+    return [Part(name, a, b, 0, b - a) for a, b in spans]
   if _ARRAY_RECORD in path.name:
-    return _record_parts(path, total, size)
-  return _parquet_parts(path, size)
+    return _record_parts(name, total, size)
+  return _parquet_parts(name, size)
 
 
-def read_part(part: Part, skip: Skip | None = None) -> Iterator[Text]:
+def read_part(
+  part: Part, skip: Callable[[Bad], None] | None = None
+) -> Iterator[Text]:
   """The documents of a part, empty ones too.
 
   Args:
@@ -129,37 +120,30 @@ def read_part(part: Part, skip: Skip | None = None) -> Iterator[Text]:
   Raises:
     BadInputError: naming the file and the row group or byte.
   """
-  path = pathlib.Path(part.path)
-  if path.suffix == ".parquet":
-    return _read_parquet(part, skip)
-  if path.suffix == ".jsonl":
-    return _read_json_lines(part, skip)
-  if _ARRAY_RECORD in path.name:
-    return _read_records(part, skip)
-  return _read_whole(part, skip)
-
-
-def group_parts(parts: Iterable[Part], size: int) -> list[list[Part]]:
-  """Neighbouring parts joined up to about `size` bytes: fewer, even tasks."""
-  groups: list[list[Part]] = []
-  room = 0
-  for part in parts:
-    if not groups or part.size > room:
-      groups.append([])
-      room = size
-    groups[-1].append(part)
-    room -= part.size
-  return groups
+  if part.path.endswith(".parquet"):
+    found = _read_parquet(part)
+  elif part.path.endswith(".jsonl"):
+    found = _read_json_lines(part)
+  elif part.path.endswith(".txt"):
+    found = _read_whole(part)
+  else:
+    found = _read_records(part)
+  for item in found:
+    if isinstance(item, Text):
+      yield item
+    elif skip is None:
+      raise BadInputError(
+        f"{item.path}: {item.where}: {item.reason}; --skip_bad_shards leaves"
+        " it out"
+      )
+    else:
+      skip(item)
 
 
 def decode(raw: bytes | str) -> tuple[str, bool]:
-  """Text without lone surrogates, and whether anything was replaced.
+  """Text with each run of undecodable bytes as one U+FFFD; True if any.
 
-  Args:
-    raw: bytes, or a string in which undecodable bytes are lone surrogates.
-
-  Returns:
-    The text, each run of undecodable bytes one U+FFFD; True if there was one.
+  Undecodable bytes of a string are its lone surrogates.
   """
   if isinstance(raw, bytes):
     try:
@@ -171,12 +155,7 @@ def decode(raw: bytes | str) -> tuple[str, bool]:
 
 
 def open_parquet(path: str) -> Any:
-  """A pyarrow.parquet.ParquetFile that verifies page checksums, if any.
-
-  Raises:
-    BadInputError: if the footer cannot be read or "text" is missing.
-    ModuleNotFoundError: without pyarrow, with the command that installs it.
-  """
+  """A pyarrow.parquet.ParquetFile that verifies page checksums, if any."""
   try:
     import pyarrow.parquet as parquet
   except ModuleNotFoundError as error:
@@ -195,57 +174,47 @@ def open_parquet(path: str) -> Any:
   return file
 
 
-def _parquet_parts(path: pathlib.Path, size: int) -> list[Part]:
-  with open_parquet(str(path)) as file:
+def _parquet_parts(path: str, size: int) -> list[Part]:
+  with open_parquet(path) as file:
     metadata = file.metadata
-    column = file.schema_arrow.get_field_index("text")
+    # Leaves are numbered through nested columns: the name says which it is.
+    names = [
+      metadata.schema.column(i).path for i in range(metadata.num_columns)
+    ]
+    text = names.index("text")
     parts, first, row, rows, used = [], 0, 0, 0, 0
     for index in range(metadata.num_row_groups):
       group = metadata.row_group(index)
-      used += _text_column(group, column).total_uncompressed_size
+      used += group.column(text).total_uncompressed_size
       rows += group.num_rows
       if used >= size or index + 1 == metadata.num_row_groups:
-        parts.append(Part(str(path), first, index + 1, row, used))
+        parts.append(Part(path, first, index + 1, row, used))
         first, row, rows, used = index + 1, row + rows, 0, 0
   return parts
 
 
-def _text_column(group: Any, guess: int) -> Any:
-  # Leaves are numbered through nested columns: trust the name, not the place.
-  if group.column(guess).path_in_schema == "text":
-    return group.column(guess)
-  leaves = (group.column(i) for i in range(group.num_columns))
-  return next(leaf for leaf in leaves if leaf.path_in_schema == "text")
-
-
-def _read_parquet(part: Part, skip: Skip | None) -> Iterator[Text]:
+def _read_parquet(part: Part) -> Iterator[Text | Bad]:
   try:
     file = open_parquet(part.path)
   except BadInputError as error:  # it could be read when it was cut
-    _report(part.path, f"row groups {part.first}..", error, 0, skip)
+    yield _bad(part, f"row groups {part.first}..", error, 0)
     return
   with file:
     row = part.row
     for index in range(part.first, part.stop):
       count = file.metadata.row_group(index).num_rows
       try:
-        texts = _row_group(file, index)
+        column = file.read_row_group(index, columns=["text"]).column("text")
+        # As bytes: a strict conversion would refuse the whole group.
+        texts = column.cast("large_binary").to_pylist()
         if len(texts) != count:
           raise ValueError(f"{len(texts)} rows of {count}")
       except Exception as error:  # pyarrow has no common base class
-        _report(part.path, f"row group {index}", error, count, skip)
+        yield _bad(part, f"row group {index}", error, count)
       else:
         for place, raw in enumerate(texts, start=row):
           yield Text(place, *decode(raw or b""))
       row += count
-
-
-def _row_group(file: Any, index: int) -> list[bytes | None]:
-  import pyarrow
-
-  column = file.read_row_group(index, columns=["text"]).column("text")
-  # As bytes: a strict conversion would refuse the whole group.
-  return column.cast(pyarrow.large_binary()).to_pylist()
 
 
 def _open_records(path: str) -> Any:
@@ -255,18 +224,17 @@ def _open_records(path: str) -> Any:
   return ArrayRecordDataSource([path])
 
 
-def _record_parts(path: pathlib.Path, total: int, size: int) -> list[Part]:
+def _record_parts(path: str, total: int, size: int) -> list[Part]:
   try:
-    count = len(_open_records(str(path)))
+    count = len(_open_records(path))
   except Exception as error:  # array_record has no common base class
     raise BadInputError(f"{path}: {_brief(error)}") from error
   step = max(1, count * size // total)
-  starts = range(0, count, step)
-  spans = [(start, min(start + step, count)) for start in starts]
-  return [Part(str(path), a, b, a, total * (b - a) // count) for a, b in spans]
+  spans = [(a, min(a + step, count)) for a in range(0, count, step)]
+  return [Part(path, a, b, a, total * (b - a) // count) for a, b in spans]
 
 
-def _read_records(part: Part, skip: Skip | None) -> Iterator[Text]:
+def _read_records(part: Part) -> Iterator[Text | Bad]:
   import tensorflow_datasets as tfds
 
   folder = pathlib.Path(part.path).parent  # holds features.json
@@ -274,20 +242,19 @@ def _read_records(part: Part, skip: Skip | None) -> Iterator[Text]:
     features = tfds.features.FeatureConnector.from_config(folder)
     records = _open_records(part.path)
   except Exception as error:  # of several libraries
-    count = part.stop - part.first
-    _report(part.path, f"records {part.first}..", error, count, skip)
+    yield _bad(part, f"records {part.first}..", error, part.stop - part.first)
     return
   for place in range(part.first, part.stop):
     try:
       record = features.deserialize_example_np(records[place])
       text = decode(record["text"])
     except Exception as error:  # of several libraries
-      _report(part.path, f"record {place}", error, 1, skip)
+      yield _bad(part, f"record {place}", error, 1)
     else:
       yield Text(place, *text)
 
 
-def _read_json_lines(part: Part, skip: Skip | None) -> Iterator[Text]:
+def _read_json_lines(part: Part) -> Iterator[Text | Bad]:
   with open(part.path, "rb") as file:
     # A line belongs to the part in which it begins.
     if part.first:
@@ -298,35 +265,28 @@ def _read_json_lines(part: Part, skip: Skip | None) -> Iterator[Text]:
       if not line.strip():
         continue
       try:
-        yield Text(place, *decode(_text_of(line)))
+        entry = json.loads(line.decode("utf-8", "surrogateescape"))
+        if not isinstance(entry, dict) or not isinstance(
+          entry.get("text"), str
+        ):
+          raise ValueError('expected an object with a "text" string')
       except ValueError as error:
-        _report(part.path, f"the line at byte {place}", error, 1, skip)
+        yield _bad(part, f"the line at byte {place}", error, 1)
+      else:
+        yield Text(place, *decode(entry["text"]))
 
 
-def _text_of(line: bytes) -> str:
-  entry = json.loads(line.decode("utf-8", "surrogateescape"))
-  if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-    raise ValueError('expected an object with a "text" string')
-  return entry["text"]
-
-
-def _read_whole(part: Part, skip: Skip | None) -> Iterator[Text]:
+def _read_whole(part: Part) -> Iterator[Text | Bad]:
   try:
     raw = pathlib.Path(part.path).read_bytes()
   except OSError as error:
-    _report(part.path, "the file", error, 1, skip)
-    return
-  yield Text(0, *decode(raw))
+    yield _bad(part, "the file", error, 1)
+  else:
+    yield Text(0, *decode(raw))
 
 
-def _report(
-  path: str, where: str, error: Exception, count: int, skip: Skip | None
-) -> None:
-  if skip is None:
-    raise BadInputError(
-      f"{path}: {where}: {_brief(error)}; --skip_bad_shards leaves it out"
-    ) from error
-  skip(Bad(path, where, _brief(error), count))
+def _bad(part: Part, where: str, error: Exception, documents: int) -> Bad:
+  return Bad(part.path, where, _brief(error), documents)
 
 
 def _brief(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""FineWeb-Edu as a TFDS dataset: versioned, with splits, random access.
+"""FineWeb-Edu as a TFDS dataset of ArrayRecord files.
 
 Reads parquet files that are already on disk and writes ArrayRecord files, so
 neither the network nor TensorFlow is needed. `as_data_source` then reads any
@@ -113,11 +113,7 @@ class FineWebEdu(tfds.core.GeneratorBasedBuilder):
 
 
 def check_config(config: str) -> None:
-  """Refuses an unknown configuration.
-
-  Raises:
-    ValueError: naming it and those there are.
-  """
+  """Refuses an unknown configuration."""
   known = [entry.name for entry in FineWebEdu.BUILDER_CONFIGS]
   if config not in known:
     raise ValueError(f"config={config!r}: expected one of {', '.join(known)}")

@@ -84,6 +84,7 @@ def _run_and_kill(rows, workdir, step):
   return path.read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_losses(rows, tmp_path):
   workdir = tmp_path / "run"
   _run_and_kill(rows, workdir, 25)

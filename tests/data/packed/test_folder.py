@@ -11,7 +11,7 @@ import tokenizers
 from gdn2_jax.data import files
 from gdn2_jax.data.packed.folder import SPLITS, open_packed
 from gdn2_jax.data.text.corpus import is_held_out
-from tests.data.packing import documents, pack
+from tests.data.packing import borders, documents, pack
 
 TEXTS = ["alpha", "", "beta\x00gamma", "\u2603" * 5, "x" * 3000, "", "zz"]
 TEXTS += [f"document {i}" for i in range(40)]
@@ -46,7 +46,7 @@ def test_content_and_manifest(tmp_path, order):
     assert sorted(found) == sorted(texts)
     if split == "train":
       assert (found == texts) == (order == "text")
-    tokens, offsets = packed.tokens[split][:], np.asarray(packed.offsets[split])
+    tokens, offsets = packed.tokens[split][:], borders(packed.offsets[split])
     assert tokens.dtype == np.dtype("<u2")
     assert (tokens[offsets[1:] - 1] == 256).all()
     entry = packed.manifest["splits"][split]
@@ -90,7 +90,7 @@ def test_large_vocabularies_take_uint32(tmp_path, size, kind):
 def test_an_empty_validation_split_opens(tmp_path):
   packed = pack(TEXTS, tmp_path / "packed", validation_fraction=0.0)
   assert len(packed.tokens["validation"]) == 0
-  assert np.asarray(packed.offsets["validation"]).tolist() == [0]
+  assert borders(packed.offsets["validation"]).tolist() == [0]
   assert len(documents(packed, "train")) == 45
 
 
@@ -188,7 +188,7 @@ def test_ids_outside_the_vocabulary_are_refused(path):
   ],
 )
 def test_wrong_borders_are_refused(path, place, value, message):
-  offsets = np.array(open_packed(path).offsets["train"])
+  offsets = borders(open_packed(path).offsets["train"])
   offsets[place] = value
   _replace(path, "train-00000.offsets.bin", offsets)
   with pytest.raises(ValueError, match=message):

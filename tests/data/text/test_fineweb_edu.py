@@ -242,7 +242,7 @@ def test_checksums_file(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
   ("argv", "message"),
   [
-    (["fineweb_edu"], "config: expected one of sample-10BT"),
+    (["fineweb_edu"], "config='': expected one of sample-10BT"),
     (["fineweb_edu", "sample-1BT"], "config='sample-1BT'"),
     (["fineweb_edu", "--local=/nowhere"], "no parquet files"),
     (["fineweb_edu", "--local=.", "--max_files=0"], "max_files=0"),

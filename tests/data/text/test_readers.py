@@ -160,27 +160,10 @@ def test_find_files(tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
   found = readers.find_files(tmp_path)
-  assert [p.relative_to(tmp_path).as_posix() for p in found] == [
-    "a.parquet",
-    "b.txt",
-    "x/a.jsonl",
-  ]
-  assert readers.find_files(tmp_path / "b.txt") == [tmp_path / "b.txt"]
+  assert list(found) == ["a.parquet", "b.txt", "x/a.jsonl"]
+  assert found == {name: tmp_path / name for name in found}
+  alone = readers.find_files(tmp_path / "b.txt")
+  assert alone == {"b.txt": tmp_path / "b.txt"}
   for wrong in (tmp_path / "notes.md", tmp_path / "none", tmp_path / "x" / "y"):
     with pytest.raises(ValueError, match="source="):
       readers.find_files(wrong)
-
-
-def test_groups_keep_order_and_size():
-  parts = [
-    readers.Part(str(i), 0, 1, 0, size)
-    for i, size in enumerate([5, 5, 5, 30, 1, 1, 1])
-  ]
-  groups = readers.group_parts(parts, 10)
-  assert [part for group in groups for part in group] == parts
-  assert [[part.size for part in group] for group in groups] == [
-    [5, 5],
-    [5],
-    [30],
-    [1, 1, 1],
-  ]
