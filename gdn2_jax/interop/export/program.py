@@ -13,12 +13,11 @@ import copy
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import export, lax
 
 import gdn2_jax
@@ -48,7 +47,7 @@ def export_programs(
   """Traces prefill and decode of a model; compiles nothing.
 
   Args:
-    config: of the model; its ops are exported with implementation="xla".
+    config: model config; its ops are exported with implementation="xla".
     chunk_size: tokens C that one call of prefill takes per row, a power of two
       from 16.
     platforms: platforms to export for, of "cpu", "cuda", "rocm", "tpu".
@@ -63,24 +62,41 @@ def export_programs(
   """
   check_request(chunk_size, platforms)
   platforms = tuple(dict.fromkeys(platforms))
-  config = portable(config)
+  config = copy.deepcopy(config)
+  # The same model on ops that every device and JAX version has.
+  config.gdn2.implementation = config.attention.implementation = "xla"
+  config.remat, config.scan_unroll = "none", 1
   config.validate()
   (b,) = export.symbolic_shape("b")
-  params = _abstract_params(config)
-  leaves = _describe_state(config, max_length)
-  state = _abstract_state(leaves, b)
+  empty = init_state(config, 1, max_length)
+  double = jax.eval_shape(lambda: init_state(config, 2, max_length))
+  described = _describe_params(config), _describe_state(empty, double)
+  params, state = (
+    {
+      leaf["name"]: jax.ShapeDtypeStruct(
+        [b if size == "b" else size for size in leaf["shape"]], leaf["dtype"]
+      )
+      for leaf in leaves
+    }
+    for leaves in described
+  )
   tokens = jax.ShapeDtypeStruct((b, chunk_size), jnp.int32)
   row = jax.ShapeDtypeStruct((b,), jnp.int32)
 
+  def trees(params, leaves):
+    params = {tuple(name.split(".")): x for name, x in params.items()}
+    leaves = [leaves[name] for name in state]
+    return nested(params), jax.tree.unflatten(jax.tree.structure(empty), leaves)
+
   def prefill(params, tokens, lengths, state):
     none = jnp.zeros((tokens.shape[0], config.vocab_size), jnp.float32)
-    tree = _nest(params), tokens, lengths, _restore(state, config, max_length)
-    logits, new = read_chunk(*tree, none)
+    params, state = trees(params, state)
+    logits, new = read_chunk(params, tokens, lengths, state, none)
     return logits, named_leaves(new)
 
   def decode(params, token, state):
-    tree = _nest(params), token, _restore(state, config, max_length)
-    logits, new = advance(*tree)
+    params, state = trees(params, state)
+    logits, new = advance(params, token, state)
     return logits, named_leaves(new)
 
   serialise = functools.partial(_serialise, platforms=platforms)
@@ -94,8 +110,8 @@ def export_programs(
     "chunk_size": chunk_size,
     "max_length": max_length,
     "eos_id": eos_id,
-    "params": _describe_params(params, config),
-    "state": leaves,
+    "params": described[0],
+    "state": described[1],
     "prefill": {
       "file": PREFILL,
       "arguments": [
@@ -136,15 +152,6 @@ def check_request(chunk_size: int, platforms: Sequence[str]) -> None:
     )
 
 
-def portable(config: ModelConfig) -> ModelConfig:
-  """The same model on ops that every device and JAX version has."""
-  config = copy.deepcopy(config)
-  config.gdn2.implementation = "xla"
-  config.attention.implementation = "xla"
-  config.remat, config.scan_unroll = "none", 1
-  return config
-
-
 def named_leaves(tree: Any) -> dict[str, Any]:
   """The leaves of a pytree by their path, as in "cache.0.conv_q"."""
   return {
@@ -176,73 +183,36 @@ def _serialise(f: Callable[..., Any], *args: Any, platforms) -> bytes:
   )
 
 
-def _nest(params: Mapping[str, Any]) -> dict[str, Any]:
-  """{"a.b": x} as {"a": {"b": x}}."""
-  return nested({tuple(name.split(".")): x for name, x in params.items()})
-
-
-def _abstract_params(config: ModelConfig) -> dict[str, Any]:
-  specs, found = param_specs(config), {}
-  for leaf in leaf_sources(config):
-    spec = specs[leaf.names[0]]
-    shape = (len(leaf.names),) * leaf.stacked + spec.shape
-    found[".".join(leaf.path)] = jax.ShapeDtypeStruct(shape, spec.dtype)
-  return found
-
-
-def _describe_params(
-  params: Mapping[str, Any], config: ModelConfig
-) -> list[dict[str, Any]]:
+def _describe_params(config: ModelConfig) -> list[dict[str, Any]]:
+  specs = param_specs(config)
   return [
     {
-      "name": name,
-      "shape": spec.shape,
-      "dtype": str(spec.dtype),
+      "name": ".".join(leaf.path),
+      "shape": (len(leaf.names),) * leaf.stacked + specs[leaf.names[0]].shape,
+      "dtype": str(specs[leaf.names[0]].dtype),
       "tensors": leaf.names,
       "stacked": leaf.stacked,
     }
-    for leaf, (name, spec) in zip(
-      leaf_sources(config), params.items(), strict=True
-    )
+    for leaf in leaf_sources(config)
   ]
 
 
-def _describe_state(config, max_length) -> list[dict[str, Any]]:
+def _describe_state(empty: State, double: Any) -> list[dict[str, Any]]:
   """Names, shapes with "b", dtypes, and the number each leaf starts from."""
-  one = named_leaves(init_state(config, 1, max_length))
-  two = named_leaves(jax.eval_shape(lambda: init_state(config, 2, max_length)))
-  found = []
-  for name, leaf in one.items():
-    value = np.asarray(leaf)
+  found, two = [], named_leaves(double)
+  for name, value in named_leaves(jax.device_get(empty)).items():
     initial = value.flat[0].item()
     assert (value == initial).all(), name
     # The axis of the batch is the one whose size follows it.
-    sizes = zip(leaf.shape, two[name].shape, strict=True)
-    (axis,) = [i for i, (a, b) in enumerate(sizes) if a != b]
+    sizes = zip(value.shape, two[name].shape, strict=True)
+    shape = [n if n == m else "b" for n, m in sizes]
     found.append(
       {
         "name": name,
-        "shape": [*value.shape[:axis], "b", *value.shape[axis + 1 :]],
-        "batch_axis": axis,
+        "shape": shape,
+        "batch_axis": shape.index("b"),
         "dtype": str(value.dtype),
         "initial": initial,
       }
     )
   return found
-
-
-def _abstract_state(leaves: list[dict[str, Any]], b: Any) -> dict[str, Any]:
-  """The described leaves for a batch of a symbolic size."""
-  return {
-    leaf["name"]: jax.ShapeDtypeStruct(
-      [b if size == "b" else size for size in leaf["shape"]], leaf["dtype"]
-    )
-    for leaf in leaves
-  }
-
-
-def _restore(leaves, config, max_length) -> State:
-  """The inverse of `named_leaves` of a state."""
-  shape = jax.eval_shape(lambda: init_state(config, 1, max_length))
-  order = [leaves[name] for name in named_leaves(shape)]
-  return jax.tree.unflatten(jax.tree.structure(shape), order)

@@ -28,7 +28,7 @@ from safetensors import safe_open
 
 
 def load(folder="."):
-  """The model in a folder; every file is compared with manifest.json first.
+  """Loads a folder after comparing every file with manifest.json.
 
   Raises:
     ValueError: a file is missing, damaged or altered.
@@ -58,7 +58,7 @@ class Model:
     self._decode = jax.jit(self._program("decode"), donate_argnums=2)
 
   def init_state(self, batch_size):
-    """The state of sequences that have seen nothing."""
+    """State of sequences that have read no tokens."""
     state = {}
     for leaf in self.spec["state"]:
       shape = [batch_size if d == "b" else d for d in leaf["shape"]]
@@ -87,7 +87,7 @@ class Model:
       here = np.clip(lengths - start, 0, size)
       piece = tokens[:, start : start + size]
       new, state = self._prefill(self.params, piece, here, state)
-      # A prompt that ended before gives no logits in this chunk.
+      # A prompt that ended in an earlier chunk has no logits in this one.
       old = new if logits is None else logits
       logits = jnp.where((here > 0)[:, None], new, old)
     return logits, state
@@ -97,7 +97,7 @@ class Model:
     return self._decode(self.params, np.asarray(token, np.int32), state)
 
   def generate(self, prompts, max_new_tokens, stop_id=None):
-    """Continues prompts greedily; lists end before `stop_id`, if it comes.
+    """Continues prompts greedily; a list ends before the first `stop_id`.
 
     Raises:
       ValueError: a bad prompt, or logits that are not finite.
@@ -134,7 +134,7 @@ class Model:
         )
 
   def _check_finite(self, best, done, step):
-    """Refuses rows that go on without a largest logit to choose."""
+    """Refuses unfinished rows whose largest logit is not finite."""
     failed = np.flatnonzero(~done & ~np.isfinite(best))
     if failed.size:
       bad = [n for n, x in self.params.items() if not jnp.isfinite(x).all()]
@@ -163,7 +163,7 @@ class Model:
 
 
 def _verify(folder):
-  """Names of the files in manifest.json, all of them as it says."""
+  """Compares the files with manifest.json; returns their names."""
   listed = json.loads((folder / "manifest.json").read_text("utf-8"))["files"]
   for name, spec in listed.items():
     if os.path.basename(name) != name:
