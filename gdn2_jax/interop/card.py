@@ -107,7 +107,7 @@ def _table(rows: Mapping[str, str]) -> list[str]:
 
 
 def _line(text: str) -> str:
-  """Text that cannot end its line, its table cell or its heading."""
+  """Text on one line, with escaped table separators."""
   return " ".join(text.split()).replace("|", "\\|")
 
 
@@ -145,5 +145,5 @@ With JAX alone, without `gdn2_jax`: `program.json` describes the programs
 
 
 _INTEGRITY = """\
-`manifest.json` has the size and SHA-256 of every other file, but for this one;
+`manifest.json` has the size and SHA-256 of every other file except this one;
 loading compares them."""

@@ -33,6 +33,11 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
   return parse_json(path.read_bytes(), path)
 
 
+def json_bytes(tree: Any) -> bytes:
+  """Indented JSON, as all files of a folder have it."""
+  return (json.dumps(tree, indent=2) + "\n").encode()
+
+
 def is_plain_name(name: Any) -> bool:
   """True for a name that cannot leave its folder."""
   return isinstance(name, str) and bool(

@@ -13,13 +13,12 @@ it does not list, such as those that hubs add, are left alone.
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,28 +31,36 @@ from gdn2_jax import config_json
 from gdn2_jax.data.files import sha256_file, sync_folder, write_atomically
 from gdn2_jax.data.tokenizer.api import load_tokenizer
 from gdn2_jax.interop.card import Card, render_card
-from gdn2_jax.interop.disk import is_plain_name, read_json, regular_size
+from gdn2_jax.interop.disk import (
+  is_plain_name,
+  json_bytes,
+  read_json,
+  regular_size,
+)
+from gdn2_jax.interop.header import Lazy
 from gdn2_jax.interop.tensors import (
   SHARD_BYTES,
   find_weights,
   open_tensors,
   save_shards,
 )
-from gdn2_jax.interop.tree import flatten_params, unflatten_params
+from gdn2_jax.interop.tree import (
+  check_tensors,
+  flatten_params,
+  param_specs,
+  unflatten_params,
+)
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.lm import LM
 from gdn2_jax.sharding import shardings_of
 
 FORMAT = "gdn2_jax"
-FORMAT_VERSION = 1
 CONFIG, MANIFEST, CARD = "config.json", "manifest.json", "README.md"
 TOKENIZER = "tokenizer.json"
 
 _STAGING = ".incoming-"
-_CONFIG_FIELDS = {"format", "format_version", "library_version", "model"}
-_MANIFEST_FIELDS = {"format", "format_version", "files"}
+_VERSION = {"format": FORMAT, "format_version": 1}
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _METADATA = {"format": "np"}  # hubs expect to be told a framework
 
 
@@ -62,7 +69,7 @@ class Model:
   """A model in memory.
 
   Attributes:
-    config: of the LM.
+    config: model config.
     params: unboxed parameters of LM(config).
     tokenizer: with encode, decode, vocab_size and eos_id; None without one.
   """
@@ -91,12 +98,12 @@ def save_model(
   Args:
     folder: made if it does not exist.
     params: unboxed parameters of LM(config), on devices of this process.
-    config: of the model.
+    config: model config.
     tokenizer: one of `gdn2_jax.data.tokenizer`, or None.
-    card: what the model card should say.
-    extra: further files by name.
+    card: facts for the model card.
+    extra: contents of further files by name.
     overwrite: replace the model in this folder, if it holds one.
-    max_shard_bytes: of one weights file.
+    max_shard_bytes: size above which the weights become several files.
 
   Raises:
     ValueError: the folder holds something else, or a model without
@@ -110,21 +117,36 @@ def save_model(
     _check_vocabulary(tokenizer, config)
   for name in extra or {}:
     if not is_plain_name(name) or name in (CONFIG, MANIFEST, CARD, TOKENIZER):
-      raise ValueError(f"extra[{name!r}]: not a name for a further file")
+      raise ValueError(
+        f"extra[{name!r}]: expected a plain file name that the folder does not "
+        "use itself"
+      )
+  version = {"library_version": gdn2_jax.__version__}
+  tree = _VERSION | version | {"model": dataclasses.asdict(config)}
+  files = {CONFIG: json_bytes(tree), **(extra or {})}
+  if tokenizer is not None:
+    files[TOKENIZER] = tokenizer.to_json().encode()
   with staged(folder) as staging:
-    names = [CONFIG]
-    write_atomically(staging / CONFIG, _config_bytes(config))
-    names += save_shards(staging, tensors, _METADATA, max_bytes=max_shard_bytes)
-    if tokenizer is not None:
-      write_atomically(staging / TOKENIZER, tokenizer.to_json().encode())
-      names.append(TOKENIZER)
-    for name, data in (extra or {}).items():
+    names = save_shards(staging, tensors, _METADATA, max_bytes=max_shard_bytes)
+    for name, data in files.items():
       write_atomically(staging / name, data)
-      names.append(name)
+    names = sorted([*names, *files])
     text = render_card(card, config, name=folder.absolute().name, files=names)
     write_atomically(staging / CARD, text.encode())
-    write_atomically(staging / MANIFEST, _manifest_bytes(staging, names))
-    _move_in(staging, folder, [*names, CARD], replaced)
+    listed = {
+      name: {
+        "bytes": (staging / name).stat().st_size,
+        "sha256": sha256_file(staging / name),
+      }
+      for name in names
+    }
+    write_atomically(
+      staging / MANIFEST, json_bytes(_VERSION | {"files": listed})
+    )
+    if replaced:
+      _remove_model(folder, keep=names)
+    # The manifest last: a folder without it is refused.
+    move_files(staging, folder, [*names, CARD, MANIFEST])
 
 
 @contextlib.contextmanager
@@ -145,6 +167,15 @@ def staged(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         folder.rmdir()
 
 
+def move_files(
+  staging: pathlib.Path, folder: pathlib.Path, names: list[str]
+) -> None:
+  """Renames files to their places, in this order."""
+  for name in names:
+    os.replace(staging / name, folder / name)
+  sync_folder(folder)
+
+
 def load_model(folder: str | os.PathLike, *, mesh: Mesh | None = None) -> Model:
   """Reads a published-model folder, all of it or nothing.
 
@@ -162,23 +193,29 @@ def load_model(folder: str | os.PathLike, *, mesh: Mesh | None = None) -> Model:
       format, or parameters that do not fit the config.
   """
   folder = pathlib.Path(folder)
-  listed = read_manifest(folder)
-  verify(folder, listed)
-  config = read_config(folder / CONFIG)
+  config, tensors = open_folder(folder)
+  params = _read_params(tensors, config, mesh)
+  tokenizer = None
+  if (folder / TOKENIZER).exists():
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    _check_vocabulary(tokenizer, config)
+  return Model(config, params, tokenizer)
+
+
+def open_folder(
+  folder: pathlib.Path,
+) -> tuple[ModelConfig, dict[str, Lazy]]:
+  """Checks all of a folder; returns its tensors unread."""
+  listed = _read_manifest(folder)
+  _verify(folder, listed)
+  config = _read_config(folder / CONFIG)
   weights = find_weights(folder)
   tensors = open_tensors(weights)
   for path in {weights, *(entry.path for entry in tensors.values())}:
     if path.name not in listed:
       raise ValueError(f"{path}: not in {MANIFEST}")
-  try:
-    params = _read_params(tensors, config, mesh)
-  except ValueError as e:
-    raise ValueError(f"{weights}: {e}") from e
-  tokenizer = None
-  if TOKENIZER in listed:
-    tokenizer = load_tokenizer(folder / TOKENIZER)
-    _check_vocabulary(tokenizer, config)
-  return Model(config, params, tokenizer)
+  check_tensors(tensors, param_specs(config), str(weights))
+  return config, tensors
 
 
 def _read_params(tensors: Any, config: ModelConfig, mesh: Mesh | None) -> Any:
@@ -193,7 +230,7 @@ def _read_params(tensors: Any, config: ModelConfig, mesh: Mesh | None) -> Any:
 
 
 def check_target(folder: str | os.PathLike, overwrite: bool) -> bool:
-  """True where a model will be replaced; refuses any other content."""
+  """True where a model is to be replaced; refuses any other content."""
   folder = pathlib.Path(folder)
   if not folder.exists():
     return False
@@ -225,10 +262,9 @@ def is_model_folder(folder: str | os.PathLike) -> bool:
   return False
 
 
-def read_config(path: str | os.PathLike) -> ModelConfig:
-  """The ModelConfig of a config.json of this version and with its fields."""
-  tree = read_json(path)
-  _check_format(path, tree, _CONFIG_FIELDS)
+def _read_config(path: pathlib.Path) -> ModelConfig:
+  """ModelConfig from a config.json of this version."""
+  tree = _read_versioned(path, "library_version", "model")
   try:
     config = config_json.from_dict(ModelConfig, tree["model"], "model")
     config.validate()
@@ -237,9 +273,8 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
   return config
 
 
-def read_manifest(folder: str | os.PathLike) -> dict[str, tuple[int, str]]:
-  """{name: (bytes, SHA-256)} of the files of a folder, by its manifest."""
-  folder = pathlib.Path(folder)
+def _read_manifest(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
+  """{name: (bytes, SHA-256)} of the files that a manifest lists."""
   if not folder.is_dir():
     raise FileNotFoundError(f"{folder}: no such folder")
   path = folder / MANIFEST
@@ -248,25 +283,27 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, tuple[int, str]]:
       f"{folder}: no {MANIFEST}: not a folder with a published model, or one "
       "whose writing was interrupted"
     )
-  tree = read_json(path)
-  _check_format(path, tree, _MANIFEST_FIELDS)
-  files = tree["files"]
+  files = _read_versioned(path, "files")["files"]
   if not isinstance(files, dict):
     raise ValueError(f"{path}: files={files!r}: expected an object")
   found = {}
   for name, spec in files.items():
-    ok = is_plain_name(name) and isinstance(spec, dict)
-    ok = ok and set(spec) == {"bytes", "sha256"} and type(spec["bytes"]) is int
-    ok = ok and isinstance(spec["sha256"], str)
-    if not ok or not _SHA256.fullmatch(spec["sha256"]):
-      raise ValueError(f"{path}: files[{name!r}]={spec!r}")
-    found[name] = (spec["bytes"], spec["sha256"])
+    match spec:
+      case {"bytes": int(size), "sha256": str(sha256), **rest} if not rest:
+        found[name] = size, sha256
+    if name not in found or not is_plain_name(name):
+      raise ValueError(
+        f"{path}: files[{name!r}]={spec!r}: expected a plain file name, with "
+        "bytes and sha256"
+      )
   if CONFIG not in found:
     raise ValueError(f"{path}: {CONFIG} is not listed")
   return found
 
 
-def verify(folder: pathlib.Path, listed: Mapping[str, tuple[int, str]]) -> None:
+def _verify(
+  folder: pathlib.Path, listed: Mapping[str, tuple[int, str]]
+) -> None:
   """Compares files with a manifest: all sizes first, then the hashes."""
   for name, (size, _) in listed.items():
     if not (folder / name).exists():
@@ -292,21 +329,20 @@ def _model_files(folder: pathlib.Path) -> set[str]:
   return {n for n in names if n == TOKENIZER or _WEIGHTS.fullmatch(n)}
 
 
-def _check_format(path: Any, tree: dict[str, Any], fields: set[str]) -> None:
-  if tree.get("format") != FORMAT:
-    raise ValueError(
-      f"{path}: format={tree.get('format')!r}, expected {FORMAT!r}: not one of "
-      "our model folders"
-    )
-  version = tree.get("format_version")
-  if type(version) is not int or version != FORMAT_VERSION:
-    raise ValueError(
-      f"{path}: format_version={version!r}, this version of gdn2_jax reads "
-      f"{FORMAT_VERSION}"
-    )
-  if wrong := sorted(set(tree) ^ fields):
+def _read_versioned(path: pathlib.Path, *fields: str) -> dict[str, Any]:
+  """A JSON object of our format and version with exactly these fields."""
+  tree = read_json(path)
+  for name, expected in _VERSION.items():
+    found = tree.get(name)
+    if type(found) is not type(expected) or found != expected:
+      raise ValueError(
+        f"{path}: {name}={found!r}, expected {expected!r}: not a model folder "
+        "that this version of gdn2_jax reads"
+      )
+  if wrong := sorted(set(tree) ^ {*_VERSION, *fields}):
     kind = "unknown" if wrong[0] in tree else "missing"
     raise ValueError(f"{path}: {wrong[0]}: {kind} field")
+  return tree
 
 
 def _check_vocabulary(tokenizer: Any, config: ModelConfig) -> None:
@@ -317,45 +353,13 @@ def _check_vocabulary(tokenizer: Any, config: ModelConfig) -> None:
     )
 
 
-def _config_bytes(config: ModelConfig) -> bytes:
-  tree = {
-    "format": FORMAT,
-    "format_version": FORMAT_VERSION,
-    "library_version": gdn2_jax.__version__,
-    "model": json.loads(config_json.to_json(config)),
-  }
-  return (json.dumps(tree, indent=2) + "\n").encode()
-
-
-def _manifest_bytes(staging: pathlib.Path, names: list[str]) -> bytes:
-  files = {
-    name: {
-      "bytes": (staging / name).stat().st_size,
-      "sha256": sha256_file(staging / name),
-    }
-    for name in names
-  }
-  tree = {
-    "format": FORMAT,
-    "format_version": FORMAT_VERSION,
-    "files": files,
-  }
-  return (json.dumps(tree, indent=2) + "\n").encode()
-
-
-def _move_in(
-  staging: pathlib.Path, folder: pathlib.Path, names: list[str], replaced: bool
-) -> None:
-  """Renames all files to their places; the manifest goes first and last."""
-  if replaced:
-    stale = _model_files(folder)
-    # After a move that was interrupted there is no manifest.
-    if (folder / MANIFEST).is_file():
-      with contextlib.suppress(ValueError):
-        stale |= set(read_manifest(folder))
-      (folder / MANIFEST).unlink()
-    for name in stale - set(names):
-      (folder / name).unlink(missing_ok=True)
-  for name in [*names, MANIFEST]:
-    os.replace(staging / name, folder / name)
-  sync_folder(folder)
+def _remove_model(folder: pathlib.Path, keep: Collection[str]) -> None:
+  """Removes the manifest, and files of the model that are not replaced."""
+  stale = _model_files(folder)
+  # After a move that was interrupted there is no manifest.
+  if (folder / MANIFEST).is_file():
+    with contextlib.suppress(ValueError):
+      stale |= set(_read_manifest(folder))
+    (folder / MANIFEST).unlink()
+  for name in stale - set(keep):
+    (folder / name).unlink(missing_ok=True)

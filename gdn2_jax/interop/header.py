@@ -1,9 +1,11 @@
 """Headers of safetensors files: the library's checks, and three it lacks."""
 
 import dataclasses
+import functools
 import math
 import os
 import pathlib
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
@@ -30,13 +32,13 @@ _PICKLED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")  # zip; protocols 2 and 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-  """One tensor of a file, not read yet; `np.asarray(entry)` reads it."""
+class Lazy:
+  """A tensor that is not read yet; `np.asarray` reads it."""
 
-  path: pathlib.Path
-  name: str
-  dtype: np.dtype
   shape: tuple[int, ...]
+  dtype: np.dtype
+  read: Callable[[], np.ndarray]
+  path: pathlib.Path | None = None  # file that holds it as it is
 
   @property
   def nbytes(self) -> int:
@@ -45,11 +47,7 @@ class Entry:
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     assert copy is not False
-    try:
-      with safe_open(self.path, framework="np") as file:
-        value = file.get_tensor(self.name)
-    except (SafetensorError, ValueError) as e:  # NumPy refuses 65 axes
-      raise ValueError(f"{self.path}: {e}") from e
+    value = self.read()
     if (value.shape, value.dtype) != (self.shape, self.dtype):
       raise ValueError(f"{self.path}: changed while it was read")
     return value if dtype is None else value.astype(dtype)
@@ -57,25 +55,14 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-  """Metadata and tensors of a file.
-
-  Attributes:
-    metadata: text by name.
-    tensors: `Entry` by name, in the order of their bytes.
-  """
+  """Metadata of a file, and its tensors by name in the order of their bytes."""
 
   metadata: dict[str, str]
-  tensors: dict[str, Entry]
+  tensors: dict[str, Lazy]
 
 
 def read_header(path: str | os.PathLike) -> Header:
-  """Reads and checks the header of one safetensors file.
-
-  Args:
-    path: of the file.
-
-  Returns:
-    Its metadata, and its tensors as entries that are not read yet.
+  """Reads and checks the header of one safetensors file, but no tensor.
 
   Raises:
     FileNotFoundError: no such file.
@@ -86,14 +73,22 @@ def read_header(path: str | os.PathLike) -> Header:
   regular_size(path)
   if path.suffix.lower() in PICKLES:
     _refuse_pickle(path)
+  tensors = {}
   with open(path, "rb") as file:
     start = file.read(8)
     try:
       with safe_open(path, framework="np") as opened:
         metadata = opened.metadata() or {}
-        slices = [
-          (name, opened.get_slice(name)) for name in opened.offset_keys()
-        ]
+        for name in opened.offset_keys():
+          found = opened.get_slice(name)
+          dtype, shape = found.get_dtype(), tuple(found.get_shape())
+          if dtype not in DTYPES:
+            raise ValueError(
+              f"{path}: tensor {name!r}: dtype {dtype}, expected "
+              + ", ".join(DTYPES)
+            )
+          read = functools.partial(_read, path, name)
+          tensors[name] = Lazy(shape, DTYPES[dtype], read, path)
     except SafetensorError as e:
       # Only now: a header's length may begin with the same bytes.
       if start.startswith(_PICKLED):
@@ -104,16 +99,15 @@ def read_header(path: str | os.PathLike) -> Header:
       ) from e
     # The library keeps the last of several tensors of one name.
     parse_json(file.read(int.from_bytes(start, "little")), path)
-  tensors = {}
-  for name, found in slices:
-    if found.get_dtype() not in DTYPES:
-      raise ValueError(
-        f"{path}: tensor {name!r}: dtype {found.get_dtype()}, expected "
-        + ", ".join(DTYPES)
-      )
-    dtype, shape = DTYPES[found.get_dtype()], tuple(found.get_shape())
-    tensors[name] = Entry(path, name, dtype, shape)
   return Header(metadata, tensors)
+
+
+def _read(path: pathlib.Path, name: str) -> np.ndarray:
+  try:
+    with safe_open(path, framework="np") as file:
+      return file.get_tensor(name)
+  except (SafetensorError, ValueError) as e:  # NumPy refuses 65 axes
+    raise ValueError(f"{path}: {e}") from e
 
 
 def _refuse_pickle(path: pathlib.Path) -> None:

@@ -21,7 +21,9 @@ CONV_ORDERS = ("oldest_first", "newest_first")
 
 
 class Layout:
-  """One tensor of theirs; this one is equal to ours."""
+  """Layout of one foreign tensor; this one is the same as ours."""
+
+  derived = ""  # reason why ours hold more numbers than theirs
 
   def theirs(self, *ours: Shape) -> Shape:
     """Shape of theirs."""
@@ -58,13 +60,9 @@ class Flat(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Linear(Layout):
-  """Weight [out, in] of torch's Linear; kernel [in..., out...] of ours.
+  """Weight [out, in] of torch's Linear; kernel [in..., out...] of ours."""
 
-  Attributes:
-    in_axes: number of input axes of the kernel.
-  """
-
-  in_axes: int = 1
+  in_axes: int = 1  # of the kernel
 
   @override
   def theirs(self, *ours):
@@ -86,12 +84,9 @@ class Conv(Layout):
 
   Also read, where the shape tells them apart: [H*K, W], and the channels-last
   [W, H*K] and [W, 1, H*K]. No shape tells the order of the taps.
-
-  Attributes:
-    order: one of CONV_ORDERS, of theirs.
   """
 
-  order: str = "oldest_first"
+  order: str = "oldest_first"  # one of CONV_ORDERS, of theirs
 
   @override
   def theirs(self, *ours):
@@ -100,15 +95,10 @@ class Conv(Layout):
 
   @override
   def accepts(self, found, *ours):
-    return self._taps_axis(found, ours[0]) is not None
-
-  def _taps_axis(self, found: Shape, ours: Shape) -> int | None:
-    w, h, k = ours
-    if found == (h * k, 1, w):
-      return 2
-    if h * k == w:
-      return None  # a square: its axes cannot be told apart
-    return {(h * k, w): 1, (w, h * k): 0, (w, 1, h * k): 0}.get(found)
+    w, h, k = ours[0]
+    # The axes of a square cannot be told apart.
+    others = () if h * k == w else ((h * k, w), (w, h * k), (w, 1, h * k))
+    return found in ((h * k, 1, w), *others)
 
   @override
   def pack(self, *ours):
@@ -117,8 +107,8 @@ class Conv(Layout):
 
   @override
   def unpack(self, theirs, *ours):
-    taps_first = self._taps_axis(theirs.shape, ours[0]) == 0
-    taps = theirs if taps_first else theirs.T
+    w, h, k = ours[0]
+    taps = theirs if theirs.shape[0] == w != h * k else theirs.T
     if self.order == "newest_first":
       taps = taps[::-1]
     return (taps.reshape(ours[0]),)
@@ -164,6 +154,8 @@ class TiedGates(Layout):
   way back.
   """
 
+  derived = "one gate of a head, tied over its channels"
+
   @override
   def theirs(self, *ours):
     d, heads, _ = ours[0]
@@ -185,14 +177,12 @@ class RepeatedHeads(Layout):
   """Fewer heads of theirs, each repeated for `times` heads of ours.
 
   There is no way back.
-
-  Attributes:
-    inner: layout of one head for one.
-    times: heads of ours for each of theirs.
   """
 
-  inner: Layout
-  times: int
+  derived = "a key head, repeated for each of its value heads"
+
+  inner: Layout  # of one head for one
+  times: int  # heads of ours for each of theirs
 
   def _fewer(self, ours: tuple[Shape, ...]) -> tuple[Shape, ...]:
     return tuple((a, heads // self.times, *rest) for a, heads, *rest in ours)

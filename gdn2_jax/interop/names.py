@@ -7,7 +7,7 @@ layer are the same in both.
 
 import dataclasses
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from gdn2_jax.interop import layouts
 from gdn2_jax.model.config import ModelConfig
@@ -143,14 +143,6 @@ class Move:
   theirs: str
   layout: layouts.Layout
 
-  @property
-  def derived(self) -> str:
-    """Reason why ours hold more than theirs, or ""."""
-    return {
-      layouts.TiedGates: "one gate of a head, tied over its channels",
-      layouts.RepeatedHeads: "a key head, repeated for each of its value heads",
-    }.get(type(self.layout), "")
-
 
 def moves(
   dialect: Dialect,
@@ -160,37 +152,33 @@ def moves(
   kda_heads: int | None = None,
 ) -> list[Move]:
   """All moves of a model; `kda_heads`: key heads of a KDA model."""
-  recurrent = tuple(
-    (ours, theirs, layouts.Conv(conv_order) if layout is _CONV else layout)
-    for ours, theirs, layout in GDN2
-  )
-  if kda_heads is not None:
-    recurrent = _as_kda(recurrent, config.gdn2.num_heads // kda_heads)
-  found = [_move("", "", row) for row in dialect.model]
+  found = []
+
+  def add(ours: str, theirs: str, rows: Iterable[Row]) -> None:
+    for names, name, layout in rows:
+      all_ours = tuple(ours + n for n in names.split())
+      found.append(Move(all_ours, theirs + name, layout))
+
+  group = config.gdn2.num_heads // kda_heads if kda_heads else 0
+  gdn2 = _gdn2_rows(conv_order, group)
+  add("", "", dialect.model)
   for n in range(config.num_layers):
     kind = config.pattern[n % len(config.pattern)]
     ours, theirs = f"layers.{n}.", dialect.layer.format(n)
-    found += [_move(ours, theirs, row) for row in dialect.block]
-    rows = recurrent if kind == "G" else dialect.attention
-    found += [
-      _move(f"{ours}mixer.", f"{theirs}{dialect.mixer}", row) for row in rows
-    ]
+    add(ours, theirs, dialect.block)
+    rows = gdn2 if kind == "G" else dialect.attention
+    add(f"{ours}mixer.", f"{theirs}{dialect.mixer}", rows)
   return found
 
 
-def _as_kda(rows: tuple[Row, ...], group: int) -> tuple[Row, ...]:
-  """Rows with tied gates and `group` value heads to a key head."""
-  replaced = []
-  for ours, theirs, layout in rows:
-    if theirs == "b_proj.weight":
-      replaced.append(_KDA_GATES)
-    elif theirs in _OF_KEY_HEADS and group > 1:
-      replaced.append((ours, theirs, layouts.RepeatedHeads(layout, group)))
-    elif theirs != "w_proj.weight":
-      replaced.append((ours, theirs, layout))
-  return tuple(replaced)
-
-
-def _move(ours: str, theirs: str, row: Row) -> Move:
-  names, name, layout = row
-  return Move(tuple(ours + n for n in names.split()), theirs + name, layout)
+def _gdn2_rows(conv_order: str, group: int) -> list[Row]:
+  """Rows of a layer; `group`: value heads to a key head of KDA, else 0."""
+  rows = []
+  for ours, theirs, layout in GDN2:
+    if layout is _CONV:
+      layout = layouts.Conv(conv_order)
+    if group > 1 and theirs in _OF_KEY_HEADS:
+      layout = layouts.RepeatedHeads(layout, group)
+    if not group or theirs not in ("b_proj.weight", "w_proj.weight"):
+      rows.append((ours, theirs, layout))
+  return rows + [_KDA_GATES] * bool(group)

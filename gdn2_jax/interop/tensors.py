@@ -16,14 +16,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from gdn2_jax.data.files import sync_folder, write_atomically
-from gdn2_jax.interop.disk import is_plain_name, read_json
-from gdn2_jax.interop.header import DTYPES, Entry, read_header
+from gdn2_jax.interop.disk import PICKLES, is_plain_name, json_bytes, read_json
+from gdn2_jax.interop.header import DTYPES, Lazy, read_header
 
 INDEX_SUFFIX = ".safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 
 
-def open_tensors(path: str | os.PathLike) -> dict[str, Entry]:
+def open_tensors(path: str | os.PathLike) -> dict[str, Lazy]:
   """Tensors of a file or of the shards of an index, unread."""
   path = pathlib.Path(path)
   if not path.name.endswith(".json"):
@@ -57,7 +57,7 @@ def load_tensors(
   Raises:
     FileNotFoundError: the file or a shard is missing.
     ValueError: as `read_header`, the index and its shards disagree, or a name
-      is not there.
+      is missing.
   """
   entries = open_tensors(path)
   wanted = entries if names is None else names
@@ -75,9 +75,9 @@ def save_tensors(
   """Writes one file atomically; equal input gives equal bytes.
 
   Args:
-    path: of the file; an existing one is replaced.
-    tensors: arrays by name, any that NumPy can see.
-    metadata: text to store with them.
+    path: file to write; an existing one is replaced.
+    tensors: arrays by name, any that `np.asarray` takes.
+    metadata: text to store with them, by name.
 
   Raises:
     ValueError: a name, dtype or metadata value that the format cannot hold.
@@ -119,13 +119,12 @@ def save_shards(
   if max_bytes < 1:
     raise ValueError(f"max_bytes={max_bytes}: expected >= 1")
   folder = pathlib.Path(folder)
-  shards = [[]]
-  held = 0
+  shards, held = [{}], 0
   for name, value in tensors.items():
     if shards[-1] and held + value.nbytes > max_bytes:
-      shards.append([])
+      shards.append({})
       held = 0
-    shards[-1].append(name)
+    shards[-1][name] = value
     held += value.nbytes
   if len(shards) == 1:
     save_tensors(folder / "model.safetensors", tensors, metadata)
@@ -133,28 +132,32 @@ def save_shards(
   placed, names = {}, []
   for i, shard in enumerate(shards):
     name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-    save_tensors(folder / name, {k: tensors[k] for k in shard}, metadata)
+    save_tensors(folder / name, shard, metadata)
     placed |= dict.fromkeys(shard, name)
     names.append(name)
   total = sum(value.nbytes for value in tensors.values())
   index = {"metadata": {"total_size": total}, "weight_map": placed}
   names.append("model" + INDEX_SUFFIX)
-  write_atomically(
-    folder / names[-1], (json.dumps(index, indent=2) + "\n").encode()
-  )
+  write_atomically(folder / names[-1], json_bytes(index))
   return names
 
 
 def find_weights(folder: str | os.PathLike) -> pathlib.Path:
-  """The model.safetensors of a folder, or the index of its shards."""
+  """The model.safetensors or index of a folder, or its only weights file."""
   folder = pathlib.Path(folder)
   names = ("model.safetensors", "model" + INDEX_SUFFIX)
   found = [folder / name for name in names if (folder / name).is_file()]
-  if not found:
-    raise FileNotFoundError(f"{folder}: neither {names[0]} nor {names[1]}")
   if len(found) > 1:
-    raise ValueError(f"{folder}: both {names[0]} and {names[1]}")
-  return found[0]
+    raise ValueError(f"{folder}: both {names[0]} and {names[1]}: expected one")
+  if found:
+    return found[0]
+  pickles = [p for p in folder.iterdir() if p.suffix.lower() in PICKLES]
+  if pickles:
+    return min(pickles)  # refused by name, with the way to convert it
+  others = list(folder.glob("*.safetensors"))
+  if len(others) != 1:
+    raise FileNotFoundError(f"{folder}: neither {names[0]} nor {names[1]}")
+  return others[0]
 
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:
@@ -172,7 +175,9 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
 
 def _storable(name: Any, value: Any) -> np.ndarray:
   if not isinstance(name, str) or not name or name == "__metadata__":
-    raise ValueError(f"tensors[{name!r}]: not a name for a tensor")
+    raise ValueError(
+      f"tensors[{name!r}]: expected a name that is not empty or __metadata__"
+    )
   # The library writes the memory of a strided array as if it were contiguous.
   array = np.asarray(value)
   array = np.ascontiguousarray(array).reshape(array.shape)

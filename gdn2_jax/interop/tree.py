@@ -13,7 +13,7 @@ Layer n is layer n % P of group n // P, P being the length of the pattern. With
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -30,11 +30,8 @@ _SHOWN = 6
 def param_specs(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
   """Shape and dtype of every parameter by flat name; allocates nothing.
 
-  Args:
-    config: of the model; its `scan_layers` makes no difference.
-
-  Returns:
-    Abstract arrays, embedding first, then the layers, final norm and head.
+  Embedding first, then the layers, final norm and head; the same with and
+  without `config.scan_layers`.
 
   Raises:
     ValueError: a config that describes no model.
@@ -63,13 +60,13 @@ def flatten_params(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
 
   Args:
     params: unboxed parameters of LM(config), on any devices of this process.
-    config: of the model.
+    config: model config.
 
   Returns:
     NumPy arrays; a layer of a stacked leaf is a view.
 
   Raises:
-    ValueError: they are not those of such a model; lists what differs.
+    ValueError: parameters of another model; lists what differs.
   """
   tensors = {}
   for path, leaf in _leaves(params):
@@ -101,9 +98,9 @@ def unflatten_params(
   Args:
     tensors: arrays by flat name, or anything with shape and dtype that
       `np.asarray` reads; read one after the other.
-    config: of the model; its `scan_layers` decides the tree.
-    place: takes each leaf, a NumPy array, and returns what the tree holds; by
-      default a jax.Array on the default device.
+    config: model config; its `scan_layers` decides the tree.
+    place: function of each leaf, a NumPy array, that returns what the tree
+      holds; by default a jax.Array on the default device.
 
   Returns:
     Unboxed parameters of LM(config), in the shapes and dtypes it declares.
@@ -133,17 +130,11 @@ def cast_params(params: Any, config: ModelConfig) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """A leaf of the parameter tree, and the tensors in it.
+  """A leaf of the parameter tree, and the tensors in it."""
 
-  Attributes:
-    path: keys from the root of the tree.
-    names: one flat name, or those of all groups.
-    stacked: whether the names are stacked along a new leading axis.
-  """
-
-  path: tuple[str, ...]
-  names: tuple[str, ...]
-  stacked: bool
+  path: tuple[str, ...]  # keys from the root of the tree
+  names: tuple[str, ...]  # one flat name, or those of all groups
+  stacked: bool  # along a new leading axis
 
 
 def leaf_sources(config: ModelConfig) -> list[Leaf]:
@@ -168,10 +159,7 @@ def check_tensors(
   what: str = "tensors",
 ) -> None:
   """Compares names, shapes and dtypes; `what` opens the message."""
-  problems = [f"missing {name}" for name in sorted(set(specs) - set(tensors))]
-  problems += [
-    f"unexpected {name}" for name in sorted(set(tensors) - set(specs))
-  ]
+  problems = name_differences(tensors, specs)
   for name in [name for name in specs if name in tensors]:
     found, expected = (
       f"{np.dtype(x.dtype)}{list(x.shape)}"
@@ -181,6 +169,17 @@ def check_tensors(
       problems.append(f"{name}: {found}, expected {expected}")
   if problems:
     raise ValueError(f"{what}: not those of this model: {listed(problems)}")
+
+
+def name_differences(
+  found: Collection[str], expected: Collection[str]
+) -> list[str]:
+  """Names that are missing, and names that are unexpected."""
+  missing = sorted(set(expected) - set(found))
+  unexpected = sorted(set(found) - set(expected))
+  return [f"missing {name}" for name in missing] + [
+    f"unexpected {name}" for name in unexpected
+  ]
 
 
 def listed(problems: list[str]) -> str:

@@ -191,7 +191,7 @@ DAMAGE = {
     "../x",
   ),
   "hash": (
-    change_manifest(files={"x": {"bytes": 1, "sha256": "0"}}),
+    change_manifest(files={"x": {"bytes": 1, "sha256": 0}}),
     "'x'",
   ),
   "added weights": (other_weights, "not in manifest"),
@@ -249,7 +249,7 @@ def test_nothing_is_overwritten_by_accident(copy, params, tmp_path_factory):
   many = types.SimpleNamespace(vocab_size=261)
   with pytest.raises(ValueError, match="261 ids"):
     save_model(copy, params, CONFIG, many, overwrite=True)
-  with pytest.raises(ValueError, match="not a name for a further file"):
+  with pytest.raises(ValueError, match="a plain file name that the folder"):
     save_model(copy, params, CONFIG, extra={"../x": b""}, overwrite=True)
   assert (copy / "model.safetensors").read_bytes() == before
   assert names_in(other) == ["thesis.tex"]

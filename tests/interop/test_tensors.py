@@ -114,8 +114,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
   [
     ({"a": np.zeros(2, np.complex64)}, None, "complex64"),
     ({"a": np.array(["x"])}, None, "dtype"),
-    ({"__metadata__": np.zeros(2)}, None, "not a name"),
-    ({"": np.zeros(2)}, None, "not a name"),
+    ({"__metadata__": np.zeros(2)}, None, "expected a name"),
+    ({"": np.zeros(2)}, None, "expected a name"),
     ({"a": np.zeros(2)}, {"step": 3}, r"metadata\['step'\]=3"),
   ],
 )

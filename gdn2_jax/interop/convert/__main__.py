@@ -32,15 +32,14 @@ differ by more than --tolerance (the reason is on standard error).
 """
 
 import json
-import pathlib
 from typing import Any
 
 from absl import flags
 
 from gdn2_jax import cli
 from gdn2_jax.interop.convert.options import ALL_DIALECTS, OURS, Options
-from gdn2_jax.interop.convert.probe import check_probe, read_probe, run_probe
-from gdn2_jax.interop.convert.run import convert, open_model
+from gdn2_jax.interop.convert.probe import read_probe, run_probe
+from gdn2_jax.interop.convert.run import convert
 
 _FROM = flags.DEFINE_string("from", None, f"One of {', '.join(ALL_DIALECTS)}.")
 _TO = flags.DEFINE_string("to", None, f"One of {', '.join(ALL_DIALECTS)}.")
@@ -99,18 +98,14 @@ def main(argv: list[str]) -> None:
   with cli.one_line_errors():
     options = _options()
     options.check(_FROM.value, _TO.value)
-    probe = None
-    if _PROBE.value:
-      probe = read_probe(_PROBE.value)
-      opened = open_model(pathlib.Path(_SRC.value), _FROM.value, options)
-      check_probe(probe, opened.config)
-      del opened
+    probe = read_probe(_PROBE.value) if _PROBE.value else None
     report = convert(
       _SRC.value,
       _OUT.value,
       source=_FROM.value,
       target=_TO.value,
       options=options,
+      probe=probe,
     )
     print(f"{report}\n\nwrote {', '.join(report.files)} to {_OUT.value}")
     if probe is None:

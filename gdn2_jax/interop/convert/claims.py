@@ -11,6 +11,7 @@ from typing import Any
 
 from gdn2_jax.interop.convert.tensors import Tensors
 from gdn2_jax.interop.names import GDN2, Dialect
+from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.gdn2 import GDN2Config
 
 _OF_GDN2 = {theirs for _, theirs, _ in GDN2}
@@ -31,28 +32,28 @@ class Shown:
   key_dim: int | None
   value_dim: int | None
   conv_width: int | None
-  rows: dict[str, int]  # of the attention weights by name
+  qkv_rows: int | None  # of q, k and v together where they are one weight
 
 
-def look_at(dialect: Dialect, tensors: Tensors) -> Shown:
-  """Reads sizes off the shapes; refuses nothing."""
+def look_at(dialect: Dialect, tensors: Tensors, path: Any) -> Shown:
+  """Reads sizes off the shapes; refuses gaps between the layers."""
+  layers = dialect.layer_names(tensors)
+  count = max(layers, default=-1) + 1
+  if absent := sorted(set(range(count)) - set(layers)):
+    raise ValueError(
+      f"{path}: {count} layers, of which {len(absent)} are missing, the first "
+      f"is {dialect.layer.format(absent[0])}*"
+    )
   attention = {theirs for _, theirs, _ in dialect.attention}
   only_gdn2 = {dialect.mixer + name for name in _OF_GDN2 - attention}
-  layers = dialect.layer_names(tensors)
-  kinds, first = "", {}
-  for n in range(max(layers, default=-1) + 1):
-    kind = "G" if layers.get(n, set()) & only_gdn2 else "S"
-    kinds += kind
-    first.setdefault(kind, n)
+  kinds = "".join("G" if layers[n] & only_gdn2 else "S" for n in range(count))
 
   def shape(name: str) -> tuple[int, ...]:
     return tuple(tensors[name].shape) if name in tensors else ()
 
   def mixer(kind: str, name: str) -> tuple[int, ...]:
     """Shape in the first layer of a kind."""
-    if kind not in first:
-      return ()
-    return shape(dialect.layer.format(first[kind]) + dialect.mixer + name)
+    return shape(dialect.layer.format(kinds.find(kind)) + dialect.mixer + name)
 
   def rows(kind: str, name: str) -> int | None:
     found = mixer(kind, name)
@@ -79,7 +80,7 @@ def look_at(dialect: Dialect, tensors: Tensors) -> Shown:
     key_dim=key_dim,
     value_dim=value_dim,
     conv_width=_quotient(math.prod(mixer("G", "q_conv1d.weight")), keys),
-    rows={name: rows("S", name) for name in attention if mixer("S", name)},
+    qkv_rows=rows("S", "attn.weight"),
   )
 
 
@@ -88,7 +89,7 @@ def _quotient(a: int | None, b: int | None) -> int | None:
 
 
 class Claims:
-  """Typed reading of a config.json that notes which keys were read."""
+  """Typed values of a config.json; records which keys were read."""
 
   def __init__(self, values: Mapping[str, Any], path: Any):
     self._values = dict(values)
@@ -100,11 +101,11 @@ class Claims:
     self._asked.update(names)
 
   def stated(self, name: str) -> bool:
-    """True where there is such a key, even null."""
+    """True where the config has this key, even as null."""
     return name in self._values
 
   def raw(self, name: str, default: Any = None) -> Any:
-    """A value as it is; null is the default."""
+    """Value of a key, unchecked; null gives the default."""
     self._asked.add(name)
     value = self._values.get(name)
     return default if value is None else value
@@ -145,7 +146,7 @@ class Claims:
     return default if shown is None else shown
 
   def only(self, name: str, *allowed: Any) -> None:
-    """Refuses a key with another value than those that exist here."""
+    """Refuses a key whose value selects what does not exist here."""
     self._asked.add(name)
     if name in self._values:
       value = self._values[name]
@@ -167,13 +168,8 @@ class Claims:
   ) -> list[str]:
     """Refuses keys that were not read, unless they are ignored or harmless.
 
-    Args:
-      ignored: keys that the user says do not change what the model computes.
-      harmless: keys that do not. None for programs that write many of them:
-        then only those are refused that look like a misspelt key.
-
-    Returns:
-      Names of the keys that were neither read nor refused.
+    Programs that write many of them have `harmless` None: then only those are
+    refused that look like a misspelt key. Returns the keys that were not read.
     """
     known = {*self._asked, *(harmless or ())}
     left = sorted(set(self._values) - known - set(ignored))
@@ -210,10 +206,43 @@ def shortest_pattern(kinds: str) -> str:
   return kinds
 
 
+def split_width(c: Claims, key: str, model_dim: int) -> tuple[int, int]:
+  """Heads of attention under a key, and the channels of each."""
+  heads = c.size(key)
+  if model_dim % heads:
+    c.refuse(key, f"a divisor of the width {model_dim}")
+  return heads, model_dim // heads
+
+
+def written_kinds(config: ModelConfig, program: str) -> str:
+  """Kinds of all layers; refuses heads of attention of another width."""
+  a, kinds = config.attention, config.pattern * config.num_groups
+  if set(kinds) - {"G"} and a.num_heads * a.head_dim != config.model_dim:
+    raise ValueError(
+      f"attention.num_heads={a.num_heads} of head_dim={a.head_dim}: {program} "
+      f"has heads of model_dim={config.model_dim} together"
+    )
+  return kinds
+
+
+def gdn2_keys(config: ModelConfig) -> dict[str, Any]:
+  """Keys of the recurrent layers that both programs write."""
+  c = config.gdn2
+  return {
+    "num_heads": c.num_heads,
+    "num_v_heads": c.value_heads,
+    "head_dim": c.key_dim,
+    "allow_neg_eigval": c.negative_eigenvalues,
+    "output_gate": c.output_gate,
+  }
+
+
 def gdn2_config(
   c: Claims, shown: Shown, output_gate: str, norm_eps: float
 ) -> GDN2Config:
-  """The recurrent layers; both programs have the same keys for them."""
+  """Config of the recurrent layers, from keys that both programs have."""
+  if "G" not in shown.kinds:
+    return GDN2Config()
   heads = c.size("num_heads", "gdn2_num_heads", shown=shown.heads)
   value_heads = c.size(
     "num_v_heads", "gdn2_num_v_heads", shown=shown.value_heads, default=heads

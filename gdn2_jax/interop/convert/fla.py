@@ -1,7 +1,7 @@
 """config.json of flash-linear-attention's models: GDN-2 and KDA.
 
-The layer of GDN-2 is theirs; around it stands the model of their KDA, for
-which they have names.
+They have a GDN-2 layer and no model around it: the names of that are those of
+their KDA model.
 """
 
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ from gdn2_jax.interop.convert.claims import (
   Claims,
   Shown,
   gdn2_config,
+  gdn2_keys,
   shortest_pattern,
+  split_width,
+  written_kinds,
 )
 from gdn2_jax.model.attention import AttentionConfig
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.gdn2 import GDN2Config
 
-MODEL_TYPE = "gdn2"
-KDA_MODEL_TYPE = "kda"
-# Training, kernels and generation have dozens of keys in these files.
+# None: these files have dozens of keys of training, kernels and generation.
 HARMLESS = None
 
 
@@ -47,9 +47,7 @@ def read_config(claims: Claims, shown: Shown, output_gate: str) -> ModelConfig:
     num_layers=num_layers,
     pattern=shortest_pattern(kinds),
     mlp_dim=c.size("intermediate_size", shown=shown.mlp_dim),
-    gdn2=gdn2_config(c, shown, output_gate, norm_eps)
-    if "G" in kinds
-    else GDN2Config(),
+    gdn2=gdn2_config(c, shown, output_gate, norm_eps),
     attention=attention,
     norm_eps=norm_eps,
   )
@@ -63,13 +61,22 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
       f"norm_eps={c.norm_eps}: fla has one for all norms, the output norm has "
       f"gdn2.norm_eps={c.gdn2.norm_eps}"
     )
-  ratio = c.gdn2.value_dim / c.gdn2.key_dim
-  if round(c.gdn2.key_dim * ratio) != c.gdn2.value_dim:
-    ratio = float(f"{ratio:.17g}")
-  kinds = c.pattern * c.num_groups
-  tree: dict[str, Any] = {
+  kinds = written_kinds(c, "fla")
+  specs = [
+    {
+      "layers": [n for n, found in enumerate(kinds) if found == kind],
+      "num_heads": a.num_heads,
+      "num_kv_heads": a.kv_heads,
+      "qkv_bias": False,
+      "window_size": window,
+      "rope_theta": a.rope_base,
+    }
+    for kind, window in (("S", a.window), ("A", None))
+    if kind in kinds
+  ]
+  return {
     "architectures": ["GDN2ForCausalLM"],
-    "model_type": MODEL_TYPE,
+    "model_type": "gdn2",
     "attn_mode": "chunk",
     "hidden_size": c.model_dim,
     "num_hidden_layers": c.num_layers,
@@ -78,52 +85,21 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     "vocab_size": c.vocab_size,
     "tie_word_embeddings": False,
     "norm_eps": c.norm_eps,
-    "num_heads": c.gdn2.num_heads,
-    "num_v_heads": c.gdn2.value_heads,
-    "head_dim": c.gdn2.key_dim,
-    "expand_v": ratio,
+    "expand_v": c.gdn2.value_dim / c.gdn2.key_dim,
     "use_short_conv": True,
     "conv_size": c.gdn2.conv_width,
-    "allow_neg_eigval": c.gdn2.negative_eigenvalues,
-    "output_gate": c.gdn2.output_gate,
-    "attn": None,
+    **gdn2_keys(c),
+    "attn": specs if len(specs) > 1 else (specs or [None])[0],
     "torch_dtype": c.param_dtype,
   }
-  specs = []
-  for kind, window in (("S", a.window), ("A", None)):
-    layers = [n for n, found in enumerate(kinds) if found == kind]
-    if layers:
-      specs.append(
-        {
-          "layers": layers,
-          "num_heads": a.num_heads,
-          "num_kv_heads": a.kv_heads,
-          "qkv_bias": False,
-          "window_size": window,
-          "rope_theta": a.rope_base,
-        }
-      )
-  if specs:
-    if a.num_heads * a.head_dim != c.model_dim:
-      raise ValueError(
-        f"attention.num_heads={a.num_heads} of head_dim={a.head_dim}: fla has "
-        f"heads of model_dim={c.model_dim} together"
-      )
-    tree["attn"] = specs[0] if len(specs) == 1 else specs
-  return tree
 
 
 def _check_type(c: Claims, shown: Shown) -> None:
-  model_type = c.raw("model_type")
-  if model_type is None or "G" not in shown.kinds:
-    return
-  expected = KDA_MODEL_TYPE if shown.kda else MODEL_TYPE
-  if model_type != expected:
-    c.refuse(
-      "model_type",
-      f"{expected!r}: the tensors are those of "
-      + ("Kimi Delta Attention" if shown.kda else "Gated DeltaNet-2"),
-    )
+  expected, name = "gdn2", "Gated DeltaNet-2"
+  if shown.kda:
+    expected, name = "kda", "Kimi Delta Attention"
+  if c.raw("model_type", expected) != expected and "G" in shown.kinds:
+    c.refuse("model_type", f"{expected!r}: the tensors are those of {name}")
 
 
 def _attention(
@@ -163,13 +139,11 @@ def _attention_spec(
   each = Claims(spec, "attn of config.json")
   each.raw("layers")
   each.only("qkv_bias", False)
-  heads = each.size("num_heads")
-  if model_dim % heads:
-    each.refuse("num_heads", f"a divisor of hidden_size={model_dim}")
+  heads, head_dim = split_width(each, "num_heads", model_dim)
   found = {
     "num_heads": heads,
     "num_kv_heads": each.size("num_kv_heads", default=heads),
-    "head_dim": model_dim // heads,
+    "head_dim": head_dim,
     "rope_base": each.number("rope_theta", 10000.0),
   }
   window = each.raw("window_size")

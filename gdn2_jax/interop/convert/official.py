@@ -7,11 +7,13 @@ from gdn2_jax.interop.convert.claims import (
   Claims,
   Shown,
   gdn2_config,
+  gdn2_keys,
   shortest_pattern,
+  split_width,
+  written_kinds,
 )
 from gdn2_jax.model.attention import AttentionConfig
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.gdn2 import GDN2Config
 
 _COMMON = {
   "vocab_size": 32000,
@@ -53,8 +55,8 @@ HARMLESS = (
 )
 OUTPUT_NORM_EPS = 1e-5  # no key of the config sets it
 
-# Keys that choose between layers, and the choices that exist here. A key that
-# is left out has the value that the published models have.
+# Keys that choose between layers, and the values that exist here. A key that is
+# left out has the value of the published models.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
   "parallel_residual": (False,),
   "bias": (False,),
@@ -88,7 +90,7 @@ def read_config(claims: Claims, shown: Shown, output_gate: str) -> ModelConfig:
   attention = AttentionConfig()
   if "S" in kinds or "A" in kinds:
     attention = _attention(c, shown, model_dim, "S" in kinds)
-  else:  # the program writes these keys all the same
+  else:  # the program writes these keys although nothing reads them
     c.pass_over(*_SUPPORTED_IN_ATTENTION, *_ATTENTION_SIZES)
   return ModelConfig(
     vocab_size=_vocab_size(c, shown),
@@ -96,9 +98,7 @@ def read_config(claims: Claims, shown: Shown, output_gate: str) -> ModelConfig:
     num_layers=num_layers,
     pattern=shortest_pattern(kinds),
     mlp_dim=c.size("intermediate_size", shown=shown.mlp_dim),
-    gdn2=gdn2_config(c, shown, output_gate, OUTPUT_NORM_EPS)
-    if "G" in kinds
-    else GDN2Config(),
+    gdn2=gdn2_config(c, shown, output_gate, OUTPUT_NORM_EPS),
     attention=attention,
     norm_eps=c.number("norm_eps", 1e-5),
   )
@@ -107,13 +107,12 @@ def read_config(claims: Claims, shown: Shown, output_gate: str) -> ModelConfig:
 def write_config(config: ModelConfig) -> dict[str, Any]:
   """The config.json of a model; refuses models without one."""
   c = config
-  kinds = c.pattern * c.num_groups
+  kinds = written_kinds(c, "the official program")
   if "G" in kinds and c.gdn2.norm_eps != OUTPUT_NORM_EPS:
     raise ValueError(
       f"gdn2.norm_eps={c.gdn2.norm_eps}: the output norm of the official "
       f"program has {OUTPUT_NORM_EPS}"
     )
-  every = _every(kinds)
   tree: dict[str, Any] = {
     "n_embd": c.model_dim,
     "n_layer": c.num_layers,
@@ -121,27 +120,18 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     "vocab_size": c.vocab_size,
     "padded_vocab_size": c.vocab_size,
     "norm_eps": c.norm_eps,
-    "gdn2_per_layer": every,
+    "gdn2_per_layer": _every(kinds),
     "bias": False,
     "parallel_residual": False,
-    "num_heads": c.gdn2.num_heads,
-    "num_v_heads": c.gdn2.value_heads,
-    "head_dim": c.gdn2.key_dim,
     "head_v_dim": c.gdn2.value_dim,
-    "allow_neg_eigval": c.gdn2.negative_eigenvalues,
-    "output_gate": c.gdn2.output_gate,
+    **gdn2_keys(c),
   }
   if c.gdn2.conv_width != 4:
     tree["conv_size"] = c.gdn2.conv_width
   if set(kinds) == {"G"}:
-    # The official program wants a divisor, and does nothing with it.
+    # The official program demands a divisor, but does not use it.
     return tree | {"n_head": math.gcd(c.model_dim, c.gdn2.num_heads)}
   a = c.attention
-  if a.num_heads * a.head_dim != c.model_dim:
-    raise ValueError(
-      f"attention.num_heads={a.num_heads} of head_dim={a.head_dim}: the "
-      f"official program has heads of model_dim={c.model_dim} together"
-    )
   if a.rope_base != 10000.0:
     raise ValueError(
       f"attention.rope_base={a.rope_base}: the official program has 10000"
@@ -155,7 +145,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _vocab_size(c: Claims, shown: Shown) -> int:
-  """Rows of the table: the vocabulary, padded to a multiple or not."""
+  """Rows of the embedding: the vocabulary, padded to a multiple or not."""
   rows, multiple = shown.vocab_size, c.size("padding_multiple", default=64)
   if c.raw("padded_vocab_size") is not None:
     padded = c.size("padded_vocab_size", shown=rows)
@@ -170,16 +160,12 @@ def _vocab_size(c: Claims, shown: Shown) -> int:
 
 def _kinds(c: Claims, kinds: str) -> str:
   """Kinds of the layers; with gdn2_per_layer = p, every p-th is recurrent."""
-  every = c.raw("gdn2_per_layer")
-  if every is not None:
-    if type(every) is not int or every < 1:
-      c.refuse("gdn2_per_layer", "a positive integer")
-    told = "".join("S" if n % every else "G" for n in range(len(kinds)))
-    if told != kinds:
-      raise ValueError(
-        f"gdn2_per_layer={every} makes the layers {told}, the tensors are those"
-        f" of {kinds} (G recurrent, S attention)"
-      )
+  every = c.size("gdn2_per_layer", default=0)
+  if every and (told := _periodic(every, len(kinds), "S")) != kinds:
+    raise ValueError(
+      f"gdn2_per_layer={every} makes the layers {told}, the tensors are those "
+      f"of {kinds} (G recurrent, S attention)"
+    )
   if c.stated("local_window") and c.raw("local_window", -1) == -1:
     return kinds.replace("S", "A")
   return kinds
@@ -190,20 +176,15 @@ def _attention(
 ) -> AttentionConfig:
   for name, values in _SUPPORTED_IN_ATTENTION.items():
     c.only(name, *values)
-  heads = c.size("n_head")
-  if model_dim % heads:
-    c.refuse("n_head", f"a divisor of n_embd={model_dim}")
-  head_dim = model_dim // heads
-  groups, rows = None, shown.rows.get("attn.weight")
+  heads, head_dim = split_width(c, "n_head", model_dim)
+  groups, rows = None, shown.qkv_rows
   if rows is not None:
     groups, rest = divmod(rows - heads * head_dim, 2 * head_dim)
     if rest or groups < 1:
       c.refuse(
         "n_head", f"heads that divide the {rows} rows of q, k and v together"
       )
-  options = {}
-  if windowed:
-    options["window"] = c.size("local_window")
+  options = {"window": c.size("local_window")} if windowed else {}
   return AttentionConfig(
     num_heads=heads,
     num_kv_heads=c.size("n_query_groups", shown=groups, default=heads),
@@ -213,15 +194,15 @@ def _attention(
   )
 
 
+def _periodic(every: int, count: int, other: str) -> str:
+  return "".join(other if n % every else "G" for n in range(count))
+
+
 def _every(kinds: str) -> int:
-  """p such that every p-th layer is recurrent."""
-  others = set(kinds) - {"G"}
+  """The number p for which every p-th layer is recurrent."""
+  other = max(set(kinds) - {"G"}, default="S")
   for every in range(1, len(kinds) + 1):
-    told = (n % every == 0 for n in range(len(kinds)))
-    if len(others) <= 1 and all(
-      (kind == "G") == recurrent
-      for kind, recurrent in zip(kinds, told, strict=True)
-    ):
+    if kinds == _periodic(every, len(kinds), other):
       return every
   raise ValueError(
     f"layers {kinds}: in the official program every n-th layer is recurrent, "

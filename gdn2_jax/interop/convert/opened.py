@@ -3,18 +3,24 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gdn2_jax.interop import folder
 from gdn2_jax.interop.convert import fla, official
-from gdn2_jax.interop.convert.claims import Claims, Shown, look_at
-from gdn2_jax.interop.convert.options import DTYPES, OUTPUT_GATES, Options
-from gdn2_jax.interop.convert.tensors import check_names, to_ours
-from gdn2_jax.interop.disk import PICKLES, read_json
-from gdn2_jax.interop.names import FLOAT32, Dialect, Move, moves
+from gdn2_jax.interop.convert.claims import Claims, look_at
+from gdn2_jax.interop.convert.options import (
+  DTYPES,
+  OURS,
+  OUTPUT_GATES,
+  Options,
+)
+from gdn2_jax.interop.convert.tensors import check_dialect, to_ours
+from gdn2_jax.interop.disk import read_json
+from gdn2_jax.interop.layouts import CONV_ORDERS
+from gdn2_jax.interop.names import DIALECTS, FLOAT32, Dialect, Move, moves
 from gdn2_jax.interop.tensors import find_weights, open_tensors
-from gdn2_jax.interop.tree import check_tensors, flatten_params, param_specs
+from gdn2_jax.interop.tree import flatten_params, param_specs
 from gdn2_jax.model.config import ModelConfig
 
 CONFIGS = {"official": official, "fla": fla}
@@ -25,7 +31,7 @@ class Opened:
   """A model of any dialect, checked and not read yet."""
 
   path: pathlib.Path  # of the weights
-  config: ModelConfig  # param_dtype is that of the tensors, float32 if several
+  config: ModelConfig
   tensors: Mapping[str, Any]  # by our names, in the dtypes that were stored
   read: Mapping[str, Any]  # the same tensors by their names
   moves: list[Move]  # from theirs to ours, [] where they are ours
@@ -33,11 +39,20 @@ class Opened:
   tokenizer: pathlib.Path | None  # tokenizer.json beside the weights
 
 
-def open_foreign(
+def open_model(src: pathlib.Path, source: str, options: Options) -> Opened:
+  """Opens and checks a model of any dialect."""
+  if source == OURS:
+    return _open_ours(src, options)
+  return _open_foreign(src, DIALECTS[source], options)
+
+
+def _open_foreign(
   src: pathlib.Path, dialect: Dialect, options: Options
 ) -> Opened:
   """Checks names, shapes and config of a model of another program."""
-  weights = _weights_file(src)
+  if not src.exists():
+    raise FileNotFoundError(f"--src={src}: no such file or folder")
+  weights = find_weights(src) if src.is_dir() else src
   theirs, prefix = {}, options.strip_prefix
   for name, tensor in open_tensors(weights).items():
     if not name.startswith(prefix):
@@ -47,16 +62,13 @@ def open_foreign(
         f"{weights}: {name} is {tensor.dtype}, expected {', '.join(DTYPES)}"
       )
     theirs[name.removeprefix(prefix)] = tensor
-  if not dialect.recognises(theirs):
-    check_names(theirs, [dialect.layer.format(0) + "..."], dialect, weights)
+  check_dialect(theirs, dialect, weights)
   notes: list[str] = []
-  values, where = _config_values(weights.parent / folder.CONFIG, options, notes)
-  claims = Claims(values, where)
+  claims = _read_claims(weights.parent / folder.CONFIG, options, notes)
   _tie(theirs, claims, dialect, weights, options, notes)
-  shown = look_at(dialect, theirs)
-  _check_whole(shown, dialect, theirs, weights)
-  gate = agree_on_gate(dialect, claims, options)
-  order = _conv_order(claims, options)
+  shown = look_at(dialect, theirs, weights)
+  gate = _output_gate(dialect, claims, options)
+  order = _agreed(claims, "conv_order", CONV_ORDERS, options.from_conv_order)
   module = CONFIGS[dialect.name]
   config = module.read_config(claims, shown, gate)
   if unread := claims.finish(options.ignored, module.HARMLESS):
@@ -68,8 +80,9 @@ def open_foreign(
   if shown.kda:
     kda_heads = shown.heads or config.gdn2.num_heads
     notes.append("Kimi Delta Attention, as GDN-2 with tied gates")
-  plan = moves(dialect, config, conv_order=order, kda_heads=kda_heads)
-  check_names(theirs, [move.theirs for move in plan], dialect, weights)
+  plan = moves(
+    dialect, config, conv_order=order or "oldest_first", kda_heads=kda_heads
+  )
   shapes = {n: tuple(s.shape) for n, s in param_specs(config).items()}
   ours = to_ours(theirs, plan, shapes, weights)
   assert ours.keys() == shapes.keys(), ours.keys() ^ shapes.keys()
@@ -91,44 +104,33 @@ def open_foreign(
   )
 
 
-def agree_on_gate(dialect: Dialect, claims: Claims, options: Options) -> str:
+def _output_gate(dialect: Dialect, claims: Claims, options: Options) -> str:
   """Activation of the output gate by dialect, config and user, who agree."""
-  told = claims.raw("output_gate")
-  if told is not None and told not in OUTPUT_GATES:
-    claims.refuse("output_gate", " or ".join(OUTPUT_GATES))
-  stated = options.output_gate
-  if stated is not None and told not in (None, stated):
-    claims.refuse("output_gate", f"{stated!r}, as --output_gate says")
-  if stated is None and told not in (None, dialect.output_gate):
+  found = _agreed(claims, "output_gate", OUTPUT_GATES, options.output_gate)
+  if options.output_gate is None and found not in (None, dialect.output_gate):
     claims.refuse(
       "output_gate",
       f"{dialect.output_gate!r}, which is what the dialect {dialect.name!r} "
-      f"computes; if it is right, pass --output_gate={told}",
+      f"computes; if it is right, pass --output_gate={found}",
     )
-  return stated or dialect.output_gate
+  return found or dialect.output_gate
 
 
-def _weights_file(src: pathlib.Path) -> pathlib.Path:
-  if not src.exists():
-    raise FileNotFoundError(f"--src={src}: no such file or folder")
-  if not src.is_dir():
-    return src
-  try:
-    return find_weights(src)
-  except FileNotFoundError:
-    pickles = sorted(p for p in src.iterdir() if p.suffix.lower() in PICKLES)
-    if pickles:
-      return pickles[0]  # refused by name, with the way to convert it
-    others = sorted(src.glob("*.safetensors"))
-    if len(others) == 1:
-      return others[0]
-    raise
+def _agreed(
+  claims: Claims, key: str, choices: Sequence[str], stated: str | None
+) -> str | None:
+  """A choice by the config or the user; where both choose, they must agree."""
+  claims.only(key, None, *choices)
+  told = claims.raw(key)
+  if None not in (told, stated) and told != stated:
+    claims.refuse(key, f"{stated!r}, as the options say")
+  return stated or told
 
 
-def _config_values(
+def _read_claims(
   beside: pathlib.Path, options: Options, notes: list[str]
-) -> tuple[dict[str, Any], str]:
-  """Keys of the config and where they come from."""
+) -> Claims:
+  """Keys of the config, from a file, a preset and the user."""
   values: dict[str, Any] = {}
   where = f"{beside} (not there)"
   if options.preset:
@@ -142,7 +144,7 @@ def _config_values(
   if options.values:
     values = dict(values) | dict(options.values)
     where += " and --set"
-  return values, where
+  return Claims(values, where)
 
 
 def _tie(theirs, claims, dialect, weights, options, notes) -> None:
@@ -166,28 +168,8 @@ def _tie(theirs, claims, dialect, weights, options, notes) -> None:
     notes.append(f"{head}: a copy of {table}, no longer tied to it")
 
 
-def _check_whole(shown: Shown, dialect, theirs, weights) -> None:
-  """Refuses layers that are not there."""
-  present = dialect.layer_names(theirs)
-  absent = [n for n in range(len(shown.kinds)) if n not in present]
-  if absent:
-    raise ValueError(
-      f"{weights}: {len(shown.kinds)} layers, of which {len(absent)} are "
-      f"missing, the first is {dialect.layer.format(absent[0])}*"
-    )
-
-
-def _conv_order(claims: Claims, options: Options) -> str:
-  told = claims.raw("conv_order")
-  claims.only("conv_order", "oldest_first", "newest_first")
-  stated = options.from_conv_order
-  if stated is not None and told not in (None, stated):
-    claims.refuse("conv_order", f"{stated!r}, as --from_conv_order says")
-  return stated or told or "oldest_first"
-
-
 def _dtypes(theirs: Mapping[str, Any], notes: list[str]) -> dict[str, str]:
-  """dtype and param_dtype of the model."""
+  """Fields dtype and param_dtype: that of the tensors, float32 if several."""
   kept = {n: t for n, t in theirs.items() if n.split(".")[-1] in FLOAT32}
   rounded = sorted({str(t.dtype) for t in kept.values()} - {"float32"})
   if rounded:
@@ -200,7 +182,7 @@ def _dtypes(theirs: Mapping[str, Any], notes: list[str]) -> dict[str, str]:
   return {"dtype": dtype, "param_dtype": dtype}
 
 
-def open_ours(src: pathlib.Path, options: Options) -> Opened:
+def _open_ours(src: pathlib.Path, options: Options) -> Opened:
   """Opens a published-model folder, or the workdir of a training run."""
   if not src.is_dir():
     raise FileNotFoundError(f"--src={src}: no such folder")
@@ -216,10 +198,7 @@ def open_ours(src: pathlib.Path, options: Options) -> Opened:
   else:
     if options.step is not None:
       raise ValueError(f"--step={options.step}: {src} is not a workdir")
-    folder.verify(src, folder.read_manifest(src))
-    config = folder.read_config(src / folder.CONFIG)
-    tensors = open_tensors(find_weights(src))
-    check_tensors(tensors, param_specs(config), str(src))
+    config, tensors = folder.open_folder(src)
   if options.output_gate not in (None, config.gdn2.output_gate):
     raise ValueError(
       f"--output_gate={options.output_gate}: the model in {src} has "

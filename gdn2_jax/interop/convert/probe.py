@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdn2_jax.interop.convert.opened import open_model
 from gdn2_jax.interop.convert.options import OURS, Options
-from gdn2_jax.interop.convert.run import open_model
 from gdn2_jax.interop.convert.tensors import in_dtype
 from gdn2_jax.interop.tree import unflatten_params
 from gdn2_jax.model.config import ModelConfig
@@ -26,17 +26,11 @@ class Probe:
 
 @dataclasses.dataclass(frozen=True)
 class ProbeError:
-  """Distance of logits from those expected.
+  """Distance of logits from those expected."""
 
-  Attributes:
-    largest: absolute difference.
-    relative: largest difference over the largest expected logit.
-    rms: root mean square of the differences over that of the logits.
-  """
-
-  largest: float
-  relative: float
-  rms: float
+  largest: float  # absolute difference
+  relative: float  # largest difference over the largest expected logit
+  rms: float  # root mean square of the differences over that of the logits
 
   def exceeds(self, tolerance: float) -> bool:
     """True where either relative error is above `tolerance`, or NaN."""
@@ -58,7 +52,7 @@ def read_probe(path: str | os.PathLike) -> Probe:
     # NumPy leaves a file open that it could not read.
     with open(path, "rb") as data, np.load(data, allow_pickle=False) as file:
       ids, logits = file["input_ids"], file["logits"]
-  except Exception as e:  # zipfile, zlib and NumPy raise what they like
+  except Exception as e:  # zipfile, zlib and NumPy raise many types
     raise ValueError(f"--probe={path}: {type(e).__name__}: {e}") from e
   problem = ""
   if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
@@ -98,7 +92,6 @@ def run_probe(
   stated = None if target == OURS else output_gate
   opened = open_model(pathlib.Path(out), target, Options(output_gate=stated))
   config = dataclasses.replace(opened.config, dtype="float32", remat="none")
-  check_probe(probe, config)
   tensors = in_dtype(opened.tensors, config.param_dtype)
   params = unflatten_params(tensors, config)
   run = jax.jit(LM(config).apply)

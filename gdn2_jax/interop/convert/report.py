@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gdn2_jax.interop.convert.opened import Opened
+from gdn2_jax.interop.names import Move
+from gdn2_jax.model.config import ModelConfig
 
 _HEADER = ("", "tensors read", "written", "parameters", "dtype")
 
@@ -18,16 +20,16 @@ class Report:
     source, target: dialects.
     opened: the model that was read.
     written: tensors that were written, by name.
-    names: {name of ours: (name read, name written)}.
+    moves: from our parameters to the names written, [] where they are ours.
     files: names of the files that were written.
-    notes: lines worth reading.
+    notes: lines for the user.
   """
 
   source: str
   target: str
   opened: Opened
   written: Mapping[str, Any]
-  names: Mapping[str, tuple[str, str]]
+  moves: list[Move]
   files: list[str]
   notes: list[str]
 
@@ -53,23 +55,35 @@ class Report:
       lines += ["", *(f"note: {note}" for note in self.notes)]
     return "\n".join(lines)
 
-  def _rows(self):
+  def _rows(self) -> Iterator[tuple[str, ...]]:
+    """Rows of the table: one for each part of the model, and the total."""
+    sides = (
+      (self.opened.read, self.opened.moves),
+      (self.written, self.moves),
+    )
     parts = {}
-    for ours, (read, written) in self.names.items():
-      part = parts.setdefault(_part_of(ours, self.opened), ({}, {}))
-      part[0][read] = self.opened.read[read]
-      part[1][written] = self.written[written]
-    for name in _PARTS:
-      if name in parts:
-        yield _row(name, *parts[name])
-    yield _row("total", self.opened.read, self.written)
+    for side, (tensors, moves) in enumerate(sides):
+      names = {name: move.theirs for move in moves for name in move.ours}
+      for ours in self.opened.tensors:
+        part = _part_of(ours, self.opened.config)
+        name = names.get(ours, ours)
+        parts.setdefault(part, ({}, {}))[side][name] = tensors[name]
+    parts["total"] = self.opened.read, self.written
+    for part, (read, written) in parts.items():
+      found, kept = (
+        ", ".join(dict.fromkeys(str(t.dtype) for t in tensors.values()))
+        for tensors in (read, written)
+      )
+      dtypes = found if found == kept else f"{found} -> {kept}"
+      numbers = (len(read), len(written), _count(written))
+      yield (part, *(f"{n:,}" for n in numbers), dtypes)
 
-  def _derived(self):
+  def _derived(self) -> Iterator[str]:
     """One line for each kind of copy, with its first instance."""
     kinds: dict[str, list] = {}
     for move in self.opened.moves:
-      if move.derived:
-        kinds.setdefault(move.derived, []).append(move)
+      if move.layout.derived:
+        kinds.setdefault(move.layout.derived, []).append(move)
     for reason, (first, *rest) in kinds.items():
       yield (
         f"{reason}: {first.theirs} -> {', '.join(first.ours)}, and "
@@ -77,35 +91,14 @@ class Report:
       )
 
 
-_PARTS = (
-  "embedding",
-  "GDN-2 mixers",
-  "attention mixers",
-  "MLPs",
-  "norms",
-  "head",
-)
-
-
-def _part_of(name: str, opened: Opened) -> str:
+def _part_of(name: str, config: ModelConfig) -> str:
   path = name.split(".")
   if path[0] != "layers":
-    return {"embedding": "embedding", "head": "head"}.get(path[0], "norms")
+    return path[0] if path[0] in ("embedding", "head") else "norms"
   if path[2] == "mixer":
-    pattern = opened.config.pattern
-    kind = pattern[int(path[1]) % len(pattern)]
+    kind = config.pattern[int(path[1]) % len(config.pattern)]
     return "GDN-2 mixers" if kind == "G" else "attention mixers"
   return "MLPs" if path[2] == "mlp" else "norms"
-
-
-def _row(part: str, read: Mapping[str, Any], written: Mapping[str, Any]):
-  found, kept = (
-    ", ".join(dict.fromkeys(str(t.dtype) for t in tensors.values()))
-    for tensors in (read, written)
-  )
-  dtypes = found if found == kept else f"{found} -> {kept}"
-  numbers = (len(read), len(written), _count(written))
-  return (part, *(f"{n:,}" for n in numbers), dtypes)
 
 
 def _count(tensors: Mapping[str, Any]) -> int:

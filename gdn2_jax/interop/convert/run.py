@@ -2,34 +2,31 @@
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import tqdm
 
-from gdn2_jax.data.files import sync_folder, write_atomically
+from gdn2_jax.data.files import write_atomically
 from gdn2_jax.data.tokenizer.api import BPETokenizer, load_tokenizer
 from gdn2_jax.interop.card import Card
-from gdn2_jax.interop.convert.opened import (
-  CONFIGS,
-  Opened,
-  open_foreign,
-  open_ours,
-)
+from gdn2_jax.interop.convert.opened import CONFIGS, Opened, open_model
 from gdn2_jax.interop.convert.options import OURS, Options
+from gdn2_jax.interop.convert.probe import Probe, check_probe
 from gdn2_jax.interop.convert.report import Report
-from gdn2_jax.interop.convert.tensors import in_dtype, to_theirs, watched
+from gdn2_jax.interop.convert.tensors import in_dtype, to_theirs
+from gdn2_jax.interop.disk import json_bytes
 from gdn2_jax.interop.folder import (
   CONFIG,
   TOKENIZER,
   check_target,
+  move_files,
   save_model,
   staged,
 )
+from gdn2_jax.interop.header import Lazy
 from gdn2_jax.interop.names import DIALECTS, moves
 from gdn2_jax.interop.tensors import SHARD_BYTES, save_shards
 from gdn2_jax.interop.tree import unflatten_params
@@ -47,6 +44,7 @@ def convert(
   source: str,
   target: str,
   options: Options = Options(),  # noqa: B008, frozen
+  probe: Probe | None = None,
   max_shard_bytes: int = SHARD_BYTES,
 ) -> Report:
   """Rewrites a model in the names and layouts of another program.
@@ -60,11 +58,12 @@ def convert(
     out: folder to write, absent or empty.
     source: dialect of `src`: "official", "fla" or "gdn2_jax".
     target: dialect of `out`.
-    options: what the files do not tell.
-    max_shard_bytes: of one weights file.
+    options: facts that the files lack, and permissions.
+    probe: tokens and logits that must fit the vocabulary of the model.
+    max_shard_bytes: size above which the weights become several files.
 
   Returns:
-    What was read and written; `str` of it is a table.
+    Report of what was read and written; `str` of it is a table.
 
   Raises:
     FileNotFoundError: there is nothing at `src`.
@@ -76,23 +75,20 @@ def convert(
     raise ValueError(f"--out={out}: the folder of --src={src}")
   check_target(out, overwrite=False)
   opened = open_model(src, source, options)
-  _check_gate(opened.config, target, options)
-  config, dtype = opened.config, None
-  if options.dtype:
-    dtype = options.dtype
+  if probe is not None:
+    check_probe(probe, opened.config)
+  if target != OURS:
+    _check_gate(opened.config, target, options)
+  config, dtype = opened.config, options.dtype
+  if dtype:
     config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
   elif target == OURS:
     dtype = config.param_dtype  # one for all
-  written = tensors = in_dtype(opened.tensors, dtype)
-  names = {name: (name, name) for name in tensors}
-  for move in opened.moves:
-    names |= {name: (move.theirs, name) for name in move.ours}
+  written, plan = in_dtype(opened.tensors, dtype), []
   if target != OURS:
     order = options.to_conv_order or "oldest_first"
     plan = moves(DIALECTS[target], config, conv_order=order)
-    written = to_theirs(tensors, plan)
-    for move in plan:
-      names |= {name: (names[name][0], move.theirs) for name in move.ours}
+    written = to_theirs(written, plan)
     tree = CONFIGS[target].write_config(config)
     if order != "oldest_first":
       tree["conv_order"] = order
@@ -105,8 +101,10 @@ def convert(
   with tqdm.tqdm(
     total=total, unit="B", unit_scale=True, disable=disable
   ) as bar:
-    watching = {
-      name: watched(tensor, functools.partial(_count, bar, bad, name))
+    watched = {
+      name: dataclasses.replace(
+        tensor, read=functools.partial(_read, name, tensor, bar, bad)
+      )
       for name, tensor in written.items()
     }
     if target == OURS:
@@ -114,34 +112,36 @@ def convert(
       unstacked = dataclasses.replace(config, scan_layers=False)
       save_model(
         out,
-        unflatten_params(watching, unstacked, place=lambda array: array),
+        unflatten_params(watched, unstacked, place=lambda array: array),
         config,
         tokenizer,
         card=Card(facts={"converted from": opened.path.name}),
         max_shard_bytes=max_shard_bytes,
       )
-      files = sorted(path.name for path in out.iterdir())
     else:
-      files = _save_theirs(out, watching, tree, tokenizer, max_shard_bytes)
+      with staged(out) as staging:
+        names = save_shards(
+          staging, watched, _METADATA, max_bytes=max_shard_bytes
+        )
+        # The config last: without it nothing loads.
+        for name, data in ((TOKENIZER, tokenizer), (CONFIG, json_bytes(tree))):
+          if data is not None:
+            write_atomically(staging / name, data)
+            names.append(name)
+        move_files(staging, out, names)
   notes += [
     f"{name}: {count:,} values are not finite (kept)"
     for name, count in list(bad.items())[:_SHOWN]
   ]
   if len(bad) > _SHOWN:
     notes.append(f"{len(bad)} tensors with values that are not finite")
-  return Report(source, target, opened, written, names, files, notes)
-
-
-def open_model(src: pathlib.Path, source: str, options: Options) -> Opened:
-  """Opens and checks a model of any dialect."""
-  if source == OURS:
-    return open_ours(src, options)
-  return open_foreign(src, DIALECTS[source], options)
+  files = sorted(path.name for path in out.iterdir())
+  return Report(source, target, opened, written, plan, files, notes)
 
 
 def _check_gate(config: ModelConfig, target: str, options: Options) -> None:
   """Refuses to write what the other program would compute differently."""
-  if target == OURS or "G" not in config.pattern:
+  if "G" not in config.pattern:
     return
   c, theirs = config.gdn2, DIALECTS[target].output_gate
   if c.output_gate != theirs and options.output_gate is None:
@@ -153,16 +153,18 @@ def _check_gate(config: ModelConfig, target: str, options: Options) -> None:
   for name in ("erase_gate", "write_gate"):
     if getattr(c, name) != "channel":
       raise ValueError(
-        f"{name}={getattr(c, name)!r}: the dialect {target!r} has gates of "
-        "channels only"
+        f"{name}={getattr(c, name)!r}: expected 'channel', as the dialect "
+        f"{target!r} has no other"
       )
 
 
-def _count(bar: tqdm.tqdm, bad: dict[str, int], name: str, value) -> None:
-  """Shows progress, and counts numbers that are not finite; they are kept."""
+def _read(name: str, tensor: Lazy, bar: tqdm.tqdm, bad: dict[str, int]) -> Any:
+  """Reads a tensor, shows progress and counts numbers that are not finite."""
+  value = np.asarray(tensor)
   bar.update(value.nbytes)
   if count := value.size - int(np.count_nonzero(np.isfinite(value))):
     bad[name] = count
+  return value
 
 
 def _load_tokenizer(opened: Opened, target: str, notes: list[str]) -> Any:
@@ -181,26 +183,3 @@ def _load_tokenizer(opened: Opened, target: str, notes: list[str]) -> Any:
     reason = str(e)
   notes.append(f"tokenizer.json left behind: {reason}")
   return None
-
-
-def _save_theirs(
-  out: pathlib.Path,
-  tensors: Mapping[str, Any],
-  tree: dict[str, Any],
-  tokenizer: bytes | None,
-  max_shard_bytes: int,
-) -> list[str]:
-  """Writes a folder of another program: all of its files or none."""
-  with staged(out) as staging:
-    files = save_shards(staging, tensors, _METADATA, max_bytes=max_shard_bytes)
-    if tokenizer is not None:
-      write_atomically(staging / TOKENIZER, tokenizer)
-      files.append(TOKENIZER)
-    write_atomically(
-      staging / CONFIG, (json.dumps(tree, indent=2) + "\n").encode()
-    )
-    files.append(CONFIG)
-    for name in files:  # the config last: without it nothing loads
-      os.replace(staging / name, out / name)
-    sync_folder(out)
-  return files

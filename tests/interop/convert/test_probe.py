@@ -11,7 +11,9 @@ from gdn2_jax.interop.convert.probe import (
   check_probe,
   read_probe,
 )
+from gdn2_jax.interop.convert.run import convert
 from gdn2_jax.model.config import ModelConfig
+from tests.interop.convert import checkpoints
 
 
 def npz(**arrays):
@@ -51,6 +53,19 @@ def test_probes_of_other_models():
   ):
     with pytest.raises(ValueError, match=match):
       check_probe(probe, config)
+
+
+def test_nothing_is_written_where_the_probe_does_not_fit(tmp_path):
+  probe = Probe(IDS, LOGITS[..., :100])
+  with pytest.raises(ValueError, match="logits of 100 tokens"):
+    convert(
+      checkpoints.OFFICIAL,
+      tmp_path / "out",
+      source="official",
+      target="gdn2_jax",
+      probe=probe,
+    )
+  assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -329,7 +329,7 @@ def test_presets_have_the_published_number_of_parameters(preset):
   values, expected = PRESETS[preset]
   every = values["gdn2_per_layer"]
   kinds = "".join("S" if n % every else "G" for n in range(18))
-  shown = Shown(kinds, False, 32000, 2304, None, 16, 16, 16, 128, 128, 4, {})
+  shown = Shown(kinds, False, 32000, 2304, None, 16, 16, 16, 128, 128, 4, None)
   claims = Claims(values, "preset")
   config = read_config(claims, shown, "silu")
   claims.finish(harmless=HARMLESS)
