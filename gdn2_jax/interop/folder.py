@@ -236,8 +236,7 @@ def check_target(folder: str | os.PathLike, overwrite: bool) -> bool:
     return False
   if not folder.is_dir():
     raise ValueError(f"{folder}: a file, expected a folder")
-  entries = [e for e in folder.iterdir() if not e.name.startswith(_STAGING)]
-  if not entries:
+  if all(e.name.startswith(_STAGING) for e in folder.iterdir()):
     return False
   if not is_model_folder(folder):
     raise ValueError(

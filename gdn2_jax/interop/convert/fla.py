@@ -108,10 +108,7 @@ def _attention(
   """Kinds of the layers, and their attention."""
   kinds, options = ["G"] * num_layers, {}
   specs = c.raw("attn", [])
-  specs = [specs] if isinstance(specs, Mapping) else specs
-  if not isinstance(specs, list):
-    c.refuse("attn", "an object, or a list of such")
-  for spec in specs:
+  for spec in specs if isinstance(specs, list) else [specs]:
     kind, layers, found = _attention_spec(c, spec, model_dim, num_layers)
     for n in layers:
       kinds[n] = kind
@@ -130,7 +127,7 @@ def _attention_spec(
   c: Claims, spec: Any, model_dim: int, num_layers: int
 ) -> tuple[str, list[int], dict[str, Any]]:
   if not isinstance(spec, Mapping) or not {"layers", "num_heads"} <= set(spec):
-    c.refuse("attn", "objects with layers and num_heads")
+    c.refuse("attn", "an object with layers and num_heads, or a list of such")
   layers = spec["layers"]
   if not isinstance(layers, list) or not all(
     type(n) is int and 0 <= n < num_layers for n in layers

@@ -29,12 +29,11 @@ from gdn2_jax.interop.folder import (
 from gdn2_jax.interop.header import Lazy
 from gdn2_jax.interop.names import DIALECTS, moves
 from gdn2_jax.interop.tensors import SHARD_BYTES, save_shards
-from gdn2_jax.interop.tree import unflatten_params
+from gdn2_jax.interop.tree import listed, unflatten_params
 from gdn2_jax.model.config import ModelConfig
 
 _METADATA = {"format": "pt"}  # loaders of these folders ask for it
 _PROGRESS_BYTES = 1 << 28  # smaller models are written before one can read it
-_SHOWN = 4
 
 
 def convert(
@@ -129,12 +128,9 @@ def convert(
             write_atomically(staging / name, data)
             names.append(name)
         move_files(staging, out, names)
-  notes += [
-    f"{name}: {count:,} values are not finite (kept)"
-    for name, count in list(bad.items())[:_SHOWN]
-  ]
-  if len(bad) > _SHOWN:
-    notes.append(f"{len(bad)} tensors with values that are not finite")
+  if bad:
+    counts = [f"{count:,} in {name}" for name, count in bad.items()]
+    notes.append(f"values that are not finite (kept): {listed(counts)}")
   files = sorted(path.name for path in out.iterdir())
   return Report(source, target, opened, written, plan, files, notes)
 

@@ -248,7 +248,9 @@ def test_what_is_not_finite_is_kept_and_reported(tmp_path):
   tensors["transformer.ln_f.weight"][:2] = np.nan, np.inf
   src = checkpoints.write(tmp_path / "src", (tensors, config))
   report = run(src, tmp_path / "out", "official", "gdn2_jax")
-  assert report.notes == ["final_norm.weight: 2 values are not finite (kept)"]
+  assert report.notes == [
+    "values that are not finite (kept): 2 in final_norm.weight"
+  ]
   found = checkpoints.read(tmp_path / "out")["final_norm.weight"]
   assert np.array_equal(found, tensors["transformer.ln_f.weight"], True)
 

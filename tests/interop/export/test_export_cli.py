@@ -29,10 +29,11 @@ def done(workdir):
   (folder / "notes" / "diary.txt").write_text("x")
   run, out = f"--workdir={workdir}", f"--out={folder / 'model'}"
   half = [f"--model={folder / 'model'}", f"--out={folder / 'half'}"]
+  programs = ["--program", "--platforms=cpu", "--chunk_size=16"]
   commands = {
     "run": [run, out, "--license=mit", "--name=Tiny"],
     "again": [run, out],
-    "half": [*half, "--param_dtype=bfloat16", "--program", "--platforms=cpu"],
+    "half": [*half, "--param_dtype=bfloat16", *programs],
     "overwrite": [*half, "--overwrite"],
     "no model": [out],
     "two models": [run, "--model=x", out],
