@@ -194,6 +194,10 @@ DAMAGE = {
     change_manifest(files={"x": {"bytes": 1, "sha256": 0}}),
     "'x'",
   ),
+  "more than a hash": (
+    change_manifest(files={"x": {"bytes": 1, "sha256": "0" * 64, "mode": 7}}),
+    "'mode': 7}: expected a plain file name, with bytes and sha256",
+  ),
   "added weights": (other_weights, "not in manifest"),
   "tokenizer": (
     lambda f: reseal(f, "tokenizer.json", b"{}"),
