@@ -11,9 +11,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from gdn2_jax import files
 from gdn2_jax.config_class import config_class
 from gdn2_jax.data import batches as streams
-from gdn2_jax.data import files, sources
+from gdn2_jax.data import sources
 from gdn2_jax.data.batches import Batch, TrainBatches
 from gdn2_jax.data.packed import folder as packed
 from gdn2_jax.data.packed.rows import PackedRows, check_batch

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import tokenizers
 import tqdm
 
-from gdn2_jax.data import files
+from gdn2_jax import files
 from gdn2_jax.data.build import build, recipe
 from gdn2_jax.data.packed import folder as packed
 from gdn2_jax.data.text import corpus, readers

@@ -19,7 +19,6 @@ import tqdm
 from absl import flags
 
 from gdn2_jax import cli
-from gdn2_jax.data.files import write_atomically
 from gdn2_jax.data.pipeline import open_dataset
 from gdn2_jax.eval.ngram import ngram_baselines
 from gdn2_jax.eval.perplexity import (
@@ -30,6 +29,7 @@ from gdn2_jax.eval.perplexity import (
 )
 from gdn2_jax.eval.report import LossReport, format_positions, format_table
 from gdn2_jax.eval.targets import num_batches
+from gdn2_jax.files import write_atomically
 from gdn2_jax.sharding import MeshConfig, make_mesh, use_mesh
 from gdn2_jax.train.checkpoint import Run, load_run
 

@@ -28,8 +28,8 @@ from jax.sharding import Mesh
 
 import gdn2_jax
 from gdn2_jax import config_json
-from gdn2_jax.data.files import sha256_file, sync_folder, write_atomically
 from gdn2_jax.data.tokenizer.api import load_tokenizer
+from gdn2_jax.files import sha256_file, sync_folder, write_atomically
 from gdn2_jax.interop.card import Card, render_card
 from gdn2_jax.interop.disk import (
   is_plain_name,

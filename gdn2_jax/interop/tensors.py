@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from gdn2_jax.data.files import sync_folder, write_atomically
+from gdn2_jax.files import sync_folder, write_atomically
 from gdn2_jax.interop.disk import PICKLES, is_plain_name, json_bytes, read_json
 from gdn2_jax.interop.header import DTYPES, Lazy, read_header
 

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import pathlib
-import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
+from gdn2_jax.files import write_atomically
 from gdn2_jax.kernels.errors import relative_rms
 
 # In units of the dtype's rounding: the kernels' largest error in any output of
@@ -182,9 +182,5 @@ def _read():
 def _remember(key, error):
   """Adds to the file in one step; a cache that cannot be written is no loss."""
   with contextlib.suppress(OSError, RuntimeError):
-    path = _path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "w") as file:
-      json.dump(_read() | {key: error}, file, indent=1)
-    os.replace(name, path)
+    text = json.dumps(_read() | {key: error}, indent=1)
+    write_atomically(_path(), text.encode())

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from gdn2_jax.data.files import sha256_file
 from gdn2_jax.data.tokenizer.api import BytesTokenizer
+from gdn2_jax.files import sha256_file
 from gdn2_jax.interop import Card, load_model, save_model
 from gdn2_jax.interop import folder as folder_lib
 from gdn2_jax.sharding import MeshConfig, make_mesh

@@ -23,7 +23,7 @@ from typing import Any
 
 import tqdm
 
-from gdn2_jax.data import files
+from gdn2_jax import files
 from gdn2_jax.data.build import recipe, shard
 from gdn2_jax.data.build.workers import run_tasks
 from gdn2_jax.data.packed import folder as packed

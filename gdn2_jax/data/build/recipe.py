@@ -17,7 +17,7 @@ from typing import Any
 
 import tqdm
 
-from gdn2_jax.data import files
+from gdn2_jax import files
 from gdn2_jax.data.packed import folder as packed
 from gdn2_jax.data.text import corpus, readers
 from gdn2_jax.data.tokenizer.api import Tokenizer, open_tokenizer

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gdn2_jax.data import files
+from gdn2_jax import files
 from gdn2_jax.data.build.recipe import Options, Task
 from gdn2_jax.data.packed import folder as packed
 from gdn2_jax.data.text import readers

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from gdn2_jax.data import files
+from gdn2_jax import files
 from gdn2_jax.data.packed.arrays import ShardedOffsets, ShardedTokens
 from gdn2_jax.data.packed.rows import PackedRows
 from gdn2_jax.data.tokenizer.api import Tokenizer, load_tokenizer

@@ -21,7 +21,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
-from gdn2_jax.data import files
+from gdn2_jax import files
 from gdn2_jax.data.text import extension_docs
 
 SOURCES = ("embedded", "snapshot")

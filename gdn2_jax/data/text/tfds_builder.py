@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow
 import tensorflow_datasets as tfds
 
-from gdn2_jax.data import files
+from gdn2_jax import files
 from gdn2_jax.data.text import fineweb_edu, readers
 
 _DESCRIPTION = """

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import SupportsIndex
 
-from gdn2_jax.data import files
+from gdn2_jax import files
 
 
 class Tokenizer(abc.ABC):

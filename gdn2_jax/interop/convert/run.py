@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from gdn2_jax.data.files import write_atomically
 from gdn2_jax.data.tokenizer.api import BPETokenizer, load_tokenizer
+from gdn2_jax.files import write_atomically
 from gdn2_jax.interop.card import Card
 from gdn2_jax.interop.convert.opened import CONFIGS, Opened, open_model
 from gdn2_jax.interop.convert.options import OURS, Options

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 
-from gdn2_jax.data.files import write_atomically
+from gdn2_jax.files import write_atomically
 
 _PACKAGES = (
   "gdn2-jax",

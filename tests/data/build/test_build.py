@@ -2,7 +2,7 @@
 
 import pytest
 
-from gdn2_jax.data import files
+from gdn2_jax import files
 from gdn2_jax.data.build import recipe, shard
 from gdn2_jax.data.packed import folder as packed
 from gdn2_jax.data.text import readers

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from gdn2_jax.data import files
+from gdn2_jax import files
 from gdn2_jax.data.packed.folder import SPLITS, open_packed
 from gdn2_jax.data.text.corpus import is_held_out
 from tests.data.packing import borders, documents, pack

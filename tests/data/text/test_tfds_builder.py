@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from gdn2_jax.data import __main__, files
+from gdn2_jax import files
+from gdn2_jax.data import __main__
 from gdn2_jax.data.pipeline import DataConfig, open_dataset
 from gdn2_jax.data.text import fineweb_edu, readers, tfds_builder
 from tests.data import parquet_files
