@@ -12,7 +12,7 @@ model instead. The text ends at the end of a document or after
 --max_new_tokens; Ctrl-C ends it earlier. The same flags give the same text.
 Speed is reported on standard error.
 
-A conversation that goes on, in another process and days later:
+A conversation continues in another process, days later:
 
   python -m gdn2_jax.generate --workdir=runs/tiny --session=talk.safetensors \
     --prompt="Return the"
@@ -20,17 +20,17 @@ A conversation that goes on, in another process and days later:
   python -m gdn2_jax.generate --workdir=runs/tiny --session=talk.safetensors \
     --prompt=" and then"
 
-The first call makes the file, each later one goes on where the text stopped,
-with --prompt added to it where there is one, and replaces the file. The text
-so far is not read again: the file holds what the model remembers of it, and is
-as large after a million tokens as after one. It fits this model, these weights
-and this tokenizer alone. Two calls give exactly the tokens of one long call
-with the same flags; the seed is in the file. A document that has ended goes on
-where its end would be, and only with a --prompt. A call that is killed leaves
-the file as it was.
+The first call makes the file. Each later one continues the text, after adding
+--prompt if it is given, and replaces the file. The text so far is not read
+again: the file holds the state of the model after it, which is as large after a
+million tokens as after one. It is valid for this model, these weights and this
+tokenizer alone. Two calls give exactly the tokens of one long call with the
+same flags; the seed is in the file. A document that has ended continues in
+place of its end, and only with a --prompt. A call that is killed leaves the
+file as it was.
 
-Exit status: 0 done, 1 refused, or ended for want of finite logits (the reason
-is on standard error, and a session file is left as it was), 130 Ctrl-C twice.
+Exit status: 0 done; 1 refused, or logits that are not finite (the reason is on
+standard error, and a session file is left as it was); 130 Ctrl-C twice.
 """
 
 import dataclasses
@@ -40,7 +40,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from absl import flags
@@ -67,7 +66,7 @@ _SESSION = flags.DEFINE_string(
   "session",
   None,
   "File of a conversation: made with --prompt if it does not exist, else "
-  "continued, with or without one.",
+  "continued, with or without --prompt.",
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
@@ -77,7 +76,7 @@ _TEMPERATURE = flags.DEFINE_float(
   "temperature", 0.8, "Below 1 sharpens, above 1 flattens; 0 is --greedy."
 )
 _TOP_K = flags.DEFINE_integer(
-  "top_k", 0, "Draw among so many most probable tokens only; 0 = all."
+  "top_k", 0, "Draw among this many most probable tokens only; 0 = all."
 )
 _TOP_P = flags.DEFINE_float(
   "top_p",
@@ -91,10 +90,10 @@ _GREEDY = flags.DEFINE_bool(
 _SEED = flags.DEFINE_integer(
   "seed",
   None,
-  "Of the draws, 0 to 2**32 - 1; by default that of the session, else 0.",
+  "Seed of the draws, 0 to 2**32 - 1; by default that of the session, or 0.",
 )
 _STEP = flags.DEFINE_integer(
-  "step", None, "Which checkpoint of the workdir; by default the newest."
+  "step", None, "Step of the checkpoint to load; by default the newest."
 )
 _SELF_CHECK = cli.define_self_check()
 
@@ -113,7 +112,7 @@ def main(argv: list[str]) -> None:
     if _SESSION.value:
       identity = identify(model.params, model.config, model.tokenizer)
     ids = model.tokenizer.encode(_PROMPT.value or "")
-    session = _begin(model, identity, len(ids))
+    session = _begin(identity, len(ids))
     sampler = dataclasses.replace(
       sampler, vocab_size=model.tokenizer.vocab_size
     )
@@ -130,12 +129,13 @@ def main(argv: list[str]) -> None:
     report = f"{name}, {len(ids)} prompt tokens{printer.speed()}"
     if identity is not None:
       _save(session, generated, ended, ids, identity)
-      report += f"; {_SESSION.value}: {_length(generated, ended)} so far"
+      length = int(generated.state.position[0]) + (not ended)
+      report += f"; {_SESSION.value}: {length} tokens so far"
     print(f"[{report}]", file=sys.stderr)
 
 
 def _check_flags() -> Sampler:
-  """The sampler of the flags, after checking what costs nothing to check."""
+  """Refuses bad flags before anything is loaded; returns the sampler."""
   if not _WORKDIR.value and not _MODEL.value:
     raise ValueError(
       "--workdir is missing, e.g. --workdir=runs/tiny; or --model, a folder "
@@ -161,7 +161,7 @@ def _check_flags() -> Sampler:
 
 
 def _check_session(file: str) -> None:
-  """Refuses early what could not be read or written in the end."""
+  """Refuses a file that could not be read or written in the end."""
   path = pathlib.Path(file)
   if not file or path.is_dir():
     raise ValueError(f"--session={file}: expected a file")
@@ -169,20 +169,21 @@ def _check_session(file: str) -> None:
     raise ValueError(
       f"--session={file}: no such file; a new conversation needs --prompt"
     )
-  if not path.absolute().parent.is_dir():
+  folder = path.absolute().parent
+  if not folder.is_dir():
     raise ValueError(f"--session={file}: no such folder: {path.parent}")
-  if not os.access(path.absolute().parent, os.W_OK):
+  if not os.access(folder, os.W_OK):
     raise ValueError(f"--session={file}: cannot write to {path.parent}")
 
 
 def _load_model() -> tuple[str, Model]:
-  """The model of --workdir or --model, and what reports call it."""
+  """The model of --workdir or --model, and its name in reports."""
   if _MODEL.value:
     model = load_model(_MODEL.value)
     if model.tokenizer is None:
       raise ValueError(
-        f"--model={_MODEL.value}: it has no tokenizer.json, so it can neither "
-        "read nor write text"
+        f"--model={_MODEL.value}: the folder has no tokenizer.json, so the "
+        "model can neither read nor write text"
       )
     return pathlib.Path(_MODEL.value).absolute().name, model
   run = load_run(_WORKDIR.value, _STEP.value)
@@ -193,22 +194,9 @@ def _load_model() -> tuple[str, Model]:
   return f"step {run.step}", Model(run.config.model, run.params, run.tokenizer)
 
 
-@dataclasses.dataclass
-class _Start:
-  """Where the text goes on: a Session, or nothing yet."""
-
-  state: Any = None
-  pending: int | None = None
-  draws: int = 0
-  seed: int = 0
-  tail: tuple[int, ...] = ()
-
-
-def _begin(
-  model: Model, identity: Identity | None, prompt_tokens: int
-) -> Session | _Start:
+def _begin(identity: Identity | None, prompt_tokens: int) -> Session:
   """The session of the file, or a new one; with the seed of the flag."""
-  session = _Start()
+  session = Session(state=None, pending=None, draws=0, seed=0)
   if identity is not None and os.path.exists(_SESSION.value):
     # The token that the state has not read yet is one more.
     room = 1 + prompt_tokens + _MAX_NEW_TOKENS.value
@@ -225,7 +213,7 @@ def _begin(
 
 def _generate(
   model: Model,
-  session: Session | _Start,
+  session: Session,
   ids: list[int],
   sampler: Sampler,
   printer: "_Printer",
@@ -270,12 +258,8 @@ def _save(session, generated, ended, ids, identity) -> None:
   )
 
 
-def _length(generated: Generated, ended: bool) -> str:
-  return f"{int(generated.state.position[0]) + (not ended)} tokens"
-
-
 class _Interrupt:
-  """Ctrl-C as a wish: enough read, end here; a second one is an order."""
+  """Notes the first Ctrl-C, which ends the text; the second one exits."""
 
   came = False
 
@@ -296,11 +280,11 @@ class _Interrupt:
 
 
 class _Printer:
-  """Text to standard output as it comes, and how fast it came.
+  """Prints text as it comes, and measures its speed.
 
   Args:
-    decode: token ids to text.
-    tail: the last tokens of the text before, not to be printed again.
+    decode: maps token ids to text.
+    tail: the last tokens of the earlier text, which is not printed again.
   """
 
   def __init__(self, decode: Callable[[list[int]], str], tail: tuple[int, ...]):
@@ -310,9 +294,9 @@ class _Printer:
     self._start = time.perf_counter()
 
   def prompt(self, prompt: str | None, ids: list[int]) -> None:
-    """Prints more text of the user's."""
+    """Prints text of the user."""
     if prompt:
-      # A character that the text before left unfinished stays so.
+      # A character that the earlier text left unfinished stays so.
       _print(self._text.flush() + prompt)
       self._text = _stream_after(self._decode, ids[-_TAIL:])
 
@@ -322,11 +306,11 @@ class _Printer:
     _print("".join(self._text.push(token) for token in tokens))
 
   def end(self, complete: bool) -> None:
-    """Ends the line; if no more can follow, with what was held back."""
+    """Ends the line; if no more can follow, with the text held back."""
     _print((self._text.flush() if complete else "") + "\n")
 
   def speed(self) -> str:
-    """What there is to say about time, as the tail of a sentence."""
+    """Latency, speed and number of tokens, as the end of a sentence."""
     times, report = self._times, ""
     if times:
       report = f", first token after {times[0]:.2f} s with compilation"
@@ -338,7 +322,7 @@ class _Printer:
 
 
 def _stream_after(decode, tokens) -> TextStream:
-  """A TextStream that has shown these tokens already."""
+  """A TextStream that has returned the text of these tokens already."""
   text = TextStream(decode)
   for token in tokens:
     text.push(token)

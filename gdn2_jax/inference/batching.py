@@ -28,18 +28,17 @@ _put_in_place = jax.jit(put, donate_argnums=0)
 
 @dataclasses.dataclass(eq=False)
 class Completion:
-  """What becomes of one request of a `Batcher`.
+  """Result of one request of a `Batcher`, filled while it is decoded.
 
   Attributes:
     tokens: ids chosen so far, without the stop id that ended them.
-    done: no more will come.
-    error: None, or why the request ended before its time: a `NonFiniteError`
-      where the model gave it no finite logits, or what its start raised. It has
-      no state then.
-    state: if it was to be kept, once done: of one sequence, which has read the
+    done: True once the request has ended.
+    error: None, or the reason of an early end: a `NonFiniteError` for logits
+      that are not finite, or the exception of its start. Then it has no state.
+    state: with keep_state, once done: state of one sequence, which has read the
       prompt and all tokens chosen but the last.
-    pending: with `state`: the last token chosen, which whatever follows begins
-      with. None if no token was chosen.
+    pending: with `state`: the last token chosen, with which a continuation
+      begins. None if no token was chosen.
     index: with `state`: tokens chosen, a stop id included.
   """
 
@@ -63,10 +62,10 @@ class Batcher:
   """Decodes requests in a fixed number of slots, the rows of one state.
 
   A request waits for a free slot, is read into it, and leaves it when it ends.
-  All slots are decoded by one compiled program, whatever the requests in them
-  ask for. A request's tokens depend on the request alone: neither on what
-  decodes beside it nor on when it came. One that gets no finite logits ends
-  with an `error` of its own, and the others go on.
+  One compiled program decodes all slots, for any settings of the requests in
+  them. A request's tokens depend on the request alone: neither on the requests
+  beside it nor on when it came. One without finite logits ends with its own
+  `error`, and the others continue.
 
     batcher = Batcher(params, config, 8)
     completion = batcher.submit(prompt, 100, rng=jax.random.key(0))
@@ -78,9 +77,9 @@ class Batcher:
 
   Args:
     params: unboxed parameters of LM(config).
-    config: of the model.
+    config: model config.
     num_slots: requests that are decoded together, >= 1. Time per step and
-      memory are those of a batch of so many rows, however few are taken.
+      memory are those of a batch of num_slots rows, even if few are taken.
     max_length: tokens of a request, prompt and new ones together; needed by
       models with full attention alone.
     tokens_per_dispatch: >= 1; does not change the tokens.
@@ -125,7 +124,7 @@ class Batcher:
 
   @property
   def waiting(self) -> int:
-    """Requests that no slot has been free for."""
+    """Requests that wait for a free slot."""
     return len(self._waiting)
 
   def submit(
@@ -141,22 +140,22 @@ class Batcher:
     on_tokens: Callable[[list[int]], Any] | None = None,
     keep_state: bool = False,
   ) -> Completion:
-    """Asks for the tokens that `generate` gives for [prompt].
+    """Requests the tokens that `generate` gives for [prompt].
 
     Args:
       prompt: non-empty token ids.
       max_new_tokens: >= 1.
       rng: one typed key.
-      sampler: how a token is chosen.
+      sampler: temperature, top_k and top_p.
       stop_ids: tokens that end the request.
-      state: of one sequence, which the prompt continues; donated.
+      state: state of one sequence, which the prompt continues; donated.
       index: n of the first token.
-      on_tokens: called in `step` with the new ids as they come; to end the
-        request there it returns True.
-      keep_state: whether the completion gets its final state.
+      on_tokens: called in `step` with the new ids as they come; returning True
+        ends the request there.
+      keep_state: True gives the completion its final state.
 
     Raises:
-      ValueError: as `generate`, at once.
+      ValueError: as `generate`, at the call.
     """
     request = Request(
       self._state.config,
@@ -189,13 +188,13 @@ class Batcher:
       pass
 
   def step(self) -> bool:
-    """Fills free slots, chooses some tokens for all, hands them out.
+    """Fills free slots, chooses some tokens for all, calls `on_tokens`.
 
     Ends early when a request does, so that its slot is soon taken again.
     Raises nothing for a request without finite logits: see its `error`.
 
     Returns:
-      Whether anything is left to do.
+      True while a request is active or waiting.
     """
     self._release()
     admitted = self._admit()
@@ -229,7 +228,7 @@ class Batcher:
     return bool(self.active or self._waiting)
 
   def _admit(self) -> bool:
-    """Reads waiting requests into free slots."""
+    """Reads waiting requests into free slots; True if there was one."""
     free = [i for i, used in enumerate(self._slots) if used is None]
     admitted = False
     while free and self._waiting:
@@ -241,7 +240,7 @@ class Batcher:
         self._fill(free[0], completion)
       except BaseException as error:
         completion.error = error
-        completion.done = True  # nobody waits for it in vain
+        completion.done = True  # or its caller would wait for ever
         raise
       free.pop(0)
       admitted = True
@@ -259,7 +258,7 @@ class Batcher:
     self._rows = self._rows.replace(key=jnp.concatenate(self._keys))
 
   def _release(self):
-    """Frees the slots of requests that ended, by themselves or cancelled."""
+    """Frees the slots of requests that ended or were cancelled."""
     for slot, completion in enumerate(self._slots):
       if completion is None:
         continue

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from gdn2_jax.model.config import ModelConfig
@@ -26,12 +25,12 @@ class NonFiniteError(ValueError):
 
   Args:
     name: argument whose rows these are.
-    failures: what happened, by row; at least one.
+    failures: description of each failure, by row; at least one.
     tokens: see below.
 
   Attributes:
     rows: the rows at fault, in ascending order.
-    tokens: of `generate`: B lists of the ids chosen, complete in all rows but
+    tokens: from `generate`, B lists of the ids chosen, complete in all rows but
       those at fault; else None.
   """
 
@@ -49,7 +48,7 @@ class NonFiniteError(ValueError):
 
 
 def is_concrete(value: Any) -> bool:
-  """Whether `value` has numbers, as it has not while jit traces."""
+  """True for a value with numbers, False for one that jit traces."""
   return not isinstance(value, jax.core.Tracer)
 
 
@@ -74,12 +73,10 @@ def require_key(name: str, key: Any) -> None:
     )
 
 
-def require_ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
-  """Returns token ids, a list or an array on the host, as int32 [n].
-
-  Raises:
-    ValueError: not one-dimensional, not integers, or not in [0, vocab_size).
-  """
+def require_ids(
+  name: str, ids: Any, vocab_size: int, least: int = 0
+) -> np.ndarray:
+  """Checks a list or array of ids in [0, vocab_size); returns int32 [n]."""
   try:
     array = np.asarray(ids)
   except ValueError as e:
@@ -89,6 +86,8 @@ def require_ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
       f"{name}: expected a list of token ids, got {type(ids).__name__} of "
       f"shape {array.shape}"
     )
+  if array.size < least:
+    raise ValueError(f"{name}: expected at least one token, got none")
   if array.size:
     _require_integers(name, array)
     _require_range(name, array, vocab_size)
@@ -96,12 +95,13 @@ def require_ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
 
 
 def require_alive(state: Any) -> None:
-  """Raises ValueError if a buffer of the state was given away."""
+  """Raises ValueError if a buffer of the state was donated."""
   for leaf in jax.tree.leaves(state):
     if is_concrete(leaf) and isinstance(leaf, jax.Array) and leaf.is_deleted():
       raise ValueError(
-        "state: was donated to an earlier call, which reused its buffers; go "
-        "on with the state which that call returned, or fork(state, 1) before"
+        "state: was donated to an earlier call, which reused its buffers; "
+        "continue with the state which that call returned, or fork(state, 1) "
+        "before"
       )
 
 
@@ -119,13 +119,7 @@ def require_state(state: Any, config: ModelConfig, batch_size: int) -> None:
 
 
 def require_room(position: Any, count: Any, max_length: int | None) -> None:
-  """Raises ValueError unless rows at `position` may go on by `count` tokens.
-
-  Args:
-    position: tokens read so far, of one or of every row.
-    count: tokens to come, of one or of every row.
-    max_length: tokens that a row may have; None: as many as int32 counts.
-  """
+  """Raises ValueError if `count` tokens from `position` exceed max_length."""
   limit = MAX_POSITION if max_length is None else max_length
   total = np.asarray(jax.device_get(position), np.int64) + count
   if (total > limit).any():
@@ -192,10 +186,7 @@ def _require_range(name, ids, vocab_size) -> None:
 
 
 def require_params(params: Any, config: ModelConfig) -> None:
-  """Raises ValueError unless `params` are unboxed parameters of LM(config).
-
-  Compares names and shapes alone. Called where a program is traced.
-  """
+  """Raises ValueError unless names and shapes are those of LM(config)."""
   want, got = _param_shapes(config), _shapes(params)
   for name in sorted(want.keys() | got.keys()):
     if want.get(name) != got.get(name):
@@ -214,15 +205,11 @@ def _param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _shapes(params) -> dict[str, tuple[int, ...]]:
-  def is_box(leaf):
-    return isinstance(leaf, nn.meta.AxisMetadata)
-
-  def array(leaf):
-    return leaf.unbox(apply_constraint=False) if is_box(leaf) else leaf
-
-  leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
+  # Boxes of axis names add keys of another kind to a path.
+  keyed = jax.tree_util.DictKey
+  leaves = jax.tree_util.tree_leaves_with_path(params)
   return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): array(leaf).shape
+    "/".join(str(e.key) for e in path if isinstance(e, keyed)): leaf.shape
     for path, leaf in leaves
   }
 
@@ -232,15 +219,12 @@ def _tell(shape) -> str:
 
 
 def is_usable(logits: Float[Array, "*b VOCAB"]) -> Bool[Array, "*b"]:
-  """Whether a token can be chosen: no NaN, no +inf, and not -inf alone."""
+  """True where a token can be chosen: no NaN, no +inf, not -inf alone."""
   return jnp.isfinite(jnp.max(logits, axis=-1))
 
 
 def find_causes(params: Any, state: Any, rows: Sequence[int]) -> dict[int, str]:
-  """Whether weights or state made the logits of these rows non-finite, by row.
-
-  Reads all of both: only after a failure.
-  """
+  """Cause of non-finite logits, by row; reads all weights and states."""
   params_ok, rows_ok = jax.device_get(_finite_parts(params, state.cache))
   leaves = jax.tree_util.tree_leaves_with_path(params_ok)
   bad = [path for path, ok in leaves if not ok]
@@ -256,7 +240,7 @@ def find_causes(params: Any, state: Any, rows: Sequence[int]) -> dict[int, str]:
 
 @jax.jit
 def _finite_parts(params, cache):
-  """Whether all is finite: per parameter, and per row of a cache [B]."""
+  """True where all is finite: per parameter, and per row of a cache [B]."""
 
   def rows(leaf):
     return jnp.isfinite(leaf).all(axis=(0, *range(2, leaf.ndim)))

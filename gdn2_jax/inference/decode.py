@@ -1,4 +1,4 @@
-"""The loop on the device: several tokens of many rows in one dispatch."""
+"""Decoding loop on the device: several tokens of many rows per dispatch."""
 
 import functools
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _FAILED = -1  # among the tokens: no finite logits to choose one from
 
 @struct.dataclass
 class Rows:
-  """What decides the next tokens of B rows, beside their state.
+  """Inputs of the next tokens of B rows, beside their state.
 
   A row's `token` is chosen, but its state has not read it.
 
@@ -28,8 +28,8 @@ class Rows:
     index: [B] int32, tokens chosen so far; the next is drawn with
       fold_in(key, index).
     limit: [B] int32, the index at which a row ends.
-    done: [B] bool, a row ended: at its limit, by choosing a stop id, or for
-      want of finite logits.
+    done: [B] bool, a row ended: at its limit, at a stop id, or because its
+      logits were not finite.
     key: [B] typed keys.
     stops: [B, S] int32 stop ids; -1 is none.
     sampler: Sampler for all rows, or RowSamplers.
@@ -55,20 +55,12 @@ def decode_block(
 
   Ends early when every row is done or, if `pause`, as soon as another row is:
   only then has that row's state read exactly the tokens before its last.
-  A row that is done keeps token and index, but its state reads on.
-
-  Args:
-    params: unboxed parameters.
-    state: of B sequences; donated.
-    rows: where they are.
-    count: int32, not static: one program serves every count.
-    pause: bool, not static.
-    size: columns of the output.
+  A row that is done keeps token and index, but its state reads on. `state` is
+  donated. `count` and `pause` are not static: one program serves all.
 
   Returns:
-    tokens [B, size] int32, of which row i has the first (new index - old index)
-    columns, followed by -1 where its logits were not finite; the new state; the
-    new rows.
+    Tokens [B, size] int32, of which row i has the first (new index - old index)
+    columns, followed by -1 if its logits were not finite; new state; new rows.
   """
   before = rows.done
 
@@ -93,7 +85,7 @@ def decode_block(
 
 
 def _choose(logits, rows):
-  """The rows with one more token where they are not done, and these tokens."""
+  """Adds a token to every row that is not done; returns rows and tokens."""
   failed = ~rows.done & ~is_usable(logits)
   keys = jax.vmap(jax.random.fold_in)(rows.key, rows.index)
   drawn = sample(logits, keys, rows.sampler)
@@ -115,20 +107,11 @@ def decode(
   size: int = TOKENS_PER_DISPATCH,
   pause: bool = False,
 ) -> tuple[list[list[int]], dict[int, str], State, Rows]:
-  """`decode_block` and its results on the host.
-
-  Args:
-    params: unboxed parameters.
-    state: of B sequences; donated.
-    rows: where they are, with `index` and `stops` on the host.
-    count: tokens per row at most, 1 to size.
-    size: decides the compiled program.
-    pause: whether to end as soon as another row is done.
+  """Runs `decode_block`; `index` and `stops` of the rows are on the host.
 
   Returns:
-    The new tokens of each row, without the stop id that ended it; for each row
-    that ended without finite logits, by number, at which token and why; the new
-    state; and the new rows, whose token, index and done are on the host.
+    The new tokens of each row, without the stop id that ended it; failures by
+    row; the new state; and new rows with token, index and done on the host.
   """
   require_alive(state)
   tokens, state, new = decode_block(

@@ -18,7 +18,7 @@ from gdn2_jax.model.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-  """Result of `generate` with return_state: what a continuation needs.
+  """Result of `generate` with return_state: the start of a continuation.
 
   Attributes:
     tokens: B lists of ids.

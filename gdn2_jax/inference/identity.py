@@ -6,13 +6,13 @@ A state is valid for one model only, and its numbers do not show for which.
 import concurrent.futures
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from gdn2_jax.files import sha256_bytes
 from gdn2_jax.interop.tree import flatten_params
 from gdn2_jax.model.config import EXECUTION, LAYOUT, ModelConfig, without
 
@@ -39,7 +39,7 @@ class Identity:
   @functools.cached_property
   def model(self) -> str:
     """SHA-256 of `function`."""
-    return hash_text(self.function)
+    return sha256_bytes(self.function.encode())
 
 
 def identify(
@@ -70,21 +70,15 @@ def function_of(config: ModelConfig) -> str:
   return json.dumps(tree, sort_keys=True, separators=(",", ":"))
 
 
-def hash_text(text: str) -> str:
-  """Hex SHA-256 of a text."""
-  return hashlib.sha256(text.encode()).hexdigest()
-
-
 def hash_tensors(tensors: Mapping[str, np.ndarray]) -> str:
   """Hex SHA-256 of names, dtypes, shapes and bits, in any order of names."""
   # In threads: hashlib releases the interpreter lock.
   with concurrent.futures.ThreadPoolExecutor() as pool:
     lines = pool.map(_hash_tensor, tensors.keys(), tensors.values())
-    return hash_text("\n".join(sorted(lines)))
+    return sha256_bytes("\n".join(sorted(lines)).encode())
 
 
 def _hash_tensor(name: str, x: np.ndarray) -> str:
   # As bytes, because NumPy has no buffer protocol for bfloat16.
   data = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
-  digest = hashlib.sha256(data).hexdigest()
-  return f"{name} {x.dtype} {list(x.shape)} {digest}"
+  return f"{name} {x.dtype} {list(x.shape)} {sha256_bytes(data)}"

@@ -25,11 +25,7 @@ from gdn2_jax.model.config import ModelConfig
 
 @dataclasses.dataclass
 class Request:
-  """The arguments of `gdn2_jax.inference.generate`, which explains them.
-
-  Raises:
-    ValueError: as `generate`; before anything is computed.
-  """
+  """Arguments of `generate`, checked before anything is computed."""
 
   config: ModelConfig
   prompts: Any
@@ -46,18 +42,14 @@ class Request:
     require_count("max_new_tokens", self.max_new_tokens)
     require_key("rng", self.rng)
     self.sampler.check(vocab_size)
-    stops = require_ids("stop_ids", self.stop_ids, vocab_size)
-    self.stop_ids = stops.tolist()
+    self.stop_ids = require_ids("stop_ids", self.stop_ids, vocab_size).tolist()
     self.prompts = [
-      require_ids(f"prompts[{i}]", prompt, vocab_size)
+      require_ids(f"prompts[{i}]", prompt, vocab_size, least=1)
       for i, prompt in enumerate(self.prompts)
     ]
     batch_size = len(self.prompts)
     if not batch_size:
       raise ValueError("prompts: expected at least one prompt, got none")
-    for i, prompt in enumerate(self.prompts):
-      if not prompt.size:
-        raise ValueError(f"prompts[{i}]: expected at least one token, got none")
     position, limit = 0, None
     if self.state is not None:
       require_state(self.state, self.config, batch_size)

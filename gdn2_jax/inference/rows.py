@@ -1,14 +1,12 @@
-"""Rows of a state: copied, put together, taken apart, replaced.
+"""Rows of a state: copied, joined, split, replaced.
 
 Pure functions for use inside and outside of jit, one dispatch each. Every leaf
-of a cache has the rows on axis 1, positions have them on axis 0, and no row
-knows of another, so all of this is exact: bits move and nothing is computed.
-Results share no buffer with their sources, which stay usable even where the
-result is donated.
+of a cache has the rows on axis 1, positions have them on axis 0, and rows are
+independent, so all of this is exact: bits move and nothing is computed.
+Results share no buffer with their sources, which stay usable even if the result
+is donated.
 """
 
-import functools
-import operator
 from collections.abc import Sequence
 
 import jax
@@ -16,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from gdn2_jax.inference.checks import require_alive
+from gdn2_jax.inference.checks import require_alive, require_count
 from gdn2_jax.inference.state import State
 
 
@@ -26,36 +24,29 @@ def fork(state: State, n: int) -> State:
   Read a prompt once, then continue it in several ways.
 
   Args:
-    state: of B sequences; stays usable.
-    n: >= 1.
+    state: state of B sequences; stays usable.
+    n: copies of each row, >= 1.
 
   Returns:
-    A state of B * n sequences.
+    State of B * n sequences.
 
   Raises:
     ValueError: n < 1, or a state that was donated.
   """
   require_alive(state)
-  n = operator.index(n)
-  if n < 1:
-    raise ValueError(f"n: expected >= 1, got {n}")
-  return _fork(state, n=n)
-
-
-@functools.partial(jax.jit, static_argnames=("n",))
-def _fork(state, *, n):
-  return _map(lambda axis, x: jnp.repeat(x, n, axis=axis), state)
+  require_count("n", n)
+  return _take(state, np.repeat(np.arange(state.batch_size), n))
 
 
 def batch(states: Sequence[State]) -> State:
   """The rows of several states of one model as one state, in order.
 
   Args:
-    states: at least one; they may have any numbers of rows and have seen any
-      numbers of tokens.
+    states: at least one; each may have any number of rows, which may have read
+      any numbers of tokens.
 
   Returns:
-    A state of as many sequences as they have together.
+    State of as many sequences as they have together.
 
   Raises:
     ValueError: no state, or states of different models or capacities.
@@ -76,28 +67,28 @@ def _batch(states):
 
 def unbatch(state: State) -> list[State]:
   """Every row as a state of one sequence; the inverse of `batch`."""
-  return [take(state, [row]) for row in range(_rows_of(state))]
+  return [take(state, [row]) for row in range(state.batch_size)]
 
 
 def take(
   state: State, rows: Sequence[int] | Int[Array | np.ndarray, " N"]
 ) -> State:
-  """The named rows, in the order named; one may be named several times.
+  """The rows of these indices, in their order; an index may be repeated.
 
   Args:
-    state: of B sequences; stays usable.
+    state: state of B sequences; stays usable.
     rows: N >= 1 indices in [0, B). Under jit they may be traced, and then
       their values cannot be checked: one outside gives NaN and position -1.
 
   Returns:
-    A state of N sequences.
+    State of N sequences.
 
   Raises:
     ValueError: no index, or (if known) one outside [0, B), or a state that was
       donated.
   """
   require_alive(state)
-  return _take(state, _check_rows(rows, _rows_of(state)))
+  return _take(state, _check_rows(rows, state.batch_size))
 
 
 @jax.jit
@@ -114,15 +105,13 @@ def put(
   rows: int | np.integer | Sequence[int] | Int[Array | np.ndarray, "*N"],
   other: State,
 ) -> State:
-  """Replaces rows: a sequence that is over makes room for a new one.
-
-  Inside jit with `state` donated this is done in place.
+  """Replaces rows by those of another state; in place if jit donates `state`.
 
   Args:
-    state: of B sequences; stays usable.
+    state: state of B sequences; stays usable.
     rows: N different indices in [0, B), or one. Under jit they may be traced,
       and then their values cannot be checked: one outside is left out.
-    other: of N sequences, which take these places in this order.
+    other: state of N sequences, which take these places in this order.
 
   Returns:
     `state` with these rows replaced.
@@ -136,10 +125,10 @@ def put(
   _check_alike("other", other, state)
   if np.ndim(rows) == 0:
     rows = rows[None] if isinstance(rows, jax.Array) else [rows]
-  rows = _check_rows(rows, _rows_of(state))
-  if rows.shape[0] != _rows_of(other):
+  rows = _check_rows(rows, state.batch_size)
+  if rows.shape[0] != other.batch_size:
     raise ValueError(
-      f"rows: expected {_rows_of(other)} indices for the rows of other, got "
+      f"rows: expected {other.batch_size} indices for the rows of other, got "
       f"{rows.shape[0]}"
     )
   if isinstance(rows, np.ndarray) and len(set(rows.tolist())) != len(rows):
@@ -154,10 +143,6 @@ def _put(state, rows, other):
     return x.at[where].set(new, mode="drop")
 
   return _map(replace, state, other)
-
-
-def _rows_of(state: State) -> int:
-  return state.position.shape[0]
 
 
 def _map(f, state: State, *others: State) -> State:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler:
-  """p(i) proportional to exp(logits_i / temperature) over the kept tokens.
+  """Distribution p(i) ~ exp(logits_i / temperature) over the kept tokens.
 
   Tokens are ranked by logit, the lower id first among equals. Kept are the
   first `top_k` ranks, and of these the shortest prefix whose probability
@@ -98,8 +98,8 @@ def row_samplers(samplers: Sequence[Sampler], vocab_size: int) -> RowSamplers:
   """Stacks the samplers of B rows, on the host.
 
   Args:
-    samplers: one per row.
-    vocab_size: of the model.
+    samplers: one sampler per row.
+    vocab_size: vocabulary size of the model.
 
   Raises:
     ValueError: a top_k or vocab_size larger than the model's vocabulary.
@@ -123,7 +123,7 @@ def filter_logits(
 
   Args:
     logits: [B, VOCAB], any float dtype.
-    sampler: what to keep, and the temperature.
+    sampler: ranks to keep, and the temperature.
 
   Returns:
     float32 [B, VOCAB]: logits / temperature up to a constant per row, -inf
@@ -213,7 +213,7 @@ def _ranked(
 
 
 def _sample_rows(logits, keys, samplers: RowSamplers):
-  """`sample` where each row has settings of its own, known at run time only."""
+  """`sample` with settings per row, known at run time only."""
   vocab_size = logits.shape[-1]
   unknown = jnp.arange(vocab_size)[None] >= samplers.vocab_size[:, None]
   logits = jnp.where(unknown, -jnp.inf, logits.astype(jnp.float32))
@@ -221,7 +221,7 @@ def _sample_rows(logits, keys, samplers: RowSamplers):
   shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
   scaled = shifted / jnp.where(greedy, 1.0, samplers.temperature)[:, None]
   ranks_matter = ~greedy & ((samplers.top_k > 0) | (samplers.top_p < 1))
-  # Sorting a vocabulary costs more than all the rest: only where it is needed.
+  # Sorting a vocabulary costs more than all the rest: only if it is needed.
   kept = jax.lax.cond(
     ranks_matter.any(), _drop_ranks, lambda x, _: x, scaled, samplers
   )
@@ -230,7 +230,7 @@ def _sample_rows(logits, keys, samplers: RowSamplers):
 
 
 def _drop_ranks(values, samplers):
-  """-inf in place of the ids that top_k and top_p do not keep."""
+  """Replaces by -inf the ids that top_k and top_p do not keep."""
   vocab_size = values.shape[-1]
   values_BR, ids_BR = jax.lax.top_k(values, vocab_size)
   ranks_BR = jnp.broadcast_to(jnp.arange(vocab_size)[None], values.shape)
@@ -243,7 +243,7 @@ def _drop_ranks(values, samplers):
 
 
 def _nucleus(values_BR, top_p):
-  """Which ranks are kept: the shortest prefix that reaches top_p."""
+  """True for the ranks of the shortest prefix that reaches top_p."""
   p_BR = jax.nn.softmax(values_BR, axis=-1)
   # Mass of the more probable ranks: 0 for the first, so it always stays.
   before_BR = jnp.cumsum(p_BR, axis=-1) - p_BR

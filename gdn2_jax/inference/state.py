@@ -214,7 +214,7 @@ def _extend(params, tokens, lengths, state):
 
 
 def _require_usable(params, state, usable, lengths):
-  """Raises NonFiniteError unless all of `usable` [B, T] are."""
+  """Raises NonFiniteError unless all of `usable` [B, T] is True."""
   failed = np.flatnonzero(~usable.all(axis=1)).tolist()
   if not failed:
     return

@@ -43,13 +43,13 @@ def belongs(run):
 
 @pytest.fixture(scope="module")
 def talks(tmp_path_factory) -> pathlib.Path:
-  """Where the sessions are."""
+  """Folder of the sessions."""
   return tmp_path_factory.mktemp("talks")
 
 
 @pytest.fixture(scope="module")
-def done(workdir, run, published, belongs, talks):
-  """What the calls gave that succeed, by name: one process for all."""
+def good_calls(workdir, run, published, belongs, talks):
+  """Command lines that succeed, by name."""
   ended = Session(
     state=init_state(run.config.model, 1),
     pending=None,
@@ -67,7 +67,7 @@ def done(workdir, run, published, belongs, talks):
     return call(tokens, f"--session={talks / file}", *more, source=source)
 
   prompt, greedy = "--prompt=de f", "--greedy"
-  calls = {
+  return {
     "seed 1": call(12, prompt, "--seed=1"),
     "seed 1 again": call(12, prompt, "--seed=1"),
     "seed 2": call(12, prompt, "--seed=2"),
@@ -85,10 +85,116 @@ def done(workdir, run, published, belongs, talks):
     "ended": talk("ended", 3, "--prompt=x", greedy),
     "help": ["--help"],
   }
-  results = dict(zip(calls, run_many(MODULE, [*calls.values()]), strict=True))
-  shown = results.pop("help")
-  assert {got["code"] for got in results.values()} == {0}, results
-  return {**results, "help": shown}
+
+
+@pytest.fixture(scope="module")
+def refused(workdir, run, published, belongs, tmp_path_factory):
+  """A folder of sessions and models, and refused command lines by message."""
+  folder = tmp_path_factory.mktemp("refused")
+  (folder / "empty").mkdir()
+  model, other = run.config.model, folder / "other"
+  params = jax.tree.map(lambda x: x * 2, run.params)
+  save_model(other, params, model, run.tokenizer)
+  save_model(folder / "mute", params, model)
+  (folder / "text").write_text("no session at all")
+  save_session(
+    folder / "talk",
+    Session(state=init_state(model, 1), pending=None, draws=0, seed=0),
+    belongs,
+  )
+  ok = [f"--workdir={workdir}", "--prompt=x"]
+  talk = f"--session={folder / 'talk'}"
+  return folder, {
+    "--workdir is missing": ["--prompt=x"],
+    "no such directory": [f"--workdir={folder}/none", "--prompt=x"],
+    "no complete checkpoint": [f"--workdir={folder}/empty", "--prompt=x"],
+    "--prompt is missing": [f"--workdir={workdir}"],
+    "--prompt is missing or empty": [f"--workdir={workdir}", "--prompt="],
+    "--step=7: no such checkpoint; have 3": [*ok, "--step=7"],
+    "--max_new_tokens=0": [*ok, "--max_new_tokens=0"],
+    "temperature: expected 0": [*ok, "--temperature=-1"],
+    "top_p: expected": [*ok, "--top_p=1.5"],
+    "top_k: expected": [*ok, "--top_k=-2"],
+    "top_k: expected at most the vocabulary size 259": [*ok, "--top_k=300"],
+    "--seed=-1": [*ok, "--seed=-1"],
+    "expected one of them, got both": [*ok, f"--model={published}"],
+    "--step=3: only a --workdir": [f"--model={published}", "--step=3", ok[1]],
+    "none: no such folder": [f"--model={folder / 'none'}", ok[1]],
+    "not a folder with a published model": [f"--model={workdir}", ok[1]],
+    "has no tokenizer.json": [f"--model={folder / 'mute'}", ok[1]],
+    "a new conversation needs --prompt": [ok[0], f"{talk}x"],
+    "expected a file": [*ok, f"--session={folder}"],
+    "no such folder": [*ok, f"--session={folder / 'no' / 'talk'}"],
+    "not a safetensors file": [*ok, f"--session={folder / 'text'}"],
+    "talk: weights: the file has '": [f"--model={other}", ok[1], talk],
+    "its text has ended; give a --prompt": [ok[0], talk],
+    "top_k: expected at most the vocabulary": [*ok, talk, "--top_k=300"],
+    "promt": [ok[0], "--promt=x"],
+    "unexpected argument 'Return'": [ok[0], "Return", "the"],
+  }
+
+
+@pytest.fixture(scope="module")
+def spoilt(published, run, belongs, tmp_path_factory):
+  """A folder, and command lines with NaN: (argv, text, index, cause)."""
+  folder = tmp_path_factory.mktemp("spoilt")
+  config, tokenizer, ids = run.config.model, run.tokenizer, list(b"de f")
+  logits, _ = prefill(
+    run.params, np.array([ids]), np.array([4]), init_state(config, 1)
+  )
+  first = int(logits[0, : tokenizer.vocab_size].argmax())
+  assert first not in [*ids, tokenizer.eos_id]
+  for name, params in {
+    "norm": damage_params(run.params, "final_norm/weight"),
+    "word": damage_params(run.params, "embedding/table", first),
+  }.items():
+    save_model(folder / name, params, config, tokenizer)
+  state = damage_state(init_state(config, 1), 0)
+  talk = Session(state=state, pending=None, draws=5, seed=0)
+  save_session(folder / "talk", talk, belongs)
+
+  def call(model, *more):
+    return [f"--model={model}", "--prompt=de f", "--max_new_tokens=9", *more]
+
+  new, talk = (f"--session={folder / name}" for name in ("new", "talk"))
+  norm = "params: NaN or infinity in final_norm/weight"
+  word = "params: NaN or infinity in embedding/table"
+  row = "state: NaN or infinity in this row, none in params"
+  return folder, [
+    (call(folder / "norm"), "", 0, norm),
+    (call(folder / "norm", new, "--greedy"), "", 0, norm),
+    (call(folder / "word", "--greedy"), tokenizer.decode([first]), 1, word),
+    (call(published, talk), "", 5, row),
+  ]
+
+
+@pytest.fixture(scope="module")
+def results(good_calls, refused, spoilt):
+  """Results of all these command lines, in one process: good, refused, spoilt.
+
+  With what the folder of refused calls and the session with NaN were before.
+  """
+  groups = [
+    list(good_calls.values()),
+    list(refused[1].values()),
+    [argv for argv, *_ in spoilt[1]],
+  ]
+  before = times_of(refused[0]), (spoilt[0] / "talk").read_bytes()
+  done = iter(run_many(MODULE, [argv for group in groups for argv in group]))
+  return *([next(done) for _ in group] for group in groups), before
+
+
+def times_of(folder):
+  return {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def done(good_calls, results):
+  """Results of the calls that succeed, by name."""
+  done = dict(zip(good_calls, results[0], strict=True))
+  shown = done.pop("help")
+  assert {got["code"] for got in done.values()} == {0}, done
+  return {**done, "help": shown}
 
 
 def test_text_goes_to_stdout_and_speed_to_stderr(workdir):
@@ -151,61 +257,16 @@ def test_help_teaches_by_example(done):
     assert taught in done["help"]["out"]
 
 
-def test_refusals_are_one_line_and_exit_with_one(
-  workdir, run, published, belongs, tmp_path
-):
-  (tmp_path / "empty").mkdir()
-  model, other = run.config.model, tmp_path / "other"
-  params = jax.tree.map(lambda x: x * 2, run.params)
-  save_model(other, params, model, run.tokenizer)
-  save_model(tmp_path / "mute", params, model)
-  (tmp_path / "text").write_text("no session at all")
-  save_session(
-    tmp_path / "talk",
-    Session(state=init_state(model, 1), pending=None, draws=0, seed=0),
-    belongs,
-  )
-  before = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
-  ok = [f"--workdir={workdir}", "--prompt=x"]
-  talk = f"--session={tmp_path / 'talk'}"
-  cases = [
-    (["--prompt=x"], "--workdir is missing"),
-    ([f"--workdir={tmp_path}/none", "--prompt=x"], "no such directory"),
-    ([f"--workdir={tmp_path}/empty", "--prompt=x"], "no complete checkpoint"),
-    ([f"--workdir={workdir}"], "--prompt is missing"),
-    ([f"--workdir={workdir}", "--prompt="], "--prompt is missing or empty"),
-    ([*ok, "--step=7"], "--step=7: no such checkpoint; have 3"),
-    ([*ok, "--max_new_tokens=0"], "--max_new_tokens=0"),
-    ([*ok, "--temperature=-1"], "temperature: expected 0"),
-    ([*ok, "--top_p=1.5"], "top_p: expected"),
-    ([*ok, "--top_k=-2"], "top_k: expected"),
-    ([*ok, "--top_k=300"], "top_k: expected at most the vocabulary size 259"),
-    ([*ok, "--seed=-1"], "--seed=-1"),
-    ([*ok, f"--model={published}"], "expected one of them, got both"),
-    ([f"--model={published}", "--step=3", ok[1]], "--step=3: only a --workdir"),
-    ([f"--model={tmp_path / 'none'}", ok[1]], "none: no such folder"),
-    ([f"--model={workdir}", ok[1]], "not a folder with a published model"),
-    ([f"--model={tmp_path / 'mute'}", ok[1]], "has no tokenizer.json"),
-    ([ok[0], f"{talk}x"], "no such file; a new conversation needs --prompt"),
-    ([*ok, f"--session={tmp_path}"], "expected a file"),
-    ([*ok, f"--session={tmp_path / 'no' / 'talk'}"], "no such folder"),
-    ([*ok, f"--session={tmp_path / 'text'}"], "not a safetensors file"),
-    ([f"--model={other}", ok[1], talk], "talk: weights: the file has '"),
-    ([ok[0], talk], "its text has ended; give a --prompt to go on"),
-    ([*ok, talk, "--top_k=300"], "top_k: expected at most the vocabulary"),
-  ]
-  misspelt = [f"--workdir={workdir}", "--promt=x"]
-  positional = [f"--workdir={workdir}", "Return", "the"]
-  *done, unknown, words = run_many(
-    MODULE, [*(argv for argv, _ in cases), misspelt, positional]
-  )
-  for (argv, message), got in zip(cases, done, strict=True):
-    assert got["code"] == 1, (argv, got)
+def test_refusals_are_one_line_and_exit_with_one(refused, results):
+  folder, calls = refused
+  _, results, _, (before, _) = results
+  *done, unknown, words = results
+  for message, got in zip(calls, done, strict=False):
+    assert got["code"] == 1, (message, got)
     assert got["err"].startswith("error: ") and message in got["err"], got
     assert got["err"].count("\n") == 1 and got["out"] == "", got
-  # No file is written, and none of what is there.
-  after = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
-  assert after == before
+  # No file is written, and no existing one changes.
+  assert times_of(folder) == before
 
   assert unknown["code"] == 1 and "promt" in unknown["err"]
   assert words["code"] == 1
@@ -213,51 +274,14 @@ def test_refusals_are_one_line_and_exit_with_one(
   assert "Traceback" not in unknown["err"] + words["err"]
 
 
-def test_logits_that_are_not_finite_are_an_error(
-  published, run, belongs, tmp_path
-):
-  """After the text so far, and with no word in a session."""
-  config, tokenizer, ids = run.config.model, run.tokenizer, list(b"de f")
-  logits, _ = prefill(
-    run.params, np.array([ids]), np.array([4]), init_state(config, 1)
-  )
-  first = int(logits[0, : tokenizer.vocab_size].argmax())
-  assert first not in [*ids, tokenizer.eos_id]
-  for name, params in {
-    "norm": damage_params(run.params, "final_norm/weight"),
-    "word": damage_params(run.params, "embedding/table", first),
-  }.items():
-    save_model(tmp_path / name, params, config, tokenizer)
-  state = damage_state(init_state(config, 1), 0)
-  talk = Session(state=state, pending=None, draws=5, seed=0)
-  save_session(tmp_path / "talk", talk, belongs)
-  before = (tmp_path / "talk").read_bytes()
-
-  def call(model, *more):
-    return [f"--model={model}", "--prompt=de f", "--max_new_tokens=9", *more]
-
-  new = f"--session={tmp_path / 'new'}"
-  cases = [
-    (call(tmp_path / "norm"), "", 0, "params: NaN or infinity in final_norm"),
-    (call(tmp_path / "norm", new, "--greedy"), "", 0, "final_norm/weight"),
-    (
-      call(tmp_path / "word", "--greedy"),
-      tokenizer.decode([first]),
-      1,
-      "params: NaN or infinity in embedding/table",
-    ),
-    (
-      call(published, f"--session={tmp_path / 'talk'}"),
-      "",
-      5,
-      "state: NaN or infinity in this row, none in params",
-    ),
-  ]
-  done = run_many(MODULE, [argv for argv, *_ in cases])
+def test_logits_that_are_not_finite_are_an_error(spoilt, results):
+  """After the text so far, and a session stays as it was."""
+  folder, cases = spoilt
+  _, _, done, (_, before) = results
   for (_, text, index, cause), got in zip(cases, done, strict=True):
     assert (got["code"], got["out"]) == (1, f"de f{text}\n"), got
     assert got["err"].startswith("error: prompts[0]: non-finite logits"), got
     assert f"at index {index} of the chosen tokens: " in got["err"]
     assert cause in got["err"] and got["err"].count("\n") == 1, got
-  assert (tmp_path / "talk").read_bytes() == before
-  assert not (tmp_path / "new").exists()
+  assert (folder / "talk").read_bytes() == before
+  assert not (folder / "new").exists()

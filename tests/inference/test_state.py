@@ -170,13 +170,14 @@ def test_states_of_another_model_or_batch_size_are_refused(attention, hybrid):
 
 
 def test_few_programs_serve_many_prompt_lengths(attention):
-  state_lib._read_chunk.clear_cache()
+  before = state_lib._read_chunk._cache_size()
   tokens = np.tile(attention.tokens, (1, 4))
   for n in (1, 2, 9, 15, 16, 17, 24, 31, 32):
     lengths = np.array([n, n, 1], np.int32)
     state = init_state(attention.config, 3)
     prefill(attention.params, tokens[:, :n], lengths, state)
-  assert state_lib._read_chunk._cache_size() == 2
+  # Fewer than the two buckets where another test has compiled one.
+  assert state_lib._read_chunk._cache_size() - before <= 2
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,11 @@
-"""A prefix cache on disk: what a model remembers after texts it has read.
+"""Prefix cache on disk: states after common beginnings of prompts.
 
-Many prompts begin alike. A state after such a beginning is worth the time that
-reading it took, and has the same size however long it was.
-
-A folder of state files (`state_file.py`), each named by the number of tokens
-and a hash of model, weights, tokenizer and tokens, so that no model finds what
-another one left. Processes and threads may share a folder: a file appears whole
-or not at all, and one that is evicted while it is read either arrives whole or
-counts as missing. Only files of such names, and leftovers of writers that died,
-are ever touched.
+A folder of state files (`state.py`), each named by the number of tokens and a
+hash of model, weights, tokenizer and tokens, so that no model finds states of
+another one. Processes and threads may share a folder: a file appears whole or
+not at all, and one that is evicted while it is read is either read whole or
+counts as missing. Only files of such names, and the temporary files of killed
+writers, are ever touched.
 """
 
 import contextlib
@@ -18,7 +15,6 @@ import os
 import pathlib
 import re
 import time
-import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,19 +22,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float
 
+from gdn2_jax.files import remove_leftovers, replacing
 from gdn2_jax.inference.checks import require_ids
-from gdn2_jax.inference.files.state import (
-  load_state,
-  remove_leftovers,
-  write_state,
-)
+from gdn2_jax.inference.files.state import load_state, write_state
 from gdn2_jax.inference.identity import Identity
 from gdn2_jax.inference.state import CHUNK_SIZE, State, init_state, prefill
 
 _ENTRY = re.compile(r"(\d{10})-[0-9a-f]{64}\.safetensors")
-_LEFTOVER = re.compile(
-  r"\.{1,2}new-[0-9a-f]{32}\.safetensors(\.tmp-[0-9a-f]+)?"
-)
 _LOCK = ".lock"
 
 
@@ -46,15 +36,16 @@ class StateStore:
   """States by the tokens they have read, in a folder of bounded size.
 
   Args:
-    folder: made if it is missing.
-    identity: of the model, from `identify`; one folder may serve many.
-    max_bytes: of all entries together; the ones not used for the longest time
-      go first.
-    dtype: of the recurrent states in the files. With "bfloat16" twice as many
-      fit, and what follows a hit is close to what follows a miss, not equal.
+    folder: folder of the entries; made if it is missing.
+    identity: identity of the model, from `identify`; one folder may serve many.
+    max_bytes: size of all entries together, >= 1; the least recently used ones
+      are removed first.
+    dtype: dtype of the recurrent states in the files. With "bfloat16" twice as
+      many fit, and what follows a hit is close to what follows a miss, not
+      equal.
 
   Raises:
-    ValueError: max_bytes < 1, or a folder that is none.
+    ValueError: max_bytes < 1, or a folder that is a file.
   """
 
   def __init__(
@@ -78,12 +69,12 @@ class StateStore:
   def put(self, tokens: Any, state: State) -> None:
     """Keeps the state of one sequence that has read exactly these tokens.
 
-    What is there already is not written again. The entries not used for the
-    longest time make room.
+    An entry that exists is not written again. The least recently used entries
+    make room.
 
     Args:
-      tokens: all that `state` has read.
-      state: of one sequence; stays usable.
+      tokens: ids of all tokens that `state` has read.
+      state: state of one sequence; stays usable.
 
     Raises:
       ValueError: no token, an id outside the vocabulary, a state of another
@@ -105,8 +96,8 @@ class StateStore:
     ((_, path),) = self._paths(tokens, [len(tokens)])
     if _touch(path):
       return
-    new = self._folder / f".new-{uuid.uuid4().hex}.safetensors"
-    try:
+    # The lock is left last: the entry takes its place under it.
+    with contextlib.ExitStack() as locked, replacing(path) as new:
       write_state(new, state, self.identity, dtype=self._dtype)
       size = new.stat().st_size
       if size > self._max_bytes:
@@ -114,17 +105,14 @@ class StateStore:
           f"state: {size:,} bytes as a file, expected at most "
           f"max_bytes={self._max_bytes:,}"
         )
-      with self._locked():
-        self._make_room(size)
-        os.replace(new, path)
-    finally:
-      new.unlink(missing_ok=True)
+      locked.enter_context(self._locked())
+      self._make_room(size)
 
   def get(self, tokens: Any, *, room: int = 0) -> State | None:
-    """The state after exactly these tokens, if it is there and whole.
+    """The state after exactly these tokens, or None.
 
     Args:
-      tokens: that it has read.
+      tokens: ids that it has read.
       room: tokens that may follow, as for `load_state`.
 
     Raises:
@@ -137,14 +125,14 @@ class StateStore:
   def longest_prefix(
     self, tokens: Any, *, room: int = 0
   ) -> tuple[int, State] | None:
-    """The state after the most of these tokens, counted from the first.
+    """The state after the longest beginning of these tokens.
 
     Args:
-      tokens: of a prompt.
+      tokens: ids of a prompt.
       room: tokens that may follow all of `tokens`, as for `load_state`.
 
     Returns:
-      How many tokens it has read, and the state; None where there is none.
+      Number of tokens that the state has read, and the state; None without one.
 
     Raises:
       ValueError: no token, or an id outside the vocabulary.
@@ -165,8 +153,8 @@ class StateStore:
     self, tokens: np.ndarray, lengths: Sequence[int]
   ) -> list[tuple[int, pathlib.Path]]:
     """(n, file of the first n tokens) for ascending lengths, in one pass."""
-    belongs = self.identity
-    key = (belongs.model, belongs.weights, belongs.tokenizer, self._dtype)
+    identity = self.identity
+    key = (identity.model, identity.weights, identity.tokenizer, self._dtype)
     running = hashlib.sha256("\n".join(key).encode())
     data, done, paths = tokens.astype("<i4"), 0, []
     for n in lengths:
@@ -203,7 +191,7 @@ class StateStore:
 
   @contextlib.contextmanager
   def _locked(self) -> Iterator[None]:
-    """One writer at a time, whichever thread of whichever process it is in."""
+    """Excludes other writers, in any thread of any process."""
     with open(self._folder / _LOCK, "ab") as file:
       fcntl.flock(file, fcntl.LOCK_EX)
       yield
@@ -222,7 +210,7 @@ class StateStore:
         break
       pathlib.Path(path).unlink(missing_ok=True)
       total -= freed
-    remove_leftovers(self._folder, _LEFTOVER)
+    remove_leftovers(self._folder, _ENTRY.pattern)
 
 
 def prefill_cached(
@@ -234,23 +222,23 @@ def prefill_cached(
   chunk_size: int = CHUNK_SIZE,
   room: int = 0,
 ) -> tuple[Float[Array, "1 VOCAB"], State, int]:
-  """`prefill` of one prompt that reads only what the store has not seen.
+  """`prefill` of one prompt that reads only tokens after a cached prefix.
 
-  Keeps a state after every `every` tokens. Where the store holds no others,
-  the result is bit for bit that of `prefill`, hit or miss: the chunks are the
-  same. After `store.put` of other lengths it is equal up to rounding.
+  Keeps a state after every `every` tokens. If the store has no others, the
+  result is bit for bit that of `prefill`, hit or miss: the chunks are the same.
+  After `store.put` of other lengths it is equal up to rounding.
 
   Args:
     params: unboxed parameters of the model of `store.identity`.
-    tokens: of the prompt.
-    store: to look in and to add to; a full disk is a warning.
+    tokens: ids of the prompt.
+    store: states to search and to add to; a full disk is a warning.
     every: tokens between the states that are kept, a multiple of chunk_size.
     chunk_size: tokens per dispatch, as for `prefill`.
-    room: tokens that may follow; for models with layers "A", ignored by others.
+    room: tokens that may follow; models without full attention ignore it.
 
   Returns:
-    float32 logits [1, VOCAB] after the last token, the state, and how many
-    tokens were not read again.
+    float32 logits [1, VOCAB] after the last token, the state, and the number
+    of tokens that were not read again.
 
   Raises:
     ValueError: no token, an id outside the vocabulary, or an `every` that is
@@ -276,32 +264,20 @@ def prefill_cached(
       params, piece, np.array([end - start]), state, chunk_size=chunk_size
     )
     if end % every == 0:
-      _try_put(store, tokens[:end], state)
+      try:
+        store.put(tokens[:end], state)
+      except OSError as e:
+        warnings.warn(f"not kept in the state store: {e}", stacklevel=2)
     start = end
   return logits, state, reused
 
 
-def _try_put(store, tokens, state) -> None:
-  try:
-    store.put(tokens, state)
-  except OSError as e:
-    warnings.warn(f"not kept in the state store: {e}", stacklevel=3)
-
-
 def _ids(tokens: Any, identity: Identity) -> np.ndarray:
-  """The tokens as int32.
-
-  Raises:
-    ValueError: none, or one that is no id of the model.
-  """
-  ids = require_ids("tokens", tokens, identity.config.vocab_size)
-  if not len(ids):
-    raise ValueError("tokens: expected at least one id, got none")
-  return ids
+  return require_ids("tokens", tokens, identity.config.vocab_size, least=1)
 
 
 def _touch(path: pathlib.Path) -> bool:
-  """Marks an entry as used now; whether it is there."""
+  """Marks an entry as used now; False if it does not exist."""
   now = time.time_ns()
   try:
     os.utime(path, ns=(now, now), follow_symlinks=False)

@@ -1,6 +1,6 @@
-"""Conversations as files: one goes on days later as if it had never stopped.
+"""Conversations as files: state files with a few fields more.
 
-A state file (see state.py) with a line more in its metadata.
+A conversation continues days later as if it had never stopped.
 """
 
 import dataclasses
@@ -21,20 +21,21 @@ from gdn2_jax.interop.disk import parse_json
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Session:
-  """A conversation between two calls: what it takes to go on exactly.
+  """A conversation between two calls, with all that its continuation needs.
 
   Attributes:
-    state: of one sequence.
+    state: state of one sequence; None before its first token, as for
+      `generate`.
     pending: the token chosen last, which the state has not read yet; None
-      where the text has ended or nothing was chosen, so that only more text
-      can follow.
+      if the text has ended or nothing was chosen, so that only more text can
+      follow.
     draws: tokens chosen so far; the next one is drawn with this index.
-    seed: of the draws.
-    tail: the last tokens of the text, `pending` included: whoever decodes the
-      next ones has to see them, since a character may take several tokens.
+    seed: seed of the draws.
+    tail: the last tokens of the text, `pending` included, which the decoder of
+      the next ones needs, since a character may take several tokens.
   """
 
-  state: State
+  state: State | None
   pending: int | None
   draws: int
   seed: int
@@ -47,7 +48,9 @@ def save_session(
   """Writes a conversation; `load_state` reads its state alone.
 
   Raises:
-    ValueError, OSError: as `save_state`; or a session that makes no sense.
+    ValueError: as `save_state`; or a field outside its range, no state, or one
+      of several sequences.
+    OSError: as `save_state`.
   """
   fields = {
     "pending": session.pending,
@@ -67,7 +70,7 @@ def load_session(
   """Reads what `save_session` wrote; arguments as `load_state`.
 
   Raises:
-    FileNotFoundError, ValueError: as `load_state`; or a state without one.
+    FileNotFoundError, ValueError: as `load_state`; or a file without a session.
   """
   state, text = read_state(path, identity, room)
   if not text:
@@ -81,11 +84,18 @@ def load_session(
   return Session(state=state, **fields)
 
 
-def _check_session(where: str, fields: dict[str, Any], state: State) -> None:
+def _check_session(
+  where: str, fields: dict[str, Any], state: State | None
+) -> None:
   if set(fields) != {"pending", "draws", "seed", "tail"}:
     raise ValueError(f"{where}: unexpected fields: {sorted(fields)}")
   if not isinstance(fields["tail"], list):
     raise ValueError(f"{where}: tail={fields['tail']!r}: expected a list")
+  if state is None or state.position.shape != (1,):
+    found = None if state is None else state.batch_size
+    raise ValueError(
+      f"{where}: expected the state of one sequence, got {found}"
+    )
 
   def require(name, value, end):
     # type(): True is an int to isinstance.
@@ -101,8 +111,3 @@ def _check_session(where: str, fields: dict[str, Any], state: State) -> None:
     require("pending", fields["pending"], vocab_size)
   for token in fields["tail"]:
     require("tail", token, vocab_size)
-  if state.position.shape != (1,):
-    raise ValueError(
-      f"{where}: expected the state of one sequence, got "
-      f"{state.position.shape[0]}"
-    )

@@ -2,17 +2,16 @@
 
 One safetensors file per state. Its tensors are the leaves of the state,
 "cache.0.state", "cache.0.conv_q", ..., "position", bit for bit; of the keys and
-values of full attention only the slots in use. Its metadata says what it is and
-whom it belongs to:
+values of full attention only the slots in use. Its metadata:
 
   format, version   of this layout
-  model, config     hash of what decides the model's function, and that itself;
-                    a field that the file does not know has its default
+  model, config     hash of the fields that decide the model's function, and
+                    these fields; one that the file lacks has its default
   weights           hash of the parameters
   tokenizer         hash of the tokenizer, "" without one
-  positions         tokens seen by each row
+  positions         tokens read by each row
   dtype             of the recurrent states in the file
-  session           of a conversation, "" for a bare state; see `session.py`
+  session           fields of a conversation (`session.py`), "" for a bare state
   digest            SHA-256 over all of the above and every bit of the tensors
 
 All of it is checked, the header before any tensor is read, and a state is
@@ -20,30 +19,23 @@ returned whole or not at all. The digest finds damage, not forgery: whoever can
 write the file can also write its digest.
 """
 
-import contextlib
 import functools
 import json
 import os
 import pathlib
 import re
-import struct
-import time
 from typing import Any
 
 import jax
 import numpy as np
 
 from gdn2_jax import config_json
-from gdn2_jax.inference.checks import require_alive
-from gdn2_jax.inference.identity import (
-  Identity,
-  function_of,
-  hash_tensors,
-  hash_text,
-)
+from gdn2_jax.files import remove_leftovers, sha256_bytes
+from gdn2_jax.inference.checks import require_alive, require_count
+from gdn2_jax.inference.identity import Identity, function_of, hash_tensors
 from gdn2_jax.inference.state import State, init_state
 from gdn2_jax.interop.disk import regular_size
-from gdn2_jax.interop.header import read_header
+from gdn2_jax.interop.header import Header, read_header
 from gdn2_jax.interop.tensors import save_tensors
 from gdn2_jax.interop.tree import check_tensors
 from gdn2_jax.model.config import ModelConfig
@@ -53,21 +45,6 @@ FORMAT = "gdn2_jax.state"
 VERSION = "1"
 
 _DTYPES = ("float32", "bfloat16")
-_FIELDS = frozenset(
-  (
-    "format",
-    "version",
-    "model",
-    "config",
-    "weights",
-    "tokenizer",
-    "positions",
-    "dtype",
-    "session",
-    "digest",
-  )
-)
-_LEFTOVER_SECONDS = 600.0  # since its last byte
 _MAX_HEADER_BYTES = 4 << 20  # positions of 300,000 rows fit
 
 
@@ -81,10 +58,10 @@ def save_state(
   """Writes a state of any number of rows, whole or not at all.
 
   Args:
-    path: to write, usually *.safetensors; an existing file is replaced.
-    state: of B sequences; stays usable.
-    identity: of the model that made it, from `identify`.
-    dtype: of the recurrent states in the file. "float32" keeps every bit;
+    path: file to write, usually *.safetensors; an existing one is replaced.
+    state: state of B sequences; stays usable.
+    identity: identity of its model, from `identify`.
+    dtype: dtype of the recurrent states in the file. "float32" keeps every bit;
       "bfloat16" halves them and rounds: what follows is then close, not equal.
 
   Raises:
@@ -101,10 +78,10 @@ def load_state(
   """Reads what `save_state` wrote, onto the default device.
 
   Args:
-    path: of the file; that of a session gives its state alone.
-    identity: of the model that is to go on, from `identify`.
-    room: tokens that the longest row may read from here on; for models with
-      layers "A", ignored by the others.
+    path: file to read; that of a session gives its state alone.
+    identity: identity of the model that is to continue, from `identify`.
+    room: tokens that the longest row may read from here on, for models with
+      full attention (pattern "A"); others ignore it.
 
   Raises:
     FileNotFoundError: no such file.
@@ -123,7 +100,7 @@ def write_state(
   dtype: str = "float32",
   session: str = "",
 ) -> None:
-  """`save_state` with a text to keep beside the state."""
+  """`save_state` with the fields of a session, as text."""
   require_alive(state)
   if dtype not in _DTYPES:
     raise ValueError(f"dtype={dtype!r}: expected one of {_DTYPES}")
@@ -140,74 +117,46 @@ def write_state(
   for name in _recurrent(tensors):
     with np.errstate(invalid="ignore"):  # a NaN stays one
       tensors[name] = tensors[name].astype(dtype, copy=False)
-  metadata = {
-    "format": FORMAT,
-    "version": VERSION,
-    "model": identity.model,
-    "config": identity.function,
-    "weights": identity.weights,
-    "tokenizer": identity.tokenizer,
-    "positions": json.dumps(positions),
-    "dtype": dtype,
-    "session": session,
-  }
+  metadata = _metadata(identity, json.dumps(positions), dtype, session)
   metadata["digest"] = _digest(metadata, tensors)
   save_tensors(path, tensors, metadata)
 
 
 def remove_leftovers_of(path: str | os.PathLike) -> None:
-  """Removes what writers of this file left beside it when they were killed."""
+  """Removes temporary files that killed writers of this file left beside it."""
   path = pathlib.Path(path)
-  name = re.escape(f".{path.name}.tmp-") + "[0-9a-f]+"
-  remove_leftovers(path.parent, re.compile(name))
-
-
-def remove_leftovers(folder: pathlib.Path, names: re.Pattern[str]) -> None:
-  """Removes files of such names, unless a living writer may be at work."""
-  with os.scandir(folder) as found:
-    for entry in found:
-      if not names.fullmatch(entry.name):
-        continue
-      with contextlib.suppress(FileNotFoundError):
-        age = time.time() - entry.stat(follow_symlinks=False).st_mtime
-        if age > _LEFTOVER_SECONDS:
-          os.unlink(entry.path)
+  remove_leftovers(path.parent, re.escape(path.name))
 
 
 def read_state(
   path: str | os.PathLike, identity: Identity, room: int
 ) -> tuple[State, str]:
-  """`load_state`, and the text that was kept beside the state."""
+  """`load_state`, and the text that `write_state` kept beside the state."""
   path = pathlib.Path(path)
-  if room < 0:
-    raise ValueError(f"room: expected >= 0, got {room}")
-  metadata, entries = _read_header(path)
-  _check_identity(path, metadata, identity)
+  require_count("room", room, 0)
+  header = _read_header(path)
+  metadata, entries = header.metadata, header.tensors
+  _check_metadata(path, metadata, identity)
   positions = _positions(path, metadata["positions"])
-  if metadata["dtype"] not in _DTYPES:
-    raise ValueError(
-      f"{path}: dtype: the file has {_quote(metadata['dtype'])}, expected one "
-      f"of {_DTYPES}"
-    )
   longest = max(1, *positions)
-  abstract = _abstract_state(identity.config, len(positions), longest)
+  # Without full attention the length decides no shape: one entry serves all.
+  max_length = longest if "A" in identity.config.pattern else 1
+  abstract = _abstract_state(identity.config, len(positions), max_length)
   specs = _named(abstract)
   for name in _recurrent(specs):
     specs[name] = jax.ShapeDtypeStruct(specs[name].shape, metadata["dtype"])
   check_tensors(entries, specs, str(path))
 
   tensors = {name: np.asarray(entry) for name, entry in entries.items()}
-  expected = _digest(metadata, tensors)
-  if metadata["digest"] != expected:
-    raise ValueError(
-      f"{path}: damaged: digest: the file has {metadata['digest'][:16]}, "
-      f"expected {expected[:16]} for its content"
-    )
-  if tensors["position"].tolist() != positions:
-    raise ValueError(
-      f"{path}: positions: the file has {_quote(metadata['positions'])}, "
-      f"expected {_quote(str(tensors['position'].tolist()))} as in its tensor"
-    )
+  digest = _digest(metadata, tensors)
+  if metadata["digest"] != digest:
+    found = metadata["digest"]
+    expected = f"{_quote(digest)} for its content"
+    raise _mismatch(path, "damaged: digest", found, expected)
+  read = tensors["position"].tolist()
+  if read != positions:
+    expected = f"{_quote(str(read))} as in its tensor"
+    raise _mismatch(path, "positions", metadata["positions"], expected)
   for name in _recurrent(tensors):
     tensors[name] = tensors[name].astype(np.float32, copy=False)
   state = jax.tree.unflatten(
@@ -216,68 +165,71 @@ def read_state(
   return jax.device_put(_with_slots(state, longest + room)), metadata["session"]
 
 
-def _read_header(path):
-  """Metadata with exactly our fields, and the tensors, not read yet."""
+def _read_header(path: pathlib.Path) -> Header:
+  """Metadata and unread tensors; a header that no state has is not parsed."""
   size = regular_size(path)
   with open(path, "rb") as file:
-    start = file.read(8)
-  # Before a header is parsed that no state can have.
-  length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    length = int.from_bytes(file.read(8), "little")
   if _MAX_HEADER_BYTES < length <= size:
     raise ValueError(
       f"{path}: not a state: a header of {length:,} bytes, expected at most "
       f"{_MAX_HEADER_BYTES:,}"
     )
-  header = read_header(path)
-  metadata = header.metadata
-  for name, expected in (("format", FORMAT), ("version", VERSION)):
-    found = metadata.get(name)
-    if found != expected:
-      raise ValueError(
-        f"{path}: {name}: the file has {_quote(found)}, expected {expected!r}"
-      )
-  if set(metadata) != _FIELDS:
-    wrong = ", ".join(sorted(_FIELDS ^ set(metadata)))
+  return read_header(path)
+
+
+def _metadata(
+  identity: Identity, positions: str, dtype: str, session: str
+) -> dict[str, str]:
+  """All metadata of a file but its digest."""
+  return {
+    "format": FORMAT,
+    "version": VERSION,
+    "model": identity.model,
+    "config": identity.function,
+    "weights": identity.weights,
+    "tokenizer": identity.tokenizer,
+    "positions": positions,
+    "dtype": dtype,
+    "session": session,
+  }
+
+
+def _check_metadata(path, found: dict[str, str], identity: Identity) -> None:
+  """Refuses other fields, another format, model, weights or tokenizer."""
+  expected = _metadata(identity, "", "", "")
+  for name in ("format", "version"):
+    if found.get(name) != expected[name]:
+      raise _mismatch(path, name, found.get(name), _quote(expected[name]))
+  if wrong := sorted({*expected, "digest"} ^ set(found)):
+    wrong = ", ".join(wrong)
     raise ValueError(f"{path}: metadata: missing or unexpected: {wrong}")
-  return metadata, header.tensors
-
-
-def _check_identity(path, metadata, identity: Identity) -> None:
   for name in ("model", "weights", "tokenizer"):
-    found, expected = metadata[name], getattr(identity, name)
-    if found == expected:
+    if found[name] == expected[name]:
       continue
     more = ""
     if name == "model":
-      if _has_function(metadata["config"], identity):
+      if _has_function(found["config"], identity):
         continue
-      more = ": " + _difference(metadata["config"], identity.function)
-    raise ValueError(
-      f"{path}: {name}: the file has {_quote(found)}, expected "
-      f"{_quote(expected)}{more}"
-    )
-
-
-def _abstract_state(
-  config: ModelConfig, batch_size: int, max_length: int
-) -> State:
-  # Where the length decides no shape, one entry serves all lengths.
-  return _cached_abstract_state(
-    config, batch_size, max_length if "A" in config.pattern else 1
-  )
+      more = ": " + _difference(found["config"], identity.function)
+    raise _mismatch(path, name, found[name], _quote(expected[name]) + more)
+  if found["dtype"] not in _DTYPES:
+    raise _mismatch(path, "dtype", found["dtype"], f"one of {_DTYPES}")
 
 
 def _has_function(text: str, identity: Identity) -> bool:
-  """Whether a config written before some field existed means this model."""
+  """True for a config from before some field existed, but of this model."""
   try:
-    config = config_json.from_dict(ModelConfig, json.loads(text), "model")
-  except (ValueError, RecursionError):
+    config = config_json.from_json(ModelConfig, text)
+  except ValueError:
     return False
   return function_of(config) == identity.function
 
 
 @functools.lru_cache(maxsize=64)
-def _cached_abstract_state(config, batch_size, max_length) -> State:
+def _abstract_state(
+  config: ModelConfig, batch_size: int, max_length: int
+) -> State:
   return jax.eval_shape(lambda: init_state(config, batch_size, max_length))
 
 
@@ -291,10 +243,7 @@ def _positions(path, text: str) -> list[int]:
     or not found
     or not all(type(n) is int and 0 <= n < 1 << 31 for n in found)
   ):
-    raise ValueError(
-      f"{path}: positions: the file has {_quote(text)}, expected a list of "
-      "numbers of tokens"
-    )
+    raise _mismatch(path, "positions", text, "a list of numbers of tokens")
   return found
 
 
@@ -308,7 +257,7 @@ def _named(state: State) -> dict[str, Any]:
 
 
 def _with_slots(state: State, count: int) -> State:
-  """The state with so many slots for keys and values, on the host."""
+  """The state with `count` slots for keys and values, on the host."""
 
   def resized(x):
     x = x[..., :count, :]
@@ -332,7 +281,7 @@ def _recurrent(tensors) -> list[str]:
 def _digest(metadata, tensors) -> str:
   rest = {k: v for k, v in metadata.items() if k != "digest"}
   text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
-  return hash_text(text + hash_tensors(tensors))
+  return sha256_bytes((text + hash_tensors(tensors)).encode())
 
 
 def _difference(found: str, expected: str) -> str:
@@ -355,6 +304,12 @@ def _flat(tree, prefix="model"):
     for key, part in tree.items()
     for name, value in _flat(part, f"{prefix}.{key}").items()
   }
+
+
+def _mismatch(path, name, found: str | None, expected: str) -> ValueError:
+  return ValueError(
+    f"{path}: {name}: the file has {_quote(found)}, expected {expected}"
+  )
 
 
 def _quote(text: str | None) -> str:

@@ -134,8 +134,9 @@ def test_nothing_else_is_touched(tmp_path, size):
   foreign = ["notes.txt", "model.safetensors", ".new-0.safetensors"]
   for name in foreign:
     (folder / name).write_bytes(b"x" * size)
-  dead = [f".new-{'0' * 32}.safetensors", f"..new-{'0' * 32}.safetensors.tmp-0"]
-  alive = f".new-{'1' * 32}.safetensors"
+  entry = f"{1:010d}-{'0' * 64}.safetensors"
+  dead = [f".{entry}.tmp.0", f"..{entry}.tmp.0.tmp-0"]
+  alive = f".{entry}.tmp.1"
   for name in [*dead, alive]:
     (folder / name).write_bytes(b"x")
   for name in [*dead, *foreign]:
@@ -160,7 +161,7 @@ def test_bad_input_is_refused(tmp_path):
   refusals = [
     (
       lambda: store.put([], state),
-      "tokens: expected at least one id, got none",
+      "tokens: expected at least one token, got none",
     ),
     (lambda: store.get([61]), r"ids in \[0, 61\), got 61"),
     (lambda: store.get([0.5]), "tokens: expected integers, got float64"),
