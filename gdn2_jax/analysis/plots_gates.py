@@ -1,4 +1,4 @@
-"""Figures of the gates over text and of how long channels remember.
+"""Figures of the gates over text and of the half-lives of channels.
 
 One colour per gate throughout: decay blue, erase orange, write green; within a
 panel only lightness varies.
@@ -38,8 +38,8 @@ def heads_over_tokens(
   """Decay, erase and write of every head, mean over its channels.
 
   Args:
-    records: of the layers; row 0 of the batch is drawn.
-    tokens: how to write each of the first tokens; as many are drawn.
+    records: gates of the layers; row 0 of the batch is drawn.
+    tokens: labels of the first tokens; only these tokens are drawn.
   """
   n = len(tokens)
   # The mean of g, not of the half-lives: decays multiply.
@@ -76,9 +76,9 @@ def channels_over_tokens(
   drawn.
 
   Args:
-    record: of one layer; row 0 of the batch is drawn.
-    head: which key head.
-    tokens: how to write each of the first tokens; as many are drawn.
+    record: gates of one layer; row 0 of the batch is drawn.
+    head: index of the key head.
+    tokens: labels of the first tokens; only these tokens are drawn.
   """
   n = len(tokens)
   value_head = head * (record.v.shape[2] // record.k.shape[2])
@@ -112,7 +112,7 @@ def memory_spans(
     models: name -> records of the same layers over the same tokens; at most
       three.
     marks: name -> tokens, drawn as vertical lines.
-    segment_ids: [B, T], to leave padding out.
+    segment_ids: [B, T]; padding (0) is left out.
   """
   heads = _head_names(next(iter(models.values())), "k")
   height = 1.7 + 0.3 * len(heads) * (len(models) + 0.5)
@@ -182,7 +182,7 @@ def _head_names(records: Sequence[LayerGates], symbol: str) -> list[str]:
 
 
 def _panels(g: np.ndarray, b: np.ndarray, w: np.ndarray) -> tuple[_Panel, ...]:
-  """Panels of arrays [rows, tokens]; erase and write share their range."""
+  """Panels of arrays [rows, tokens]; erase and write have one range."""
   spans = half_life(g)
   finite = spans[np.isfinite(spans)]
   if not len(finite):
@@ -194,7 +194,7 @@ def _panels(g: np.ndarray, b: np.ndarray, w: np.ndarray) -> tuple[_Panel, ...]:
   bottom, top = np.percentile(np.concatenate([b.ravel(), w.ravel()]), [1, 99])
   unit = Normalize(math.floor(10 * bottom) / 10, math.floor(10 * top + 1) / 10)
   title = "decay: half-life ln 2 / -g (tokens)"
-  # Without any decay a channel remembers for ever: the darkest colour.
+  # A channel without any decay never forgets: the darkest colour.
   spans = np.where(np.isfinite(spans), spans, 10 * log.vmax)
   return (
     _Panel(title, "Blues", log, spans),
@@ -237,7 +237,7 @@ def _width_for(tokens: int) -> float:
 
 def _label_tokens(axes: Axes, tokens: Sequence[str]) -> None:
   axes.set_xticks(range(len(tokens)))
-  # Text may hold dollars, which are not mathematics here.
+  # Dollar signs in the text do not begin a formula.
   axes.set_xticklabels(
     [_visible(token) for token in tokens],
     rotation=90,
@@ -250,7 +250,7 @@ def _label_tokens(axes: Axes, tokens: Sequence[str]) -> None:
 
 def _visible(token: str) -> str:
   text = token.replace("\n", "\\n").replace("\t", "\\t")
-  # A space that begins a word is shown by the gap between labels alone.
+  # The gap between labels already shows a space that begins a word.
   text = text.strip(" ") or "\u2423" * len(text)
   if len(text) <= _LABEL_CHARS:
     return text

@@ -1,4 +1,4 @@
-"""Figures of the state over time and of what an overwrite does."""
+"""Figures of the state over time and of the effects of an overwrite."""
 
 from collections.abc import Mapping, Sequence
 
@@ -22,10 +22,10 @@ def states_over_time(
   """Norm and effective rank of every head's state along a packed row.
 
   Args:
-    states: name of the layer -> S [N, HV, K, V] after every so many tokens.
-    carried: the same layers had the state not been reset at the borders.
+    states: name of the layer -> S [N, HV, K, V] after every `every` tokens.
+    carried: the same without resets of the state at the borders.
     every: tokens between two states.
-    borders: the first token of every document but the first.
+    borders: index of the first token of every document but the first.
   """
   figure = style.new_figure(
     1.6 + 3.7 * len(states),
@@ -66,7 +66,7 @@ def states_over_time(
 
 
 def overwrite_bars(settings: Mapping[str, Overwrite]) -> Figure:
-  """What both keys read back after each way to overwrite.
+  """Readings with both keys after each way to overwrite.
 
   Args:
     settings: name -> result for one pair of keys, arrays [2, 3].

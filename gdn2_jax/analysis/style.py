@@ -1,18 +1,18 @@
-"""The look that all figures of the analysis share."""
+"""Colours, titles, legends and grids of all figures of the analysis."""
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 INK, MUTED, GRID = "#1f2328", "#59636e", "#e6e8eb"
 GREY, BLUE, VERMILION, GREEN = "#8c959f", "#0072b2", "#d55e00", "#009e73"
-# Told apart by every common form of colour blindness.
+# Distinct for all common forms of colour blindness.
 SERIES = (BLUE, VERMILION, GREEN, "#cc79a7", "#56b4e9", "#e69f00")
 DASHED = (0, (4, 3))
 _DPI = 80  # keeps a notebook full of figures in the hundreds of kilobytes
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
-  """An empty figure of that many inches, its title at the top left."""
+  """An empty figure of width x height inches, its title at the top left."""
   figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
   figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=12)
   return figure
