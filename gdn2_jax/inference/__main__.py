@@ -204,7 +204,7 @@ def _begin(identity: Identity | None, prompt_tokens: int) -> Session:
     if session.pending is None and not _PROMPT.value:
       raise ValueError(
         f"--session={_SESSION.value}: its text has ended; give a --prompt to "
-        "go on"
+        "continue"
       )
   if _SEED.value is not None:
     session = dataclasses.replace(session, seed=_SEED.value)
@@ -248,7 +248,7 @@ def _save(session, generated, ended, ids, identity) -> None:
     _SESSION.value,
     Session(
       state=generated.state,
-      # The end of a document is not part of the text that goes on.
+      # The end of a document is not part of a continued text.
       pending=None if ended else generated.pending[0],
       draws=generated.index[0],
       seed=session.seed,

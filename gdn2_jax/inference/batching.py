@@ -102,9 +102,6 @@ class Batcher:
     self._waiting = collections.deque()
     self._deliveries = collections.deque()
     self._slots: list[Completion | None] = [None] * num_slots
-    # A free slot is a row that is done, and greedy: drawing costs more.
-    self._samplers = [GREEDY] * num_slots
-    self._stops = [[]] * num_slots
     self._keys = [jax.random.key(0)[None]] * num_slots
     none = np.zeros((num_slots,), np.int32)
     self._rows = Rows(
@@ -113,7 +110,7 @@ class Batcher:
       limit=none.copy(),
       done=np.ones((num_slots,), bool),
       key=jnp.concatenate(self._keys),
-      stops=None,  # these two are gathered at every step
+      stops=None,  # gathered from the slots at every step, as the samplers
       sampler=None,
     )
 
@@ -199,10 +196,12 @@ class Batcher:
     self._release()
     admitted = self._admit()
     if self.active:
-      vocab_size = self._state.config.vocab_size
+      taken = [used and used.request for used in self._slots]
+      # A free slot is a row that is done, and greedy: drawing costs more.
+      samplers = [r.sampler if r else GREEDY for r in taken]
       self._rows = self._rows.replace(
-        stops=pad_stops(self._stops),
-        sampler=row_samplers(self._samplers, vocab_size),
+        stops=pad_stops([r.stop_ids if r else [] for r in taken]),
+        sampler=row_samplers(samplers, self._state.config.vocab_size),
       )
       new, failures, self._state, self._rows = decode(
         self._params,
@@ -250,8 +249,6 @@ class Batcher:
     state, rows = completion.request.begin(self._params)
     self._state = _put_in_place(self._state, np.asarray([slot]), state)
     self._slots[slot] = completion
-    self._samplers[slot] = completion.request.sampler
-    self._stops[slot] = completion.request.stop_ids
     self._keys[slot] = rows.key
     for name in ("token", "index", "limit", "done"):
       getattr(self._rows, name)[slot] = getattr(rows, name)[0]
@@ -271,5 +268,3 @@ class Batcher:
       completion.done = True
       self._rows.done[slot] = True
       self._slots[slot] = None
-      self._samplers[slot] = GREEDY
-      self._stops[slot] = []

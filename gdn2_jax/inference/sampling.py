@@ -23,7 +23,7 @@ class Sampler:
   Tokens are ranked by logit, the lower id first among equals. Kept are the
   first `top_k` ranks, and of these the shortest prefix whose probability
   (softmax at this temperature over the top_k ranks) reaches `top_p`; the
-  first rank is always kept. What is kept is renormalised. A static argument
+  first rank is always kept. The kept ones are renormalised. A static argument
   for jit, which compiles once per sampler.
 
   Attributes:

@@ -60,7 +60,7 @@ def use_kernel(
   unsupported_reason: Callable[[], str | None],
   is_right: Callable[[], bool],
 ) -> bool:
-  """Whether the kernel for Hopper runs a call that "xla" runs as well.
+  """True if the kernel for Hopper runs a call that "xla" runs as well.
 
   Args:
     op: Name of the op, for errors.
@@ -68,7 +68,7 @@ def use_kernel(
       NotImplementedError where it cannot run the call.
     x: An array of the call.
     unsupported_reason: Why the kernel cannot run the call, on any device.
-    is_right: Whether it has proved right on this one; asked if None chooses.
+    is_right: True if it passed its self-check here; called if None chooses.
   """
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(

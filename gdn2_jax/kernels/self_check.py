@@ -1,4 +1,4 @@
-"""Kernels are compared with "xla" before they are chosen on a device.
+"""Comparison of kernels with "xla" before their first use on a device.
 
 A compiler, a driver or a chip that the kernels were never run on may get them
 wrong, and a wrong gradient does not stop a training run: it spoils it. So the
@@ -50,7 +50,7 @@ class Case(NamedTuple):
   """Small case that a kernel and its reference are both called with.
 
   Attributes:
-    names: of the outputs, gradients included.
+    names: names of the outputs, gradients included.
     inputs: floating-point arrays; the reference gets them in float32.
     outputs_of: f(run, *inputs) -> outputs.
   """
@@ -68,7 +68,7 @@ def passes(
   dtype: Any,
   device: Any,
 ) -> bool:
-  """Whether a kernel agrees with the reference on a device; True while off.
+  """True if a kernel agrees with the reference on a device, or while off.
 
   Safe while a function is traced. Warns, once, if it does not agree; raises
   RuntimeError then if there are other processes, which would have to fall back
@@ -105,8 +105,8 @@ def _tell(name, device, problem):
 
 def _compare(run, reference, make_case, dtype, device):
   """Description of the disagreement or None, and the largest error."""
-  # The trace and the mesh of the caller are state of its thread: a thread
-  # of its own computes as if nothing were.
+  # The trace and the mesh of the caller are state of its thread: another
+  # thread computes outside of both.
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     try:
       errors = pool.submit(
@@ -180,7 +180,7 @@ def _read():
 
 
 def _remember(key, error):
-  """Adds to the file in one step; a cache that cannot be written is no loss."""
+  """Adds to the file; a cache that cannot be written costs a check only."""
   with contextlib.suppress(OSError, RuntimeError):
     text = json.dumps(_read() | {key: error}, indent=1)
     write_atomically(_path(), text.encode())

@@ -47,12 +47,12 @@ def backend() -> str:
 
 
 def needs_device() -> bool:
-  """Whether kernels traced now will run on the device here."""
+  """True if kernels traced now will run on the device here."""
   return current() not in ("compile", "interpret")
 
 
 def is_interpreted() -> bool:
-  """Whether kernels traced now run in the CPU interpreter."""
+  """True if kernels traced now run in the CPU interpreter."""
   return current() == "interpret"
 
 
@@ -79,10 +79,11 @@ def differentiable(
   a kernel's outputs by itself. The interpreter's callbacks forbid it.
 
   Args:
-    function: of arrays, and one argument that is no array.
-    forward: the same, with residuals.
-    backward: gradients, of that argument, residuals and cotangents.
-    static: position of that argument.
+    function: function of arrays, and of one argument that is no array.
+    forward: the same function, which also returns residuals.
+    backward: function of that argument, residuals and cotangents, which
+      returns the gradients.
+    static: position of the argument that is no array.
   """
 
   def make(*, optimize_remat):

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from gdn2_jax.inference.checks import NonFiniteError, is_usable
-from gdn2_jax.inference.decode import Rows, decode_block, pad_stops
+from gdn2_jax.inference.decode import decode_block
 from gdn2_jax.inference.generate import generate, stream
+from gdn2_jax.inference.request import Request
 from gdn2_jax.inference.rows import take
 from gdn2_jax.inference.sampling import GREEDY, Sampler
-from gdn2_jax.inference.state import init_state, read
+from gdn2_jax.inference.state import init_state
 from tests.inference.conftest import damage_params, damage_state
 
 pytestmark = pytest.mark.usefixtures("fast_compiles")
@@ -95,20 +96,8 @@ def test_stop_ids_end_each_row_where_it_meets_one(hybrid):
 
 def begin(tiny, stop_ids=()):
   """State and rows of PROMPTS, as `generate` begins them."""
-  lengths = np.array([len(p) for p in PROMPTS], np.int32)
-  tokens = np.zeros((3, lengths.max()), np.int32)
-  for row, prompt in zip(tokens, PROMPTS, strict=True):
-    row[: len(prompt)] = prompt
-  _, state = read(tiny.params, tokens, lengths - 1, init_state(tiny.config, 3))
-  return state, Rows(
-    token=tokens[np.arange(3), lengths - 1],
-    index=np.zeros((3,), np.int32),
-    limit=np.full((3,), NEW, np.int32),
-    done=np.zeros((3,), bool),
-    key=jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(3)),
-    stops=pad_stops([stop_ids] * 3),
-    sampler=WARM,
-  )
+  request = Request(tiny.config, PROMPTS, NEW, KEY, WARM, stop_ids, None, 0)
+  return request.begin(tiny.params)
 
 
 def test_decoding_ends_when_every_row_is_done(hybrid):

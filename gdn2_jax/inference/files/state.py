@@ -15,8 +15,8 @@ values of full attention only the slots in use. Its metadata:
   digest            SHA-256 over all of the above and every bit of the tensors
 
 All of it is checked, the header before any tensor is read, and a state is
-returned whole or not at all. The digest finds damage, not forgery: whoever can
-write the file can also write its digest.
+returned whole or not at all. The digest finds damage, not forgery: a
+program that can write the file can also write its digest.
 """
 
 import functools
