@@ -20,7 +20,7 @@ ASKED = [
   ([7], 3, 1, GREEDY),
   ([8, 8], 14, 2, HOT),
   ([2, 7, 1], 1, 3, WARM),
-  ([5] * 20, 6, 4, Sampler(temperature=0.9, top_p=0.6)),
+  ([5] * 16, 6, 4, Sampler(temperature=0.9, top_p=0.6)),
   ([8, 8], 14, 2, HOT),
 ]
 
