@@ -310,6 +310,7 @@ def test_sessions_keep_what_a_conversation_needs(path):
     ({"seed": 2**32}, "seed=4294967296"),
     ({"tail": (3, 61)}, "tail=61"),
     ({"state": random_state(2)}, "expected the state of one sequence, got 2"),
+    ({"state": None}, "expected the state of one sequence, got None"),
   ]
   for change, message in wrong:
     with pytest.raises(ValueError, match=message):
