@@ -198,9 +198,8 @@ def done(good_calls, results):
 
 
 def test_text_goes_to_stdout_and_speed_to_stderr(workdir):
-  done = run_module(
-    MODULE, f"--workdir={workdir}", "--prompt=Return", "--max_new_tokens=30"
-  )
+  flags = ["--prompt=Return", "--max_new_tokens=30"]
+  done = run_module("gdn2_jax.generate", f"--workdir={workdir}", *flags)
   assert done.returncode == 0, done.stderr
   assert done.stdout.startswith("Return")
   # Bytes of random weights: 30 of them are 30 characters at most.
