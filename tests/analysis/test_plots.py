@@ -1,4 +1,4 @@
-"""The figures draw at their edges, and show the numbers they were given."""
+"""Figures: edge cases, and the numbers that they show."""
 
 import io
 

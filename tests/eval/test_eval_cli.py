@@ -1,4 +1,4 @@
-"""`python -m gdn2_jax.eval`: the table, the file, and how it refuses."""
+"""`python -m gdn2_jax.eval`: table, file, refusals."""
 
 import json
 import math

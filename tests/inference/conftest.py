@@ -55,7 +55,7 @@ def make_tiny(pattern: str) -> Tiny:
 
 
 def damage_params(params, name: str, where=...):
-  """The parameters with NaN at `where` of the one called `name`."""
+  """The parameters with NaN at `where` of parameter `name`."""
 
   def spoil(path, x):
     here = jax.tree_util.keystr(path, simple=True, separator="/") == name
@@ -65,7 +65,7 @@ def damage_params(params, name: str, where=...):
 
 
 def damage_state(state, row: int):
-  """The state with NaN in place of all that is no integer in one row."""
+  """The state with NaN in place of all floats of one row."""
 
   def spoil(x):
     is_float = jnp.issubdtype(x.dtype, jnp.floating)
@@ -86,5 +86,5 @@ def hybrid() -> Tiny:
 
 @pytest.fixture
 def attention() -> Tiny:
-  """For what does not depend on the mixer: it compiles fastest."""
+  """For tests that do not depend on the mixer: it compiles fastest."""
   return make_tiny("S")

@@ -1,4 +1,4 @@
-"""States of random bits, and how they are compared."""
+"""States of random bits, and their comparison."""
 
 import dataclasses
 import functools
@@ -27,13 +27,13 @@ CONFIG = ModelConfig(
 
 
 class Words:
-  """All that a state file asks of a tokenizer."""
+  """The part of a tokenizer that state files use."""
 
   sha256 = "5e" * 32
 
 
 class Model:
-  """A config, random parameters and what their states belong to."""
+  """A config, random parameters and their identity."""
 
   def __init__(self, pattern: str):
     self.config = dataclasses.replace(
@@ -56,7 +56,7 @@ def make_model(pattern: str) -> Model:
 
 @functools.cache
 def identity() -> Identity:
-  """Of CONFIG with random weights."""
+  """Identity of CONFIG with random weights."""
   return identify(random_params(CONFIG), CONFIG, Words())
 
 
@@ -79,7 +79,7 @@ def _shapes(batch_size):
 
 
 def assert_equal(got, want):
-  """The same tree, with the same bits in every leaf."""
+  """Compares structure, dtypes, shapes and bits."""
   got, want = jax.device_get((got, want))
   assert jax.tree.structure(got) == jax.tree.structure(want)
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):

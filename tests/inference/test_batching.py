@@ -1,4 +1,4 @@
-"""Continuous batching: every request as if it were alone."""
+"""Continuous batching: each request gets the tokens it gets alone."""
 
 import jax
 import pytest
@@ -43,7 +43,7 @@ def submit(batch, i, **changes):
 
 @pytest.fixture(scope="module")
 def alone(hybrid):
-  """What each request gets when no other was ever there."""
+  """Tokens of each request without any other."""
   tokens = []
   for i in range(len(ASKED)):
     batch = batcher(hybrid)
@@ -55,7 +55,7 @@ def alone(hybrid):
 
 @pytest.mark.parametrize("i", [0, 1])
 def test_alone_a_request_gets_what_generate_gives(hybrid, alone, i):
-  """Although one compiles its sampler, and the other takes it as numbers."""
+  """One compiles its sampler, the other takes it as numbers."""
   prompt, count, seed, sampler = ASKED[i]
   options = {"rng": jax.random.key(seed), "sampler": sampler}
   want = generate(hybrid.params, hybrid.config, [prompt], count, **options)
@@ -78,7 +78,7 @@ def test_requests_get_the_tokens_they_get_alone(hybrid, alone):
 
 
 def test_tokens_are_streamed_and_requests_may_stop(hybrid, alone):
-  """By a stop id, by a callback, by hand; the others do not notice."""
+  """By a stop id, by a callback, by `cancel`; the others are not affected."""
   batch = batcher(hybrid)
   calls = []
   first = submit(batch, 0, on_tokens=calls.append)
@@ -97,7 +97,7 @@ def test_tokens_are_streamed_and_requests_may_stop(hybrid, alone):
 
 
 def test_a_completion_goes_on_from_its_state(hybrid, alone):
-  """In another batcher: the state has read just the tokens it should."""
+  """The state has read the prompt and all tokens but the last."""
   batch = batcher(hybrid)
   prompt, count, seed, sampler = ASKED[0]
   rng = jax.random.key(seed)
@@ -204,7 +204,7 @@ def test_full_attention_needs_room_and_keeps_to_it():
 
 
 def test_a_request_that_cannot_begin_ends(attention):
-  """Its state was given away while it waited; the slots stay free."""
+  """Its state was donated while it waited; the slots stay free."""
   batch = batcher(attention)
   state = init_state(attention.config, 1)
   lost = batch.submit([1], 2, rng=jax.random.key(0), state=state)

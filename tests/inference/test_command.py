@@ -1,4 +1,4 @@
-"""`python -m gdn2_jax.generate`: what it prints, keeps, and how it refuses."""
+"""`python -m gdn2_jax.generate`: output, sessions, refusals."""
 
 import pathlib
 import re

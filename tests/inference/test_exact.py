@@ -1,4 +1,4 @@
-"""Splits, blocks and buckets change neither results nor, much, programs."""
+"""Splits, blocks and buckets: equal results, few programs."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ FULL = np.array([LENGTH] * 3, np.int32)
 
 @pytest.mark.parametrize("pattern", ["S", "GS"])
 def test_any_split_of_the_prompts_reads_the_same(rng, pattern):
-  """Every row cut somewhere else: a(1) + a(2) + ... in place of a."""
+  """Each row is cut at places of its own: a(1) + a(2) + ... in place of a."""
   tiny = make_tiny(pattern)
   whole = prefill(
     tiny.params, tiny.tokens, FULL, init_state(tiny.config, 3), chunk_size=8
@@ -56,7 +56,7 @@ def test_any_split_of_the_prompts_reads_the_same(rng, pattern):
 
 
 def test_extend_gives_the_logits_after_every_token(hybrid):
-  """Of a ragged block, inside jit; what is not kept is read by a fork."""
+  """For a ragged block, inside jit; a fork reads what is not kept."""
   params, tokens = hybrid.params, hybrid.tokens
   lengths = np.array([8, 3, 5], np.int32)
   _, state = prefill(
@@ -80,7 +80,7 @@ def test_extend_gives_the_logits_after_every_token(hybrid):
 
 
 def test_extend_names_the_row_and_the_token_of_nan():
-  """Outside of jit; what it reads beyond `lengths` may be anything."""
+  """Outside of jit; NaN beyond `lengths` is no failure."""
   tiny = make_model("G")  # token by token: NaN stays out of earlier ones
   params, blocks = tiny.params, np.array([[5, 6, 7, 0], [8, 9, 4, 3]])
   start, lengths = np.array([3, 2], np.int32), np.array([3, 4], np.int32)

@@ -1,4 +1,4 @@
-"""Generation: what comes out, when it stops, what it costs."""
+"""Generation: tokens, ends, memory, failures."""
 
 import functools
 
@@ -203,7 +203,7 @@ def test_weights_with_nan_end_no_row_in_silence(hybrid, sampler):
 
 @pytest.mark.parametrize("return_state", [False, True])
 def test_a_damaged_state_is_named_and_the_other_rows_end(hybrid, return_state):
-  """The first time, and where a returned state goes on."""
+  """From an empty state, and from a returned one."""
   run = functools.partial(
     generate,
     hybrid.params,
@@ -231,7 +231,7 @@ def test_a_damaged_state_is_named_and_the_other_rows_end(hybrid, return_state):
 
 
 def meet(token, prompt, row):
-  """What comes of a row whose model gives no logits after `token`."""
+  """Tokens of a row whose logits are NaN after it reads `token`."""
   if token in prompt:
     return []
   return row[: row.index(token) + 1] if token in row[:-1] else row
@@ -239,7 +239,7 @@ def meet(token, prompt, row):
 
 @pytest.mark.parametrize("size", [1, 5, 16])
 def test_nan_on_the_way_ends_a_row_there(hybrid, size):
-  """At a token whose embedding is NaN; what was chosen before is not lost."""
+  """At a token whose embedding is NaN; the tokens before it are not lost."""
   whole = argmax_chain(hybrid)
   n = next(i for i in range(3, NEW) if whole[0][i] not in whole[0][:i])
   token = whole[0][n]
@@ -281,7 +281,7 @@ def test_finite_weights_that_overflow_are_told_from_damaged_ones(attention):
 
 
 def test_what_a_sampler_leaves_out_is_no_failure(attention):
-  """Neither is a logit of -inf, beside others; the rest is one."""
+  """Neither is a logit of -inf beside finite ones; NaN and +inf are."""
   inf, nan = np.inf, np.nan
   logits = jnp.array([[-inf, 2.0], [nan, 2.0], [inf, 2.0], [-inf, -inf]])
   assert is_usable(logits).tolist() == [True, False, False, False]

@@ -1,4 +1,4 @@
-"""Rows of states: nothing but bits that move."""
+"""Rows of states: bits move, nothing is computed."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from tests.inference.states import CONFIG, assert_equal, random_state
 
 
 def rows_of(state, rows):
-  """These rows by the layout that the module promises, on the host."""
+  """These rows by the documented layout, on the host."""
   state = jax.device_get(state)
   return state.replace(
     cache=jax.tree.map(lambda x: np.take(x, rows, axis=1), state.cache),
@@ -67,7 +67,7 @@ def test_put_replaces_the_named_rows_and_no_other():
 
 
 def test_results_share_no_buffer_with_their_source():
-  """Whoever gives a result away, as prefill asks for, still has the source."""
+  """A result may be donated, as to prefill: the source stays."""
   state = random_state(1)
   results = [
     fork(state, 1),

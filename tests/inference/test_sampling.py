@@ -1,4 +1,4 @@
-"""The sampler against a NumPy statement of what it should draw from."""
+"""Samplers against their distribution in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def test_a_row_does_not_depend_on_its_batch(rng):
 
 
 def test_rows_with_settings_of_their_own_draw_what_they_draw_alone(rng):
-  """Sorted or not, kept by rank or not: a key gives an id its own noise."""
+  """With and without ranks: the noise of an id depends on the key alone."""
   samplers = [
     Sampler(),
     GREEDY,

@@ -142,7 +142,7 @@ def test_prefill_and_decode_reuse_the_buffers_of_their_state(hybrid):
 
 
 def test_a_state_keeps_its_config(attention):
-  """Whatever becomes of the object that it was made from."""
+  """Changes of the config it was made from do not reach it."""
   config = copy.deepcopy(attention.config)
   state = init_state(config, 1)
   config.vocab_size = 7

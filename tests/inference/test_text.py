@@ -1,4 +1,4 @@
-"""Streaming text: characters never split, nothing lost or repeated."""
+"""Streaming text: no character is split, lost or repeated."""
 
 import random
 

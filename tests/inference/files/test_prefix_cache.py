@@ -1,4 +1,4 @@
-"""The prefix cache on disk: right, whole, bounded, shared."""
+"""Prefix cache on disk: exact, whole, bounded, shared."""
 
 import dataclasses
 import os
@@ -27,12 +27,12 @@ ROOT = pathlib.Path(__file__).parents[3]
 
 
 def text(key: int) -> list[int]:
-  """Tokens, other ones for each key."""
+  """Tokens that differ for each key."""
   return [key % 61] * (1 + key % 3) + [key // 61]
 
 
 def state_of(key: int):
-  """A state that says after which text it stands."""
+  """A state of random bits by key, with the position after its text."""
   position = jnp.array([len(text(key))], jnp.int32)
   return random_state(1, seed=key).replace(position=position)
 
@@ -182,7 +182,7 @@ def test_bad_input_is_refused(tmp_path):
 
 
 def hammer(folder: pathlib.Path, seed: int, max_bytes: int, rounds: int) -> int:
-  """Puts and gets at random, and checks whatever comes; returns the hits."""
+  """Puts and gets at random, checking all results; returns the hits."""
   store = StateStore(folder, identity(), max_bytes)
   rng, hits = random.Random(seed), 0
   for _ in range(rounds):

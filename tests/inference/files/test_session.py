@@ -195,7 +195,7 @@ def test_a_header_that_no_state_has_is_not_parsed(path, monkeypatch):
 
 
 def forge(path, change):
-  """Writes the file anew after `change(tensors, metadata)`, digest included."""
+  """Rewrites the file after `change(tensors, metadata)`, digest included."""
   tensors, metadata = load_tensors(path), dict(read_header(path).metadata)
   change(tensors, metadata)
   if "digest" in metadata:
@@ -204,7 +204,7 @@ def forge(path, change):
 
 
 def older(metadata, field):
-  """As a version wrote it that did not have this field."""
+  """Removes a field from the config, as in a file from before it existed."""
   config = json.loads(metadata["config"])
   del config[field]
   metadata.update(config=json.dumps(config), model="0")
