@@ -1,4 +1,4 @@
-r"""Starts several processes of one run on this host, and keeps them running.
+r"""Starts several processes of one run on this host, and restarts them.
 
   python -m gdn2_jax.launch --num_processes=4 --gpus_per_process=2 -- \
     python -m gdn2_jax.train --config=configs/gdn2_1p3b.py \
@@ -10,9 +10,9 @@ of them is lost, all are ended and started again, up to --max_restarts times;
 they resume from the newest checkpoint. SIGTERM and Ctrl-C are passed on as
 SIGTERM: the run saves its step and ends with 0. A second one kills.
 
-Exit codes that start all of them again: 75 (a peer was lost or a step was
-stuck), 134 (aborted), 137 (killed), 143 (ended by SIGTERM before it was
-handled). Any other code ends the launcher with that code.
+These exit codes restart all: 75 (a peer was lost or a step was stuck), 134
+(aborted), 137 (killed), 143 (ended by SIGTERM before it was handled). Any other
+code ends the launcher with that code.
 
 Rehearse on a machine without GPUs with --cpu_devices_per_process=2.
 """
@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from gdn2_jax import cli
+from gdn2_jax.train.processes import RETRY
 
 _NUM_PROCESSES = flags.DEFINE_integer(
   "num_processes", 2, "Processes to start.", lower_bound=1
@@ -40,34 +41,34 @@ _MAX_RESTARTS = flags.DEFINE_integer(
 _HEALTHY_AFTER = flags.DEFINE_float(
   "healthy_after",
   600.0,
-  "Seconds after which a start counts as good: restarts are counted anew.",
+  "Seconds after which a start counts as good and resets the restart count.",
 )
 _GRACE = flags.DEFINE_float(
   "grace",
   15.0,
-  "Seconds that the others have to end by themselves after one has failed.",
+  "Seconds for the other processes to end after one has failed.",
   lower_bound=0.0,
 )
 _STOP_GRACE = flags.DEFINE_float(
   "stop_grace",
   600.0,
-  "Seconds that the processes have to save and end after SIGTERM.",
+  "Seconds for the processes to save and end after SIGTERM.",
   lower_bound=0.0,
 )
 _GPUS = flags.DEFINE_integer(
   "gpus_per_process",
   None,
-  "Give each process its own so many GPUs (CUDA_VISIBLE_DEVICES).",
+  "GPUs of each process (sets CUDA_VISIBLE_DEVICES).",
   lower_bound=1,
 )
 _CPU_DEVICES = flags.DEFINE_integer(
   "cpu_devices_per_process",
   None,
-  "Run on the CPU, with so many stand-in devices in each process.",
+  "Run on the CPU, with this many simulated devices in each process.",
   lower_bound=1,
 )
 
-RETRYABLE = (75, 134, 137, 143)
+RETRYABLE = (RETRY, 134, 137, 143)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -88,13 +89,13 @@ class Stop:
 
 
 def exit_code(returncode: int) -> int:
-  """A return code as a shell shows it: 137 for a process killed by signal 9."""
+  """Return code in a shell's terms: 137 for a process killed by signal 9."""
   return 128 - returncode if returncode < 0 else returncode
 
 
 def verdict(codes: Sequence[int]) -> int:
   """Exit code for all processes: the first fatal one, else the first failed."""
-  # After a code that must not be retried the others only lost a peer.
+  # A process with a fatal code is the cause: the others lost a peer by it.
   failed = [code for code in codes if code]
   fatal = [code for code in failed if code not in RETRYABLE]
   return (fatal or failed or [0])[0]
@@ -108,7 +109,7 @@ def free_port() -> int:
 
 
 def environment(process_id: int, gpus: int | None, cpus: int | None) -> dict:
-  """Environment variables of a process: the launcher's, and its devices."""
+  """Environment of a process: that of the launcher, and its devices."""
   env = dict(os.environ)
   if gpus is not None:
     mine = range(process_id * gpus, (process_id + 1) * gpus)
@@ -119,7 +120,7 @@ def environment(process_id: int, gpus: int | None, cpus: int | None) -> dict:
 
 
 def _end_with_parent() -> None:
-  """Runs in the child: SIGTERM comes if the launcher itself is killed."""
+  """Runs in the child: the kernel sends SIGTERM if the launcher dies."""
   ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -194,7 +195,7 @@ def _say(line: str) -> None:
 
 
 def run(command: Sequence[str], stop: Stop) -> int:
-  """Starts the command until it is done; returns the exit code."""
+  """Starts and restarts the command; returns the exit code."""
   restarts = 0
   while True:
     started = time.monotonic()
@@ -213,14 +214,14 @@ def run(command: Sequence[str], stop: Stop) -> int:
       return code
     restarts += 1
     _say(f"starting all again ({restarts} of {_MAX_RESTARTS.value})")
-    # What made it fail may need a moment to pass.
+    # The cause of the failure may need time to pass.
     time.sleep(min(2.0 ** (restarts - 1), 30.0))
     if stop.received:
       return code
 
 
 def main(argv: list[str]) -> None:
-  """Entry point: starts what follows --."""
+  """Entry point: starts the command after --."""
   command = argv[1:]
   if not command or command[0].startswith("-"):
     raise app.UsageError(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from gdn2_jax.train.processes import RETRY
 from tests.faults.child import Child, train_rows
 from tests.faults.lab import GRID, Lab, digests_of, newest
 from tests.faults.outcome import Outcome, Try, tries
@@ -66,7 +67,7 @@ def other_meshes(lab: Lab, count: int, tick: Callable[[], object]) -> Outcome:
 
 HEARTBEAT = 10.0
 _WATCHDOG = 4.0
-_RETRYABLE = (75, -6, 134, -9, 137)
+_RETRYABLE = (RETRY, -6, 134, -9, 137)
 
 
 class Pair:

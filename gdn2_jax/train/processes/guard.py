@@ -1,10 +1,10 @@
 """A running loop's lock, watchdog and stop signals.
 
 With one process, SIGTERM and the first SIGINT set a flag that the loop reads
-between steps; a second signal of the same kind acts as if nothing had been
-installed. With several processes the same step must be saved everywhere, which
-only JAX's preemption notifier can agree on, and a Python handler would silence
-it: then nothing is installed and orbax is asked instead.
+between steps; a second signal of the same kind has its usual effect. With
+several processes all must save the same step. Only JAX's preemption notifier
+agrees on one, and a Python handler would silence it: then no handler is
+installed, and orbax asks the notifier.
 """
 
 import contextlib
@@ -34,12 +34,12 @@ class Guard:
     self._previous: dict = {}
 
   def beat(self) -> None:
-    """Notes that another step was dispatched."""
+    """Reports a dispatched step to the lock and the watchdog."""
     if self._lock is not None:
       self._lock.beat()
     self._beats += 1
-    # By the second beat a step has been read back. The first one has no limit:
-    # it compiles.
+    # By the second beat the results of a step were read. The first step
+    # compiles, and has no limit.
     if self._beats > 1:
       self._watchdog.beat()
 
@@ -53,7 +53,7 @@ class Guard:
 
   @contextlib.contextmanager
   def taking_signals(self) -> Iterator[None]:
-    """Turns SIGTERM and Ctrl-C into a `stop_reason`, where that is safe."""
+    """Turns SIGTERM and Ctrl-C into a `stop_reason`, for one process."""
     if jax.process_count() == 1:
       for number in (signal.SIGTERM, signal.SIGINT):
         self._previous[number] = signal.signal(number, self._handle)

@@ -1,14 +1,7 @@
-"""Several processes as one run: meeting the others, and losing one of them.
+"""Joining the processes of a run, and leaving when one of them is lost.
 
 Nothing here happens unless it is asked for: any shell on a cluster carries some
 of the variables by which JAX detects SLURM and Open MPI.
-
-Exit codes, for whatever started the processes:
-
-  0        done, or stopped on request with the current step saved
-  75       try again: a peer was lost, or did not come in time
-  134, -6  try again: the runtime aborted because a peer was lost
-  1, 2     do not try again: the command, the data or the code is at fault
 """
 
 import contextlib
@@ -24,9 +17,8 @@ from typing import NoReturn
 
 import jax
 
+from gdn2_jax.train.processes import RETRY
 from gdn2_jax.train.processes.place import Place
-
-RETRY = 75  # EX_TEMPFAIL of sysexits.h
 
 # What the messages of gloo, NCCL and the coordination service have in common.
 _SIGNS_OF_A_LOST_PEER = re.compile(
@@ -44,14 +36,14 @@ _STATUS_OF_THE_RUNTIME = re.compile(
 def join(
   place: Place, *, init_timeout: float = 300, heartbeat_timeout: float = 100
 ) -> None:
-  """Meets the other processes; call it before anything touches a device."""
+  """Joins the other processes; call it before any device is used."""
   if place.num_processes == 1:
     return
   loopback = place.host in ("127.0.0.1", "localhost", "::1")
   if place.process_id == 0:
     _check_port_is_free(place)
-  # JAX would abort the process with a stack of C++ when the time is over: end
-  # it before, with one line and a code that says "try again".
+  # At its own time-out JAX aborts the process with a C++ stack trace. This one
+  # is earlier: one line, and an exit code that means "start again".
   alarm = threading.Timer(init_timeout, _give_up, (place, init_timeout))
   alarm.daemon = True
   alarm.start()
@@ -66,7 +58,7 @@ def join(
       heartbeat_timeout_seconds=math.ceil(heartbeat_timeout),
       coordinator_bind_address=place.coordinator if loopback else None,
     )
-    # Process 0 has the last word on it, and does not compare.
+    # JAX takes the number of process 0 without comparing.
     if jax.process_count() != place.num_processes:
       raise ValueError(
         f"--num_processes={place.num_processes} here, but "
@@ -78,10 +70,10 @@ def join(
 
 
 def _check_port_is_free(place: Place) -> None:
-  """Refuses a port with a listener: gRPC would share it with another run."""
+  """Refuses a port in use: gRPC would share it with another run."""
   family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
   with socket.socket(family) as probe:
-    # Connections of an earlier run that linger do not count.
+    # Closed connections of an earlier run (TIME_WAIT) do not count.
     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
       probe.bind(("", place.port))
@@ -119,7 +111,7 @@ def _answers(place: Place) -> bool:
 
 
 def leave(message: str, code: int) -> NoReturn:
-  """Prints one line and ends this process at once, without any clean-up."""
+  """Prints one line and ends this process at once, without clean-up."""
   # A regular exit waits for peers that may be gone, and is then aborted.
   with contextlib.suppress(OSError, ValueError):
     print(f"error: {message}", file=sys.stderr, flush=True)
@@ -128,11 +120,11 @@ def leave(message: str, code: int) -> NoReturn:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-  """Whether the end of another process may have caused an error."""
+  """True if the loss of another process may have caused an error."""
   chain: list[BaseException] = []
   while error is not None and error not in chain:
     chain.append(error)
-    # A failed save, say, that failed because a peer was gone.
+    # For example a save that failed because a peer was gone.
     error = error.__cause__ or error.__context__
   return any(map(_tells_of_a_lost_peer, chain))
 
@@ -155,7 +147,8 @@ def _tells_of_a_lost_peer(error: BaseException) -> bool:
 def leaving_if_a_peer_is_lost() -> Iterator[None]:
   """Ends this process with `RETRY` if another process of the run is lost.
 
-  Put it inside whatever cleans up: closing a checkpoint waits for the peers.
+  Enter it after everything that cleans up: closing a checkpoint waits for the
+  peers.
   """
   try:
     yield
@@ -168,10 +161,10 @@ def leaving_if_a_peer_is_lost() -> Iterator[None]:
 
 @contextlib.contextmanager
 def leaving_at_once() -> Iterator[None]:
-  """Ends a process of several that fails without waiting for the others.
+  """Ends a failing process of several without waiting for the others.
 
-  The regular exit would sit in a barrier while they wait for this process in
-  a collective, and would be aborted with an exit code that hides the reason.
+  A regular exit would wait in a barrier while they wait for this process in a
+  collective, and would be aborted with an exit code that hides the reason.
   """
   try:
     yield
@@ -179,7 +172,7 @@ def leaving_at_once() -> Iterator[None]:
     if not jax.distributed.is_initialized():
       raise
     if isinstance(e, SystemExit):
-      # Whoever raised it has told why.
+      # The reason was printed where it was raised.
       code = e.code if isinstance(e.code, int) else int(e.code is not None)
       if code == 0:
         raise

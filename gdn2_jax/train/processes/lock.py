@@ -1,9 +1,10 @@
-"""One run per workdir.
+"""Lock of a workdir, for one run at a time.
 
 An flock held for the life of the process stops a second run on the same
-machine and vanishes with its holder, even after kill -9. Another machine may
-not see flocks, so the file also names host and pid and its time stamp is
-renewed: a foreign lock counts as abandoned once it is STALE_SECONDS old.
+machine; the kernel drops it with its holder, even after kill -9. Another
+machine may not see flocks, so the file also names host and pid, and its time
+stamp is renewed: the lock of another host counts as abandoned once it is
+STALE_SECONDS old.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ class LockedError(ValueError):
   """The workdir belongs to another live run."""
 
 
-class WorkdirLock:
+class WorkdirLock(contextlib.AbstractContextManager):
   """Holds WORKDIR/.lock from construction to `release`.
 
   Raises:
@@ -70,21 +71,18 @@ class WorkdirLock:
     )
 
   def beat(self) -> None:
-    """Renews the time stamp, at most every half minute; cheap to call."""
+    """Renews the time stamp, at most every half minute."""
     now = time.monotonic()
     if now - self._last_beat >= _BEAT_SECONDS:
       os.utime(self._file.fileno())
       self._last_beat = now
 
   def release(self) -> None:
-    """Gives the workdir back; twice is harmless."""
+    """Releases the lock; a second call has no effect."""
     if not self._file.closed:
       # Emptied, not unlinked: a waiting opener may already hold this inode.
       self._file.truncate(0)
       self._file.close()
-
-  def __enter__(self) -> "WorkdirLock":
-    return self
 
   def __exit__(self, *_) -> None:
     self.release()

@@ -1,7 +1,7 @@
 """Process index and count: from flags, or as JAX detects them.
 
 JAX reads them from the environment of SLURM steps and Open MPI jobs. Its
-detection on Kubernetes asks the API of the cluster; there, flags say it all.
+detection on Kubernetes queries the API of the cluster; use flags there.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ _FLAGS = ("--coordinator_address", "--num_processes", "--process_id")
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """One process of a run."""
+  """Coordinator, process count, process index, and devices to use."""
 
   coordinator: str  # "host:port" of process 0
   num_processes: int
   process_id: int
-  local_devices: tuple[int, ...] | None = None  # of the host; None for all
+  local_devices: tuple[int, ...] | None = None  # numbers on the host, or all
   found_by: str = "flags"
 
   @property
@@ -40,7 +40,7 @@ def find_place(
   num_processes: int | None = None,
   process_id: int | None = None,
 ) -> Place:
-  """The place of this process: what is given, then what JAX detects."""
+  """The place of this process: given values, else those JAX detects."""
   given = (coordinator_address, num_processes, process_id)
   detected = [name for name, c in _CLUSTERS.items() if c.is_env_present()]
   if None not in given:
@@ -60,7 +60,7 @@ def find_place(
 
 
 def _detect(name: str, given: tuple) -> Place:
-  """What JAX reads from the environment, where nothing is given."""
+  """Given values, and for the others those of the environment."""
   cluster = _CLUSTERS[name]
   port = os.environ.get("JAX_COORDINATOR_PORT")
   detect = (
@@ -80,8 +80,8 @@ def _detect(name: str, given: tuple) -> Place:
 
 def _local_devices(cluster: type[ClusterEnv]) -> tuple[int, ...] | None:
   """This process's device where several see all devices of a host."""
-  # JAX alone would leave a process only the device of its local number, even
-  # where it is the only process on a host with eight.
+  # By default JAX gives a process only the device of its local index, even if
+  # it is the only process on a host with eight.
   # SLURM writes "2(x3),1": tasks on each node of the step.
   tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")
   if cluster is OmpiCluster:

@@ -1,20 +1,21 @@
-"""Ends a process that is alive but no longer moves.
+"""Ends a process that is alive but makes no progress.
 
-A hung collective or a dead file system blocks for ever, and heartbeats go on
-all the while. The loop reports every finished step; when the next one takes too
-long, the watchdog prints where every thread is and ends the process with
-EXIT_STUCK, which launchers take as "start again".
+A hung collective or a dead file system blocks for ever, while heartbeats go
+on. The loop reports every finished step; when the next one takes too long, the
+watchdog prints the stacks of all threads and ends the process with `RETRY`.
 """
 
 import contextlib
 import faulthandler
+import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-EXIT_STUCK = 75  # EX_TEMPFAIL: the same command may well work the next time
+from gdn2_jax.train.processes import RETRY
+
 SAVE_FACTOR = 10.0
 
 
@@ -23,10 +24,10 @@ def _end(message: str) -> None:
   with contextlib.suppress(Exception):
     print(message, file=sys.__stderr__, flush=True)
     faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
-  os._exit(EXIT_STUCK)
+  os._exit(RETRY)
 
 
-class Watchdog:
+class Watchdog(contextlib.AbstractContextManager):
   """A thread that waits for `beat`, armed by the first one; 0 s is off.
 
   It needs the interpreter lock to act. Waiting for devices, collectives, files
@@ -34,88 +35,58 @@ class Watchdog:
   """
 
   def __init__(self, seconds: float, end: Callable[[str], None] = _end):
-    self._seconds = seconds
+    self._seconds = self._allowed = seconds
+    self._deadline = math.inf  # not armed
     self._end = end
-    self._deadline: float | None = None
-    self._allowed = seconds
-    self._changed = threading.Condition()
-    self._closed = False
-    self._thread: threading.Thread | None = None
+    self._closed = threading.Event()
+    self._thread = threading.Thread(
+      target=self._watch, name="watchdog", daemon=True
+    )
+    if seconds:
+      self._thread.start()
 
   def beat(self) -> None:
-    """Tells that a step has finished."""
-    if not self._seconds:
-      return
-    with self._changed:
-      self._allowed = self._seconds
-      self._deadline = time.monotonic() + self._seconds
-      # The thread wakes at the deadline it knows, and then sees this one.
-      if self._thread is None:
-        self._thread = threading.Thread(
-          target=self._watch, name="watchdog", daemon=True
-        )
-        self._thread.start()
+    """Reports a finished step."""
+    self._allow(self._seconds)
+
+  def paused(self) -> contextlib.AbstractContextManager[None]:
+    """Context for work of unknown duration, such as evaluation."""
+    return self._allowing(math.inf)
+
+  def saving(self) -> contextlib.AbstractContextManager[None]:
+    """Context for a save that blocks: SAVE_FACTOR times as long as a step."""
+    return self._allowing(SAVE_FACTOR * self._seconds)
 
   @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    """For work without a known duration, such as evaluation."""
-    with self._allowing(None):
-      yield
-
-  @contextlib.contextmanager
-  def saving(self) -> Iterator[None]:
-    """For a save that blocks: SAVE_FACTOR times as long as a step."""
-    with self._allowing(SAVE_FACTOR * self._seconds):
-      yield
-
-  @contextlib.contextmanager
-  def _allowing(self, seconds: float | None) -> Iterator[None]:
-    with self._changed:
-      armed = self._deadline is not None
-      if armed:
-        self._set(seconds)
+  def _allowing(self, seconds: float):
+    armed = self._deadline < math.inf
+    if armed:
+      self._allow(seconds)
     try:
       yield
     finally:
-      with self._changed:
-        if armed:
-          self._set(self._seconds)
+      if armed:
+        self._allow(self._seconds)
 
-  def _set(self, seconds: float | None) -> None:
-    self._allowed = seconds or 0.0
-    later = None if seconds is None else time.monotonic() + seconds
-    self._deadline = later
-    self._changed.notify()
+  def _allow(self, seconds: float) -> None:
+    self._allowed = seconds
+    self._deadline = time.monotonic() + seconds
 
   def _watch(self) -> None:
-    with self._changed:
-      while not self._closed:
-        if self._deadline is None:
-          self._changed.wait()
-          continue
-        left = self._deadline - time.monotonic()
-        if left > 0:
-          self._changed.wait(left)
-          continue
-        break
-      if self._closed:
+    while (left := self._deadline - time.monotonic()) > 0:
+      # A new deadline is at least `_seconds` ahead: this wakes up before it.
+      if self._closed.wait(min(left, self._seconds)):
         return
-      allowed = self._allowed
     self._end(
-      f"no progress for {allowed:g} s (--config.watchdog_seconds="
-      f"{self._seconds:g}), ending with exit code {EXIT_STUCK}; all threads:"
+      f"no progress for {self._allowed:g} s (--config.watchdog_seconds="
+      f"{self._seconds:g}), ending with exit code {RETRY}; all threads:"
     )
 
   def close(self) -> None:
-    """Stops watching."""
-    with self._changed:
-      self._closed = True
-      self._changed.notify()
-    if self._thread is not None:
+    """Stops the thread."""
+    self._closed.set()
+    if self._seconds:
       self._thread.join()
-
-  def __enter__(self) -> "Watchdog":
-    return self
 
   def __exit__(self, *_) -> None:
     self.close()

@@ -7,8 +7,10 @@ import time
 
 import pytest
 
+from gdn2_jax.train.processes import RETRY
 from gdn2_jax.train.processes import watchdog as watchdog_lib
-from gdn2_jax.train.processes.watchdog import EXIT_STUCK, Watchdog
+from gdn2_jax.train.processes.watchdog import Watchdog
+from tests.tiny_run import ROOT
 
 
 class Ended:
@@ -35,8 +37,8 @@ def test_silence_ends_the_process(ended):
   with Watchdog(0.2, ended) as watchdog:
     watchdog.beat()
     start = time.monotonic()
-    assert ended.after(5)
-    assert 0.15 < time.monotonic() - start < 1.2
+    assert ended.after(60)  # only a watchdog that never acts takes so long
+    assert time.monotonic() - start > 0.15
   assert "no progress for 0.2 s (--config.watchdog_seconds=0.2)" in (
     ended.message
   )
@@ -67,7 +69,7 @@ def test_paused_while_evaluating_and_armed_again_after(ended):
     watchdog.beat()
     with watchdog.paused():
       assert not ended.after(0.5)
-    assert ended.after(5)
+    assert ended.after(60)
 
 
 def test_saves_may_take_longer_but_not_for_ever(ended, monkeypatch):
@@ -76,7 +78,7 @@ def test_saves_may_take_longer_but_not_for_ever(ended, monkeypatch):
     watchdog.beat()
     with watchdog.saving():
       assert not ended.after(0.4)
-      assert ended.after(5)
+      assert ended.after(60)
   assert "no progress for 0.8 s" in ended.message
 
 
@@ -89,12 +91,9 @@ def test_close_stops_the_thread(ended):
 
 
 _STUCK = """
-import importlib.util, sys, threading
-spec = importlib.util.spec_from_file_location("watchdog", sys.argv[1])
-watchdog = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(watchdog)
-w = watchdog.Watchdog(0.5)
-w.beat()
+import threading
+from gdn2_jax.train.processes.watchdog import Watchdog
+Watchdog(0.5).beat()
 def hangs_here():
   threading.Event().wait()
 hangs_here()
@@ -103,12 +102,13 @@ hangs_here()
 
 def test_stacks_and_exit_code():
   done = subprocess.run(
-    [sys.executable, "-c", _STUCK, watchdog_lib.__file__],
+    [sys.executable, "-c", _STUCK],
+    cwd=ROOT,
     capture_output=True,
     text=True,
     timeout=60,
     check=False,
   )
-  assert done.returncode == EXIT_STUCK == 75
+  assert done.returncode == RETRY == 75
   assert "hangs_here" in done.stderr
   assert "no progress for 0.5 s" in done.stderr
