@@ -9,18 +9,36 @@ import numpy as np
 _INK, _MUTED, _GRID = "#1f2328", "#6e7781", "#e6e8eb"
 _TRAIN, _VALIDATION = "#0969da", "#cf222e"
 _BASELINES = ("#8250df", "#1a7f37", "#9a6700")
+_STYLE = {
+  "axes.axisbelow": True,
+  "axes.edgecolor": _GRID,
+  "axes.grid": True,
+  "axes.grid.axis": "y",
+  "axes.labelcolor": _INK,
+  "axes.spines.left": False,
+  "axes.spines.right": False,
+  "axes.spines.top": False,
+  "axes.titlecolor": _INK,
+  "axes.titlelocation": "left",
+  "axes.titlepad": 10,
+  "axes.xmargin": 0.01,
+  "grid.color": _GRID,
+  "legend.fontsize": 9,
+  "legend.frameon": False,
+  "legend.labelcolor": _INK,
+  "xtick.color": _MUTED,
+  "xtick.major.size": 0,
+  "ytick.color": _MUTED,
+  "ytick.major.size": 0,
+}
 
 
-def smooth(values: np.ndarray, span: float) -> np.ndarray:
-  """Exponential moving average over about `span` values, without start bias."""
-  keep = 1.0 - 1.0 / max(span, 1.0)
-  total = weight = 0.0
-  out = np.empty(len(values))
-  for i, value in enumerate(values):
-    total = keep * total + (1 - keep) * value
-    weight = keep * weight + (1 - keep)
-    out[i] = total / weight
-  return out
+def trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
+  """Mean of the last `window` values at each, of fewer at the start."""
+  ends = np.arange(1, len(values) + 1)
+  starts = np.maximum(ends - window, 0)
+  sums = np.cumsum(np.insert(values, 0, 0.0))
+  return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 def plot_loss(
@@ -29,39 +47,43 @@ def plot_loss(
   baselines: Mapping[str, float] | None = None,
 ) -> None:
   """Draws losses of metrics.jsonl, and baselines {name: nats per token}."""
-  # Imported late: a fit of fonts takes seconds and most steps draw nothing.
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  # Imported late: loading fonts takes seconds and most steps draw nothing.
+  import matplotlib
   from matplotlib.figure import Figure
+  from matplotlib.ticker import MaxNLocator
 
+  with matplotlib.rc_context(_STYLE):
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot(
+      title="Loss over training", xlabel="step", ylabel="loss (nats per token)"
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    _draw_losses(axes, rows)
+    _draw_baselines(axes, baselines or {})
+    if axes.get_legend_handles_labels()[0]:
+      # Above the axes: inside, it would cover a curve or a baseline.
+      axes.legend(
+        ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2
+      )
+    figure.savefig(path)
+
+
+def _draw_losses(axes, rows: Sequence[Mapping[str, Any]]) -> None:
   train = _points(rows, ("train",), "loss")
-  validation = _points(rows, ("eval", "final"), "loss_1x")
-  figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-  FigureCanvasAgg(figure)
-  axes = figure.add_subplot()
   if len(train):
     steps, losses = train.T
-    axes.plot(steps, losses, color=_TRAIN, alpha=0.2, linewidth=0.8)
-    smoothed = smooth(losses, len(losses) / 50)
-    axes.plot(
-      steps,
-      smoothed,
-      color=_TRAIN,
-      linewidth=1.8,
-      label=f"training, smoothed ({smoothed[-1]:.3f} at the end)",
-    )
+    # Each row is the loss of one batch: several of them average the noise out.
+    window = max(5, len(train) // 50)
+    mean = trailing_mean(losses, window)
+    style = {"color": _TRAIN, "linewidth": 0.8, "alpha": 0.3}
+    axes.plot(steps, losses, label="training, logged steps", **style)
+    label = f"mean of the last {window} of them ({mean[-1]:.3f} at the end)"
+    axes.plot(steps, mean, color=_TRAIN, linewidth=1.8, label=label)
+  validation = _points(rows, ("eval", "final"), "loss_1x")
   if len(validation):
-    axes.plot(
-      *validation.T,
-      color=_VALIDATION,
-      marker="o",
-      markersize=4.5,
-      linewidth=1.2,
-      label=f"validation ({validation[-1, 1]:.3f} at the end)",
-      zorder=3,
-    )
-  _draw_baselines(axes, baselines or {})
-  _style(axes)
-  figure.savefig(path)
+    label = f"validation ({validation[-1, 1]:.3f} at the end)"
+    style = {"color": _VALIDATION, "linewidth": 1.2, "zorder": 3}
+    axes.plot(*validation.T, marker="o", markersize=4.5, label=label, **style)
 
 
 def _points(rows, kinds: tuple[str, ...], name: str) -> np.ndarray:
@@ -87,34 +109,4 @@ def _draw_baselines(axes, baselines: Mapping[str, float]) -> None:
       ha="right",
       color=color,
       fontsize=9,
-    )
-
-
-def _style(axes) -> None:
-  from matplotlib.ticker import MaxNLocator
-
-  axes.set_xlabel("step", color=_INK)
-  axes.set_ylabel("loss (nats per token)", color=_INK)
-  axes.set_title(
-    "Loss over training", loc="left", color=_INK, fontsize=12, pad=10
-  )
-  axes.grid(axis="y", color=_GRID, linewidth=0.8)
-  axes.set_axisbelow(True)
-  axes.margins(x=0.01)
-  axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-  axes.tick_params(colors=_MUTED, length=0)
-  for side in ("top", "right", "left"):
-    axes.spines[side].set_visible(False)
-  axes.spines["bottom"].set_color(_GRID)
-  if axes.get_legend_handles_labels()[0]:
-    # Above the axes: inside, it would cover a curve or a baseline sooner or
-    # later.
-    axes.legend(
-      frameon=False,
-      labelcolor=_INK,
-      fontsize=9,
-      ncols=2,
-      loc="lower right",
-      bbox_to_anchor=(1, 1),
-      borderaxespad=0.2,
     )

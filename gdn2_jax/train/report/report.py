@@ -1,5 +1,6 @@
-"""Metrics of a run: rows, progress, evaluations, and giving up."""
+"""Metrics of a run: files, progress, evaluations, divergence."""
 
+import dataclasses
 import datetime
 import pathlib
 import sys
@@ -9,12 +10,15 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from gdn2_jax.eval.ngram import ngram_baselines
+from gdn2_jax.eval.perplexity import evaluate_lengths
+from gdn2_jax.eval.report import LossReport, format_table
 from gdn2_jax.model.accounting import train_flops_per_token
 from gdn2_jax.train.config import TrainConfig
-from gdn2_jax.train.report.evaluation import evaluate, write_summary
+from gdn2_jax.train.report.plot import plot_loss
 from gdn2_jax.train.report.skipped import SkippedBatches
 from gdn2_jax.train.report.throughput import Throughput
-from gdn2_jax.train.report.writer import Writer
+from gdn2_jax.train.report.writer import Writer, read_rows, write_json
 
 
 class DivergedError(RuntimeError):
@@ -22,59 +26,52 @@ class DivergedError(RuntimeError):
 
 
 class Progress:
-  """A progress bar on a terminal, else lines; silent where `say` is None."""
+  """A progress bar on a terminal, else lines."""
 
   def __init__(
-    self, first_step: int, num_steps: int, say: Callable[[str], None] | None
+    self, first_step: int, num_steps: int, say: Callable[[str], None]
   ):
     self._num_steps = num_steps
     self._say = say
-    self._bar = None
-    if say is not None and sys.stderr.isatty():
-      self._bar = tqdm(
-        total=num_steps,
-        initial=first_step,
-        unit="step",
-        dynamic_ncols=True,
-        smoothing=0.1,
-      )
+    self._bar = tqdm(
+      total=num_steps,
+      initial=first_step,
+      unit="step",
+      dynamic_ncols=True,
+      smoothing=0.1,
+      disable=jax.process_index() > 0 or not sys.stderr.isatty(),
+    )
 
   def step(self, step: int) -> None:
     """Moves the bar to `step` finished steps."""
-    if self._bar is not None:
-      self._bar.update(step - self._bar.n)
+    self._bar.update(step - self._bar.n)
 
   def row(self, step: int, values: dict[str, Any]) -> None:
     """Shows the numbers of a metrics row."""
     speed = values.get("tokens_per_s")
-    if self._bar is not None:
+    if not self._bar.disable:
       shown = {"loss": f"{values['loss']:.4f}"}
       if speed:
         shown["tokens/s"] = f"{speed:,.0f}"
       self._bar.set_postfix(shown)
-    elif self._say is not None:
-      line = f"step {step:>6}/{self._num_steps}  loss {values['loss']:.4f}"
-      line += f"  grad {values['grad_norm']:.3f}  lr {values['lr']:.2e}"
-      if speed:
-        left = (self._num_steps - step) * values["step_s"]
-        eta = datetime.timedelta(seconds=round(left))
-        line += f"  {speed:,.0f} tokens/s  ETA {eta}"
-      if "mfu" in values:
-        line += f"  MFU {values['mfu']:.1%}"
-      self._say(line)
+      return
+    line = f"step {step:>6}/{self._num_steps}  loss {values['loss']:.4f}"
+    line += f"  grad {values['grad_norm']:.3f}  lr {values['lr']:.2e}"
+    if speed:
+      left = (self._num_steps - step) * values["step_s"]
+      eta = datetime.timedelta(seconds=round(left))
+      line += f"  {speed:,.0f} tokens/s  ETA {eta}"
+    if "mfu" in values:
+      line += f"  MFU {values['mfu']:.1%}"
+    self._say(line)
 
   def say(self, line: str) -> None:
     """Prints a line without breaking the bar."""
-    if self._bar is not None:
-      self._bar.write(line)
-    elif self._say is not None:
-      self._say(line)
+    (self._say if self._bar.disable else self._bar.write)(line)
 
   def close(self) -> None:
-    """Leaves the bar as it is."""
-    if self._bar is not None:
-      self._bar.close()
-      self._bar = None
+    """Ends the bar where it is; lines are printed from then on."""
+    self._bar.close()
 
 
 class Report:
@@ -86,7 +83,7 @@ class Report:
     workdir: pathlib.Path,
     dataset: Any,
     first_step: int,
-    say: Callable[[str], None] | None,
+    say: Callable[[str], None],
   ):
     self._config = config
     self._workdir = workdir
@@ -102,12 +99,12 @@ class Report:
     self._measuring = False
 
   def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
-    """Takes the metrics of `step`, and reads those taken before."""
+    """Keeps the metrics of `step`, and reads those of the step before."""
     self.flush()
     self._pending = (step, metrics)
 
   def flush(self) -> None:
-    """Reads what is pending, waiting for its step; may raise DivergedError."""
+    """Reads the pending metrics once computed; may raise DivergedError."""
     if self._pending is None:
       return
     (step, metrics), self._pending = self._pending, None
@@ -133,24 +130,22 @@ class Report:
     if in_a_row >= self._config.max_skipped:
       raise DivergedError(
         f"steps {step - in_a_row + 1} to {step}: {in_a_row} batches in a row "
-        "gave no finite loss and gradient, or none below "
-        f"--config.optimizer.skip_norm (--config.max_skipped="
-        f"{self._config.max_skipped}); the parameters are those before step "
-        f"{step - in_a_row + 1}. The last batch had {records}; skipped.jsonl "
-        "in the workdir has them all. Try a lower --config.optimizer.lr, a "
-        "longer --config.optimizer.warmup_fraction, or "
-        "--config.model.dtype=float32"
+        "(--config.max_skipped) had a loss or gradient that is not finite, or "
+        "a gradient norm above --config.optimizer.skip_norm; the parameters "
+        f"are those before step {step - in_a_row + 1}. The last batch had "
+        f"{records}; skipped.jsonl in the workdir has them all. Try a lower "
+        "--config.optimizer.lr, a longer --config.optimizer.warmup_fraction, "
+        "or --config.model.dtype=float32"
       )
 
   def pause(self) -> None:
-    """Reads what is pending before work that is not training."""
+    """Reads the pending metrics before work that is not training."""
     self.flush()
     self._measuring = False
 
   def evaluate(self, step: int, params: Any) -> None:
     """Writes and prints the held-out loss at the training length."""
-    (report,), row = evaluate(self._config, params, self._dataset, (1,))
-    self._writer.write(step, "eval", row)
+    (report,) = self._measure(step, "eval", params, (1,)).values()
     self._progress.say(
       f"step {step:>6}  validation {report.nats_per_token:.4f} nats/token, "
       f"{report.bits_per_byte:.4f} bits/byte"
@@ -160,16 +155,54 @@ class Report:
     """Writes the last row, eval.json and loss.png; prints the table."""
     self._progress.close()
     multiples = self._config.eval.length_multiples
-    models, row = evaluate(self._config, params, self._dataset, multiples)
-    self._writer.write(step, "final", row)
+    models = self._measure(step, "final", params, multiples)
     if jax.process_index() == 0:
-      table = write_summary(
-        self._config, self._workdir, self._dataset, step, models
-      )
       self._progress.say("")
-      self._progress.say(table)
+      self._progress.say(self._summarize(step, models))
+
+  def _measure(
+    self, step: int, kind: str, params: Any, multiples: tuple[int, ...]
+  ) -> dict[str, LossReport]:
+    """Held-out losses by multiple of the training length; writes their row."""
+    reports = evaluate_lengths(
+      self._config.model,
+      params,
+      self._dataset,
+      seq_len=self._config.data.seq_len,
+      config=dataclasses.replace(self._config.eval, length_multiples=multiples),
+    )
+    found = {f"{n}x": r for n, r in zip(multiples, reports, strict=True)}
+    row = {}
+    for name, report in found.items():
+      row[f"loss_{name}"] = report.nats_per_token
+      row[f"bits_per_byte_{name}"] = report.bits_per_byte
+    self._writer.write(step, kind, row)
+    return found
+
+  def _summarize(self, step: int, models: dict[str, LossReport]) -> str:
+    """Writes eval.json and loss.png; returns a table with the baselines."""
+    baselines = ngram_baselines(
+      self._dataset,
+      seq_len=self._config.data.seq_len,
+      # No limit, like 0 batches for the model.
+      rows=self._config.eval.batches * self._config.eval.batch_size or None,
+    )
+    write_json(
+      self._workdir / "eval.json",
+      {
+        "step": step,
+        "model": {name: report.to_json() for name, report in models.items()},
+        "baselines": {report.name: report.to_json() for report in baselines},
+      },
+    )
+    plot_loss(
+      self._workdir / "loss.png",
+      read_rows(self._workdir / "metrics.jsonl"),
+      {report.name: report.nats_per_token for report in baselines},
+    )
+    return format_table([*models.values(), *baselines])
 
   def close(self) -> None:
-    """Closes the files and leaves the bar as it is."""
+    """Closes the files and ends the bar."""
     self._progress.close()
     self._writer.close()

@@ -1,7 +1,7 @@
-"""Rows of the data in batches that made no update.
+"""Record of batches that made no update.
 
 WORKDIR/skipped.jsonl has one line per such batch: step, loss, gradient norm,
-and the rows by source and number, so that they can be looked at:
+and the rows as [source, row], to look them up:
 
     dataset.train_rows(source)[row]
 """
@@ -23,7 +23,7 @@ _STRIDE = 10**12
 
 @dataclasses.dataclass(frozen=True)
 class _RowNumbers(PackedRows):
-  """Rows that hold their own number, and that of their source."""
+  """Rows whose content is their number and that of their source."""
 
   source: int = 0
 
@@ -52,19 +52,19 @@ def rows_of(dataset: Any, step: int) -> list[tuple[int, int]]:
 
 
 class SkippedBatches:
-  """Writes skipped.jsonl, on process 0 only."""
+  """Writer of skipped.jsonl, on process 0 only."""
 
   def __init__(self, path: pathlib.Path, dataset: Any):
     self._path = path
     self._dataset = dataset
 
   def note(self, step: int, loss: float, grad_norm: float) -> str:
-    """Appends the batch of `step`, from 1; returns its rows in words."""
+    """Appends the batch of `step`, from 1; returns text that names its rows."""
     rows = rows_of(self._dataset, step - 1)
+    numbers = {"loss": loss, "grad_norm": grad_norm}
     line = {
       "step": step,
-      "loss": loss if math.isfinite(loss) else str(loss),
-      "grad_norm": grad_norm if math.isfinite(grad_norm) else str(grad_norm),
+      **{k: x if math.isfinite(x) else str(x) for k, x in numbers.items()},
       "data_seed": self._dataset.config.seed,
       "rows": rows,
     }

@@ -9,7 +9,6 @@ import jax
 # and PCIe, H200 SXM, A100). Matched by prefix, the longest first.
 PEAK_FLOPS = {
   "NVIDIA H100 PCIe": 756e12,
-  "NVIDIA H100 80GB HBM3": 989e12,
   "NVIDIA H100": 989e12,
   "NVIDIA H200": 989e12,
   "NVIDIA A100": 312e12,
@@ -17,7 +16,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-  """Peak bfloat16 FLOP/s of a device, None where it is not known."""
+  """Peak bfloat16 FLOP/s of a device; None if unknown."""
   for prefix in sorted(PEAK_FLOPS, key=len, reverse=True):
     if device_kind.startswith(prefix):
       return PEAK_FLOPS[prefix]
@@ -27,8 +26,8 @@ def peak_flops(device_kind: str) -> float | None:
 class Throughput:
   """Rates over the steps since the last reading, padding included.
 
-  The first step after a start or a pause compiles or waits for something other
-  than training: call `restart` after it.
+  Call `restart` after the first step and after a pause: it has compiled, or
+  waited for something other than training.
   """
 
   def __init__(
@@ -47,11 +46,11 @@ class Throughput:
     self._since: tuple[int, float] | None = None
 
   def restart(self, step: int) -> None:
-    """Starts to measure after `step` finished steps."""
+    """Starts a measurement after `step` finished steps."""
     self._since = (step, self._clock())
 
   def read(self, step: int) -> dict[str, float]:
-    """Rates up to `step` finished steps, and restarts; {} if there are none."""
+    """Rates up to `step` finished steps, {} if none; restarts."""
     since, now = self._since, self._clock()
     self._since = (step, now)
     if since is None or step <= since[0] or now <= since[1]:

@@ -1,4 +1,4 @@
-"""Files that people read: metrics.jsonl, TensorBoard, versions.
+"""Output files of a run: metrics.jsonl, TensorBoard, JSON, versions.
 
 metrics.jsonl has one JSON object per line, {"step": ..., "kind": ...} with kind
 "train", "eval" or "final"; numbers that are not finite are written as null.
@@ -35,14 +35,14 @@ _PACKAGES = (
 
 
 def write_json(path: pathlib.Path, tree: Any) -> None:
-  """Writes indented JSON in one step: readers see the old or the new file."""
+  """Replaces a file by indented JSON, atomically."""
   write_atomically(path, (json.dumps(tree, indent=2) + "\n").encode())
 
 
 def probe(directory: pathlib.Path) -> None:
-  """Makes the directory and writes to it; ValueError where that fails."""
-  # Now, not at the first save hours later. Checkpoints may lie on another disk
-  # and are tried where they exist. Several processes may share the directory.
+  """Makes the directory and writes to it; ValueError if that fails."""
+  # At the start, not at the first save hours later. The folder of checkpoints
+  # may be a link to another disk. Several processes may share the directory.
   name = f".probe-{socket.gethostname()}-{os.getpid()}"
   for folder in (directory, directory / "checkpoints"):
     path = folder / name
@@ -58,7 +58,7 @@ def probe(directory: pathlib.Path) -> None:
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """Rows of a metrics.jsonl; a last line cut by a kill is left out."""
+  """Rows of a metrics.jsonl, without a last line that a kill cut off."""
   rows = []
   for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
     try:
@@ -69,7 +69,7 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-  """Versions and device of this process; "git" where it is a checkout."""
+  """Versions of packages, devices, and the commit if this is a checkout."""
   found = {"python": platform.python_version()}
   for package in _PACKAGES:
     try:
@@ -79,8 +79,7 @@ def versions() -> dict[str, str]:
   devices = jax.devices()
   found["device"] = f"{len(devices)} x {devices[0].device_kind}"
   found["processes"] = str(jax.process_count())
-  commit = _git_commit()
-  if commit:
+  if commit := _git_commit():
     found["git"] = commit
   return found
 
@@ -127,7 +126,7 @@ class Writer:
     )
 
   def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-    """Appends one row, and the same numbers as TensorBoard scalars."""
+    """Appends a row of metrics.jsonl and the same TensorBoard scalars."""
     if not self._enabled:
       return
     row: dict[str, Any] = {"step": step, "kind": kind}

@@ -2,13 +2,16 @@
 
 import json
 import struct
+import sys
 
 import jax
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from gdn2_jax.train.report import writer as writer_lib
-from gdn2_jax.train.report.plot import plot_loss, smooth
+from gdn2_jax.train.report.plot import plot_loss, trailing_mean
+from gdn2_jax.train.report.report import Progress
 from gdn2_jax.train.report.throughput import Throughput, peak_flops
 from gdn2_jax.train.report.writer import Writer, read_rows
 
@@ -83,9 +86,43 @@ def test_peak_is_known_by_the_longest_prefix():
   assert peak_flops("cpu") is None
 
 
-def test_smoothing_has_no_start_bias():
-  np.testing.assert_allclose(smooth(np.full(20, 3.0), 10.0), 3.0)
-  np.testing.assert_allclose(smooth(np.arange(5.0), 1.0), np.arange(5.0))
+def test_a_terminal_gets_a_bar_and_lines_around_it(monkeypatch, capsys):
+  monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+  lines = []
+  progress = Progress(2, 9, lines.append)
+  progress.step(3)
+  progress.row(3, {"loss": 1.5, "tokens_per_s": 2000.0})
+  progress.say("during")
+  progress.close()
+  progress.say("after")
+  out, err = capsys.readouterr()
+  assert (out, lines) == ("during\n", ["after"])
+  assert "3/9" in err and "loss=1.5000, tokens/s=2,000" in err
+
+
+def test_trailing_mean():
+  values = np.float64([3, 1, 4, 1, 5, 9])
+  want = [3, 2, 8 / 3, 2, 10 / 3, 5]
+  np.testing.assert_allclose(trailing_mean(values, 3), want)
+  np.testing.assert_allclose(trailing_mean(values, 1), values)
+
+
+@pytest.mark.parametrize(("points", "window"), [(60, 5), (500, 10)])
+def test_noise_of_single_steps_is_averaged_out(
+  tmp_path, monkeypatch, points, window
+):
+  """The thick line is smooth, and its label states the window."""
+  figures = []
+  monkeypatch.setattr(Figure, "savefig", lambda f, path: figures.append(f))
+  rows = [
+    {"step": 10 * n, "kind": "train", "loss": 4.0 + 0.5 * (-1) ** n}
+    for n in range(points)
+  ]
+  plot_loss(tmp_path / "loss.png", rows)
+  raw, mean = figures[0].axes[0].lines
+  assert np.ptp(raw.get_ydata()) == 1.0
+  assert np.ptp(mean.get_ydata()[window:]) <= 1.0 / window
+  assert f"mean of the last {window} of them" in mean.get_label()
 
 
 def test_plot_is_a_png_with_or_without_points(tmp_path):
