@@ -18,12 +18,7 @@ def fail(message: str) -> NoReturn:
 
 
 def refuse_positional(argv: Sequence[str], example: str) -> None:
-  """Raises UsageError for `flag=value` written without its dashes.
-
-  Args:
-    argv: what absl left over, the program's name first.
-    example: a flag of this program as it should be written.
-  """
+  """Raises UsageError for `flag=value` without dashes; shows an `example`."""
   if len(argv) > 1:
     raise app.UsageError(
       f"unexpected argument {argv[1]!r}; flags start with --, as in {example}"
@@ -36,24 +31,24 @@ def define_self_check() -> flags.FlagHolder:
     "self_check",
     True,
     "Compare GPU kernels with XLA before their first use on a kind of device, "
-    "and do without them where they are wrong.",
+    "and use XLA instead where they are wrong.",
   )
 
 
 def python_command() -> str:
-  """How to call this Python from here, as in `.venv/bin/python`."""
+  """Command that runs this Python from the current directory."""
   path, here = pathlib.Path(sys.executable), pathlib.Path.cwd()
   return str(path.relative_to(here)) if path.is_relative_to(here) else "python"
 
 
 def is_ours(error: BaseException) -> bool:
-  """Whether our code refused something, rather than some library."""
+  """True if code of this package raised the error, not a library."""
   return is_our_frame(list(traceback.walk_tb(error.__traceback__))[-1][0])
 
 
 def is_our_frame(frame: types.FrameType) -> bool:
-  """Whether a stack frame runs code of this package."""
-  # Not by __name__: the module that runs is called __main__.
+  """True if a stack frame runs code of this package."""
+  # Not by __name__: the module that is run as a program is called __main__.
   package = frame.f_globals.get("__package__") or ""
   return package.split(".")[0] == "gdn2_jax"
 
@@ -62,11 +57,8 @@ def is_our_frame(frame: types.FrameType) -> bool:
 def one_line_errors(*more: type[Exception]) -> Iterator[None]:
   """Turns refusals of bad input into one line and exit code 1.
 
-  A ValueError or FileNotFoundError that our code raised is a message to the
-  user; one out of a library is a bug and keeps its traceback.
-
-  Args:
-    *more: other exceptions that are messages, wherever they come from.
+  A ValueError or OSError that this package raised, and `more` from anywhere,
+  are messages to the user; others are bugs and keep their traceback.
   """
   try:
     yield
@@ -80,8 +72,8 @@ def one_line_errors(*more: type[Exception]) -> Iterator[None]:
 
 def _parse_flags(argv: list[str]) -> list[str]:
   """Flag errors as one line; ml_collections raises some as bare KeyError."""
-  # Orbax tells the story of every file it writes at level INFO. Set before
-  # parsing, so that --verbosity still has the last word.
+  # Orbax logs every file it writes at level INFO. Set before parsing, so that
+  # --verbosity overrides it.
   logging.set_verbosity(logging.WARNING)
   try:
     return app.parse_flags_with_usage(argv)

@@ -22,9 +22,9 @@ class UnknownFieldError(AttributeError, ValueError):
 def config_class[T](cls: type[T]) -> type[T]:
   """Decorator: a keyword-only, hashable dataclass with no other attributes.
 
-  Python would keep a misspelt field as a new attribute, and the run would go
-  on with the default of the field that was meant. Here the assignment, and the
-  constructor, raise UnknownFieldError with the nearest name.
+  Python would keep a misspelt field as a new attribute, and the run would use
+  the default of the intended field. Here the assignment and the constructor
+  raise UnknownFieldError with the nearest name.
   """
   cls = dataclasses.dataclass(kw_only=True, unsafe_hash=True)(cls)
   init = cls.__init__
@@ -45,12 +45,9 @@ def config_class[T](cls: type[T]) -> type[T]:
 
 
 def unknown_field(cls: type, name: str, path: str = "") -> str:
-  """Message about a field that `cls` lacks, with the nearest field below it.
+  """Message about a field that dataclass `cls` lacks, with the nearest ones.
 
-  Args:
-    cls: a dataclass.
-    name: of the missing field.
-    path: of the instance, such as "config.model"; "" if it is not known.
+  `path` is that of the instance, such as "config.model", if known.
   """
   near = _nearest(cls, name)
   if near:

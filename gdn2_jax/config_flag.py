@@ -1,9 +1,8 @@
 """The --config flag: config files, overrides, and one-line errors.
 
-A mistake in how the config is used ends in one line and exit code 1: a field
-that does not exist, a value that our code or get_config() itself refuses, a
-missing file. Any other exception out of the file is a bug in it and keeps its
-traceback.
+A mistake in using the config ends in one line and exit code 1: a field that
+does not exist, a value that this package or get_config() refuses, a missing
+file. Any other exception from the file is a bug in it and keeps its traceback.
 """
 
 import dataclasses
@@ -24,7 +23,7 @@ from gdn2_jax import cli
 from gdn2_jax.config_class import UnknownFieldError, unknown_field
 from gdn2_jax.train.config import TrainConfig
 
-# --help shows the flag among those of the program that calls define().
+# --help lists the flag with those of the program that calls define().
 flags.disclaim_key_flags()
 
 PRESETS = pathlib.Path(__file__).with_name("configs")
@@ -37,8 +36,8 @@ def define() -> flags.FlagHolder:
   holder = config_flags.DEFINE_config_file(
     "config",
     None,
-    "Config file, Python with get_config() -> TrainConfig; or the name of one "
-    f"that comes with the package: {', '.join(preset_names())}.",
+    "Python file with get_config() -> TrainConfig, or the name of a config of "
+    f"the package: {', '.join(preset_names())}.",
   )
   # ml_collections returns whatever get_config() returns, and the text of a
   # traceback for every error.
@@ -60,7 +59,7 @@ def read(holder: flags.FlagHolder) -> TrainConfig:
 
 
 class _ConfigFile(flags.ArgumentParser):
-  """Parser of FILE[:RECIPE] or NAME[:RECIPE]; wrong input exits in a line."""
+  """Parser of FILE[:RECIPE] or NAME[:RECIPE]; exits on wrong input."""
 
   @typing.override
   def parse(self, argument: str) -> TrainConfig:
@@ -101,12 +100,12 @@ def _get_config(argument: str, path: str, recipe: list[str]) -> Any:
 
 
 def _explain(error: Exception, path: str) -> NoReturn:
-  """Exits with a refusal as one line, with a bug of the file as traceback."""
+  """Exits with one line for a refusal, a traceback for a bug of the file."""
   message = _refusal(error)
   if message:
     cli.fail(f"{_place(error)}: {message}")
-  # Printed here, since absl would keep only the message of a ValueError; and
-  # from the file on, since our own frames say nothing to its author.
+  # Printed here: absl would keep only the message of a ValueError. Starts at
+  # the file: frames of this package do not help its author.
   trace = error.__traceback__
   while trace and trace.tb_frame.f_code.co_filename != path:
     trace = trace.tb_next
@@ -115,11 +114,11 @@ def _explain(error: Exception, path: str) -> NoReturn:
 
 
 def _refusal(error: Exception) -> str | None:
-  """The message of an error that is no bug of the config file."""
+  """Message of an error that is not a bug of the config file, else None."""
   if isinstance(error, UnknownFieldError):
     return str(error)
   if isinstance(error, AttributeError):
-    # A group was misspelt, and so read: config.modle.pattern = "G".
+    # Reading a misspelt group: config.modle.pattern = "G".
     owner = type(error.obj)
     ours = owner.__module__.startswith("gdn2_jax.")
     if ours and dataclasses.is_dataclass(owner):
@@ -134,7 +133,7 @@ def _refusal(error: Exception) -> str | None:
 
 
 def _place(error: Exception) -> str:
-  """FILE:LINE of the innermost code in `error` that is not ours."""
+  """FILE:LINE of the innermost code in `error` outside this package."""
   frames = [
     (frame.f_code.co_filename, line)
     for frame, line in traceback.walk_tb(error.__traceback__)
@@ -145,7 +144,7 @@ def _place(error: Exception) -> str:
 
 
 def _other_files(path: str) -> str:
-  """Config files that exist, for the message about one that does not."""
+  """Hint with existing config files, for one that does not exist."""
   files = {name: name for name in preset_names()}
   files |= {
     file.stem: str(file)

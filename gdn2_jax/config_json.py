@@ -1,7 +1,7 @@
-"""Trees of dataclasses as JSON, and back without a surprise.
+"""Dataclass trees to JSON and back, with strict names and types.
 
-Every type comes from the annotations of the fields: a field that does not
-exist, or a value of another type, is refused by its path.
+Types come from the annotations of the fields; the error about an unknown field
+or a value of another type names its path.
 """
 
 import dataclasses
@@ -32,12 +32,7 @@ def from_json(cls: type, text: str) -> Any:
 
 
 def from_dict(cls: type, tree: Any, path: str) -> Any:
-  """An instance of `cls` from nested dicts, as JSON gives them.
-
-  Args:
-    cls: a dataclass.
-    tree: its fields by name; those left out take their defaults.
-    path: of the tree, for messages.
+  """An instance of `cls` from nested dicts; `path` is for messages.
 
   Raises:
     ValueError: an unknown field, or a value of another type.
@@ -60,16 +55,9 @@ def from_dict(cls: type, tree: Any, path: str) -> Any:
 
 
 def check_types(config: Any, path: str) -> None:
-  """Refuses a value that is not of its field's type.
+  """Raises ValueError for a value that is not of its field's type.
 
-  Config files are Python: nothing else stops a string where 3 belongs.
-
-  Args:
-    config: a dataclass.
-    path: of it, for messages.
-
-  Raises:
-    ValueError: naming the field.
+  Config files are Python: nothing else refuses a string in place of 3.
   """
   hints = typing.get_type_hints(type(config))
   for field in dataclasses.fields(config):
@@ -84,7 +72,7 @@ def check_types(config: Any, path: str) -> None:
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
-  """`value` as the type `hint`, without any lossy or surprising conversion."""
+  """`value` as the type `hint`; converts only int to float, list to tuple."""
   origin = typing.get_origin(hint)
   if origin in (typing.Union, types.UnionType):
     options = typing.get_args(hint)

@@ -11,6 +11,7 @@ arguments (parameters, optimizer state, batch) are exact for any backend,
 temporaries (activations) are an estimate of those on a GPU.
 """
 
+import dataclasses
 import json
 import math
 import time
@@ -56,15 +57,12 @@ _COMPILE = flags.DEFINE_bool(
 def plan(
   config: TrainConfig, num_devices: int, compile_step: bool = True
 ) -> dict[str, Any]:
-  """All figures of a config as a JSON-ready dict.
+  """All figures of a config as a JSON-ready dict; its data is not read.
 
-  Args:
-    config: The experiment; its data is not read.
-    num_devices: Devices of the mesh. To compile, JAX must have that many.
-    compile_step: Whether to compile the step to find its memory.
+  To compile the step, for its memory, JAX must have `num_devices`.
 
   Raises:
-    ValueError: A field is wrong or does not fit the devices.
+    ValueError: a field is wrong or does not fit the devices.
   """
   validate(config)
   preflight(config, num_devices)
@@ -74,13 +72,7 @@ def plan(
   by_kind = state_bytes(model, seq_len)
   train_flops = train_flops_per_token(model, seq_len)
   figures = {
-    "parameters": {
-      "blocks": count.blocks,
-      "embedding": count.embedding,
-      "head": count.head,
-      "final_norm": count.final_norm,
-      "total": count.total,
-    },
+    "parameters": dataclasses.asdict(count) | {"total": count.total},
     "state_tokens": seq_len if "A" in model.pattern else None,
     "state_bytes_per_sequence": {
       "total": sum(by_kind.values()),

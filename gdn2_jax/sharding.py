@@ -1,4 +1,4 @@
-"""The device mesh, the logical-axis rules, and the checks made before either.
+"""Device mesh, logical-axis rules, and checks of sizes against the mesh.
 
 Models name the axes of their arrays ("embed", "heads", ...); RULES says which
 mesh axis each name is split over. The mesh has four axes:
@@ -14,6 +14,7 @@ logical constraint, and explicit axis types would turn them into assertions.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -71,14 +72,7 @@ class MeshConfig:
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
-  """Sizes of the mesh axes, with -1 filled in.
-
-  Args:
-    config: the sizes asked for.
-    num_devices: how many devices the mesh must use.
-
-  Returns:
-    {"data": ..., "fsdp": ..., "tensor": ..., "context": ...}, in mesh order.
+  """{axis: size} in mesh order, with -1 filled in.
 
   Raises:
     ValueError: a size is neither positive nor -1, two are -1, or the product
@@ -97,9 +91,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
       f"--config.mesh.{free[0]}=-1 and --config.mesh.{free[1]}=-1: only one "
       "axis can take the remaining devices"
     )
-  product = 1
-  for size in sizes.values():
-    product *= 1 if size == -1 else size
+  product = math.prod(size for size in sizes.values() if size != -1)
   if free:
     sizes[free[0]] = num_devices // product
     product *= sizes[free[0]]
@@ -113,11 +105,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-  """The mesh of MESH_AXES over `devices`, by default all of them.
-
-  Raises:
-    ValueError: see `mesh_shape`.
-  """
+  """The mesh over `devices`, by default all; ValueError as `mesh_shape`."""
   devices = list(jax.devices() if devices is None else devices)
   shape = mesh_shape(config, len(devices))
   return jax.make_mesh(
@@ -136,36 +124,27 @@ def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
 
 
 def shards_of(logical_axis: str, shape: Mapping[str, int]) -> int:
-  """Into how many parts a logical axis is split on a mesh of this shape."""
-  mesh_axes = dict(RULES)[logical_axis]
-  if mesh_axes is None:
-    return 1
-  if isinstance(mesh_axes, str):
-    mesh_axes = (mesh_axes,)
-  parts = 1
-  for axis in mesh_axes:
-    parts *= shape[axis]
-  return parts
+  """Number of parts a logical axis is split into on a mesh of this shape."""
+  return math.prod(shape[axis] for axis in _mesh_axes(logical_axis))
+
+
+def _mesh_axes(logical_axis: str) -> tuple[str, ...]:
+  axes = dict(RULES)[logical_axis] or ()
+  return (axes,) if isinstance(axes, str) else axes
 
 
 def check_divisible(
   shape: Mapping[str, int], sizes: Sequence[tuple[str, str, int]]
 ) -> None:
-  """Refuses sizes that the mesh cannot split evenly.
-
-  Args:
-    shape: sizes of the mesh axes, from `mesh_shape`.
-    sizes: (flag that sets the size, logical axis, size) triples.
+  """Refuses (flag, logical axis, size) triples that do not split evenly.
 
   Raises:
-    ValueError: naming the flag, the size, the logical and the mesh axes.
+    ValueError: names the flag, the size, the logical and the mesh axes.
   """
   for flag, logical_axis, size in sizes:
     parts = shards_of(logical_axis, shape)
     if size % parts:
-      mesh_axes = dict(RULES)[logical_axis]
-      names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
-      over = " x ".join(f"{a}={shape[a]}" for a in names or ())
+      over = " x ".join(f"{a}={shape[a]}" for a in _mesh_axes(logical_axis))
       raise ValueError(
         f"{flag} gives {size} along {logical_axis!r}, which does not divide "
         f"over the mesh axes {over} ({parts} parts)"
@@ -183,5 +162,5 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Sharding of a value that every device holds."""
+  """Sharding of a value that is the same on every device."""
   return NamedSharding(mesh, PartitionSpec())

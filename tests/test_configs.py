@@ -6,8 +6,9 @@ import pathlib
 
 import pytest
 
+from gdn2_jax.config_json import from_json, to_json
 from gdn2_jax.model.accounting import count_parameters, state_bytes
-from gdn2_jax.train.config import config_from_json, config_to_json, validate
+from gdn2_jax.train.config import TrainConfig, validate
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = sorted(
@@ -26,8 +27,8 @@ def test_resolved_config_is_the_recorded_one(name):
   """A change of any default shows here; UPDATE_GOLDEN=1 records it."""
   config = load(name)
   validate(config)
-  text = config_to_json(config)
-  assert config_from_json(text) == config
+  text = to_json(config)
+  assert from_json(TrainConfig, text) == config
   golden = ROOT / "tests" / "golden" / f"{name}.json"
   if os.environ.get("UPDATE_GOLDEN"):
     golden.write_text(text)

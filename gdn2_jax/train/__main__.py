@@ -14,7 +14,7 @@ SIGTERM or Ctrl-C finish the step, save, and exit with code 0. The workdir gets
 config.json, versions.json, tokenizer.json, metrics.jsonl, tensorboard/,
 checkpoints/, and at the end eval.json and loss.png.
 
-Out of memory? `python -m gdn2_jax.plan --config=...` says what a config needs.
+`python -m gdn2_jax.plan --config=...` prints the memory that a config needs.
 """
 
 import os
@@ -44,10 +44,10 @@ from gdn2_jax.train.report.writer import probe
 
 _CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Directory of the run; made if missing, resumed if not."
+  "workdir", None, "Directory of the run; created, or resumed from."
 )
 _PROMPT = flags.DEFINE_string(
-  "prompt", "Return the", "What the sample at the end of the run continues."
+  "prompt", "Return the", "Prompt of the sample at the end of the run."
 )
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
@@ -67,7 +67,7 @@ _PROCESS_ID = flags.DEFINE_integer(
 _INIT_TIMEOUT = flags.DEFINE_float(
   "init_timeout",
   300.0,
-  "Seconds until all processes must have met.",
+  "Seconds within which all processes must join.",
   lower_bound=1.0,
 )
 _HEARTBEAT_TIMEOUT = flags.DEFINE_float(
@@ -84,18 +84,27 @@ out of device memory. To need less, in this order:
   --config.grad_accum={accum}        more, smaller microbatches; the same result
   --config.data.batch_size={batch}   fewer sequences per step; another result
   --config.mesh.fsdp=-1          spread parameters over all devices
-`python -m gdn2_jax.plan --config=...` shows what a config needs.
+`python -m gdn2_jax.plan --config=...` prints what a config needs.
 """
+
+_NEXT = """
+next:
+  {python} -m gdn2_jax.generate --workdir={workdir} --prompt="..."
+  {python} -m gdn2_jax.eval --workdir={workdir} --lengths=1,2,4,8
+  {python} -m gdn2_jax.train --help
+  tensorboard --logdir={workdir}/tensorboard    (pip install tensorboard)
+  loss curve: {workdir}/loss.png"""
 
 
 def _use_compilation_cache(workdir: pathlib.Path) -> None:
   cache = workdir / ".jax_cache"
-  # It holds executables: nobody else may write there.
+  # It holds executables: no other user may write there.
   cache.mkdir(mode=0o700, parents=True, exist_ok=True)
   jax.config.update("jax_compilation_cache_dir", str(cache))
-  # Over several devices a kernel is split by a callback, whose address would
-  # make every launch compile again. Programs carry a digest of our kernels,
-  # and the attention that cuDNN computes is fixed for a workdir.
+  # Over several devices a kernel is split by a callback. With its address in
+  # the key every launch would compile again. Without it the key still changes
+  # with our kernels, of which programs carry a digest; cuDNN's attention does
+  # not change within a workdir.
   jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
   # By default programs that compile in under a second are compiled again.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -104,7 +113,7 @@ def _use_compilation_cache(workdir: pathlib.Path) -> None:
 def _sample(
   config: TrainConfig, params: Any, workdir: pathlib.Path, prompt: str
 ) -> str:
-  """The prompt and 64 tokens that the trained model adds to it."""
+  """The prompt and 64 sampled tokens."""
   tokenizer = load_tokenizer(workdir / "tokenizer.json")
   (tokens,) = generate(
     params,
@@ -122,29 +131,13 @@ def _sample(
 
 def _train(config: TrainConfig, workdir: pathlib.Path) -> None:
   result = train(config, workdir, say=_say)
-  if result.stopped_by:
+  if result.stopped_by or jax.process_index() > 0:
     return
-  if jax.process_count() > 1:
-    # The parameters are spread over processes; one of them generates alone.
-    if jax.process_index() == 0:
-      _say(f"\nnext:\n{_next_commands(workdir)}")
-    return
-  text = _sample(config, result.state.params, workdir, _PROMPT.value)
-  _say(f"\nsample:\n{text}\n\nnext:\n{_next_commands(workdir)}")
-
-
-def _next_commands(workdir: pathlib.Path) -> str:
-  python = cli.python_command()
-  return "\n".join(
-    [
-      f'  {python} -m gdn2_jax.generate --workdir={workdir} --prompt="..."',
-      f"  {python} -m gdn2_jax.eval --workdir={workdir} --lengths=1,2,4,8",
-      f"  {python} -m gdn2_jax.train --help",
-      f"  tensorboard --logdir={workdir / 'tensorboard'}"
-      "    (pip install tensorboard)",
-      f"  loss curve: {workdir / 'loss.png'}",
-    ]
-  )
+  # With several processes no single one holds the parameters to generate with.
+  if jax.process_count() == 1:
+    text = _sample(config, result.state.params, workdir, _PROMPT.value)
+    _say(f"\nsample:\n{text}")
+  _say(_NEXT.format(python=cli.python_command(), workdir=workdir))
 
 
 def _say(line: str) -> None:
@@ -152,7 +145,7 @@ def _say(line: str) -> None:
 
 
 def _join_processes() -> None:
-  """Meets the other processes, if this is one of several."""
+  """Joins the other processes, if this is one of several."""
   given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if not _DISTRIBUTED.value and given == (None, None, None):
     return

@@ -1,9 +1,9 @@
-"""TrainConfig: the experiment as one typed tree, its checks and its JSON.
+"""TrainConfig: the experiment as one typed tree, and its checks.
 
 Every field is declared where it is read: the model's in model/, the data's in
 data/, and so on. A config file returns a TrainConfig; flags such as
-`--config.optimizer.lr=3e-4` change single fields of it; `validate` and
-`preflight` then refuse what cannot work, before anything is allocated.
+`--config.optimizer.lr=3e-4` change single fields; `validate` and `preflight`
+then refuse what cannot work, before anything is allocated.
 """
 
 import dataclasses
@@ -23,21 +23,21 @@ from gdn2_jax.train.optimizer import OptimizerConfig
 
 @config_class
 class CheckpointConfig:
-  """When to save, how many to keep, what a resume may change.
+  """Saving and resuming.
 
   Attributes:
-    every_steps: save each so many steps; 0 = only at the end of the run or
-      when it is asked to stop.
-    keep: newest checkpoints kept; older ones are deleted. With 1 there is
-      nothing to fall back on if that one is damaged later.
-    max_failed_saves: saves that may fail in a row; the last of them ends the
-      run. Failed ones are reported and training goes on.
+    every_steps: steps between saves; 0 = only at the end of the run or when it
+      is asked to stop.
+    keep: newest checkpoints kept; older ones are deleted. With 1 there is no
+      other one to fall back on if that one is damaged later.
+    max_failed_saves: failed saves in a row that end the run; fewer are
+      reported, and training goes on.
     restore_step: resume from exactly this step, or fail; newer checkpoints
       are moved to checkpoints/.set_aside. 0 = from the newest good one.
-    allow_data_change: resume although the data or its order differs from what
-      the checkpoint was trained on.
-    allow_fresh_start: start from step 0 although there are checkpoints, if
-      none of them is usable.
+    allow_data_change: resume although the data or its order differs from the
+      checkpoint's.
+    allow_fresh_start: start from step 0 if there are checkpoints but none is
+      usable.
   """
 
   every_steps: int = 1000
@@ -57,18 +57,18 @@ class TrainConfig:
     data: text, tokenizer, global batch size and row length.
     optimizer: AdamW and its schedule.
     mesh: devices along each mesh axis.
-    checkpoint: when to save, how many to keep, what a resume may change.
+    checkpoint: saving and resuming.
     eval: held-out loss during and after training.
     num_steps: optimizer steps, one global batch each.
     grad_accum: microbatches per batch; more of them need less memory.
-    seed: of the initial parameters.
+    seed: seed of the initial parameters.
     log_every: steps between rows of metrics.jsonl.
-    max_skipped: batches in a row without an update before giving up.
-    watchdog_seconds: longest time a step may take, data included; then the
-      process prints its stacks and ends with exit code 75. 0 = no limit. The
-      first step and evaluations have none, saves ten times as long.
-    compilation_cache: keep compiled programs in WORKDIR/.jax_cache, so that a
-      relaunch starts in seconds.
+    max_skipped: batches in a row without an update that end the run.
+    watchdog_seconds: seconds that a step may take, data included; after that
+      the process prints its stacks and ends with exit code 75. 0 = no limit.
+      The first step and evaluations have no limit, saves ten times as much.
+    compilation_cache: keep compiled programs in WORKDIR/.jax_cache: a relaunch
+      then starts in seconds.
   """
 
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -109,7 +109,7 @@ _LEAST = {
 
 
 def validate(config: TrainConfig) -> None:
-  """Refuses values that make no sense on any machine.
+  """Refuses values that cannot work on any machine.
 
   Raises:
     ValueError: names the flag, its value and what was expected.
@@ -185,16 +185,6 @@ def preflight(
       f"--config.data.batch_size={batch_size} does not divide over "
       f"{num_processes} processes"
     )
-
-
-def config_to_json(config: TrainConfig) -> str:
-  """The resolved config as indented JSON, every field spelled out."""
-  return config_json.to_json(config)
-
-
-def config_from_json(text: str) -> TrainConfig:
-  """The inverse of `config_to_json`; fields left out take their defaults."""
-  return config_json.from_json(TrainConfig, text)
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:

@@ -7,7 +7,12 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-_KEYS = ("inputs", "targets", "segment_ids", "loss_mask")
+BATCH_DTYPES = {
+  "inputs": "int32",
+  "targets": "int32",
+  "segment_ids": "int32",
+  "loss_mask": "float32",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,4 +55,4 @@ def put_batch(
 
   # This transfer is meant; the loop disallows all others.
   with jax.transfer_guard("allow"):
-    return {name: put(batch[name]) for name in _KEYS}
+    return {name: put(batch[name]) for name in BATCH_DTYPES}

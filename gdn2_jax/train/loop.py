@@ -18,7 +18,6 @@ from gdn2_jax.train.checkpoint.meta import make_meta
 from gdn2_jax.train.checkpoint.resume import resume
 from gdn2_jax.train.config import TrainConfig, preflight, validate
 from gdn2_jax.train.device_put import part_to_read, put_batch
-from gdn2_jax.train.optimizer import learning_rate
 from gdn2_jax.train.processes.guard import Guard
 from gdn2_jax.train.processes.join import leaving_if_a_peer_is_lost
 from gdn2_jax.train.processes.lock import WorkdirLock
@@ -33,12 +32,12 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """How a run ended.
+  """The end of a run.
 
   Attributes:
-    state: at the end.
+    state: state after the last step.
     step: finished steps.
-    stopped_by: "" if all steps are done, else what asked to stop.
+    stopped_by: "" if all steps are done, else the signal or notice.
   """
 
   state: TrainState
@@ -59,8 +58,8 @@ def train(
     config: the experiment.
     workdir: holds config.json, versions.json, tokenizer.json, metrics.jsonl,
       tensorboard/ and checkpoints/; at the end also eval.json and loss.png.
-    dataset: what `open_dataset(config.data)` returns; None opens it.
-    say: prints a line; only process 0 calls it.
+    dataset: an open `open_dataset(config.data)`; None opens it.
+    say: prints a line; called on process 0 only.
 
   Raises:
     ValueError: the config, the data or the checkpoint does not fit.
@@ -84,34 +83,25 @@ def train(
     mesh = stack.enter_context(use_mesh(make_mesh(config.mesh)))
     model = LM(config.model)
     blueprint = plan_state(model, config.optimizer, config.num_steps, mesh)
-    train_step = make_train_step(
-      model,
-      blueprint,
-      mesh,
-      schedule=learning_rate(config.optimizer, config.num_steps),
-      accumulate=config.grad_accum,
-      skip_norm=config.optimizer.skip_norm,
-    )
+    train_step = make_train_step(config, model, blueprint, mesh)
 
     checkpointer = Checkpointer(root / "checkpoints", config.checkpoint, say)
-    # A failed background save surfaces here, so the exit code shows it.
+    # Raises if the last background save failed, so the exit code shows it.
     stack.callback(checkpointer.close)
     meta = make_meta(config, dataset.fingerprint, versions, blueprint.abstract)
-    resumed = resume(
-      config.checkpoint, checkpointer, blueprint.abstract, meta, say
-    )
-    # Only now: a run that is refused leaves the files of the workdir alone.
+    resumed = resume(checkpointer, blueprint.abstract, meta)
+    # Written only now: a refused run must not change the workdir.
     state, step = resumed or (init_state(model, blueprint, config.seed), 0)
     if first:
       writer_lib.write_json(root / "versions.json", versions)
       writer_lib.write_json(root / "config.json", dataclasses.asdict(config))
       dataset.tokenizer.save(root / "tokenizer.json")
 
-    report = Report(config, root, dataset, step, say if first else None)
+    report = Report(config, root, dataset, step, say)
     stack.callback(report.close)
     watchdog = stack.enter_context(Watchdog(config.watchdog_seconds))
     guard = Guard(lock, watchdog, checkpointer.reached_preemption)
-    # Innermost: what was entered before waits for the peers as it leaves.
+    # Entered last, so left first: the clean-up of the others waits for peers.
     stack.enter_context(leaving_if_a_peer_is_lost())
 
     # Each process reads the rows that its devices hold.
@@ -124,18 +114,18 @@ def train(
     with guard.taking_signals():
       while step < config.num_steps and not stopped_by:
         batch = next(batches)
-        # On the host: on a device an id out of range reads some other row.
+        # On the host: on a device, an id out of range reads another row.
         check_batch(batch, config.model.vocab_size)
-        # Anything that moves between host and device by accident is an error.
+        # Any other transfer between host and device is a mistake: an error.
         with jax.transfer_guard("disallow"):
           state, metrics = train_step(state, put_batch(batch, sharding, part))
         step += 1
-        # Reads the step before this one: the devices always have work queued
-        # while the host waits for numbers and writes them down.
+        # Reads the metrics of the step before this one: the devices have work
+        # queued while the host waits for numbers and writes them.
         report.push(step, metrics)
         guard.beat()
 
-        # With several processes all ask, and all get the same answer.
+        # Several processes all ask, at every step, and get the same answer.
         stopped_by = guard.stop_reason(step)
         stops = bool(stopped_by) or step == config.num_steps
         if _is_due(step, config.eval.every_steps) and not stops:
@@ -143,12 +133,12 @@ def train(
           with watchdog.paused():
             report.evaluate(step, state.params)
         if stops or _is_due(step, config.checkpoint.every_steps):
-          # The rows up to a step are on disk before its checkpoint is: a
-          # resume drops later rows and finds no gap.
+          # The rows up to a step are on disk before its checkpoint: a resume
+          # drops later rows, and finds no gap.
           report.pause()
           with watchdog.saving():
             checkpointer.save(step, state, meta)
-    # Its threads and workers end here, not after the evaluation.
+    # Ends the threads and workers of the data before the evaluation.
     del batches
     with watchdog.saving():
       checkpointer.finish(step, state, meta)

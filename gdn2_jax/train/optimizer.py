@@ -16,7 +16,7 @@ import optax
 
 from gdn2_jax.config_class import config_class
 
-DECAY_MASKS = ("all", "matrices")
+_DECAY_MASKS = ("all", "matrices")
 
 # A parameter with only these axes is one vector per head, not a matrix.
 _HEAD_AXES = {"heads", "kv_heads", "key_dim", "value_dim", "head_dim"}
@@ -56,35 +56,26 @@ class OptimizerConfig:
 
 def validate(config: OptimizerConfig) -> None:
   """Raises ValueError naming the flag whose value makes no sense."""
-
-  def require(ok: bool, field: str, expected: str) -> None:
+  unit = "a number x with 0 <= x < 1"
+  positive, not_negative = "a positive number", "0 or more"
+  lr = f"a number from 0 to --config.optimizer.lr={config.lr}"
+  for field, ok, expected in (
+    ("lr", config.lr > 0, positive),
+    ("final_lr", 0 <= config.final_lr <= config.lr, lr),
+    ("warmup_fraction", 0 <= config.warmup_fraction < 1, unit),
+    ("b1", 0 <= config.b1 < 1, unit),
+    ("b2", 0 <= config.b2 < 1, unit),
+    ("eps", config.eps > 0, positive),
+    ("weight_decay", config.weight_decay >= 0, not_negative),
+    ("clip_norm", config.clip_norm >= 0, not_negative),
+    ("skip_norm", config.skip_norm >= 0, not_negative),
+    ("decay_mask", config.decay_mask in _DECAY_MASKS, f"one of {_DECAY_MASKS}"),
+  ):
     if not ok:
       raise ValueError(
         f"--config.optimizer.{field}={getattr(config, field)!r}: "
         f"expected {expected}"
       )
-
-  require(config.lr > 0, "lr", "a positive number")
-  require(
-    0 <= config.final_lr <= config.lr,
-    "final_lr",
-    f"a number from 0 to --config.optimizer.lr={config.lr}",
-  )
-  require(0 <= config.warmup_fraction < 1, "warmup_fraction", "0 <= x < 1")
-  require(0 <= config.b1 < 1, "b1", "0 <= x < 1")
-  require(0 <= config.b2 < 1, "b2", "0 <= x < 1")
-  require(config.eps > 0, "eps", "a positive number")
-  require(config.weight_decay >= 0, "weight_decay", "0 or more")
-  require(config.clip_norm >= 0, "clip_norm", "0 (no clipping) or more")
-  require(config.skip_norm >= 0, "skip_norm", "0 (skip none) or more")
-  require(
-    config.decay_mask in DECAY_MASKS, "decay_mask", f"one of {DECAY_MASKS}"
-  )
-
-
-def warmup_steps(config: OptimizerConfig, num_steps: int) -> int:
-  """Steps of the linear warm-up."""
-  return round(config.warmup_fraction * num_steps)
 
 
 def learning_rate(
@@ -95,7 +86,7 @@ def learning_rate(
   The first step is already lr / warm-up steps, not 0, so that no batch is
   wasted; the last of num_steps is final_lr.
   """
-  warmup = warmup_steps(config, num_steps)
+  warmup = round(config.warmup_fraction * num_steps)
   decay = max(num_steps - 1 - warmup, 1)
 
   def schedule(step):
@@ -110,7 +101,7 @@ def learning_rate(
 
 
 def decay_mask(config: OptimizerConfig, boxed_params: Any) -> Any:
-  """A tree of bool: the parameters, boxed with axis names, that decay."""
+  """Tree of bool, True for parameters that decay, from their axis names."""
   # Names decide, not the number of axes: the axis that stacks scanned layers
   # must not turn a vector into a matrix, and dt_bias [H, K] is not one either.
 
@@ -130,11 +121,9 @@ def make_optimizer(
   config: OptimizerConfig, num_steps: int, mask: Any
 ) -> optax.GradientTransformation:
   """The optax transformation; `mask` comes from `decay_mask`."""
-  clip = (
-    optax.clip_by_global_norm(config.clip_norm)
-    if config.clip_norm
-    else optax.identity()
-  )
+  clip = optax.identity()
+  if config.clip_norm:
+    clip = optax.clip_by_global_norm(config.clip_norm)
   return optax.chain(
     clip,
     optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),

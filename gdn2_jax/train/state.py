@@ -1,4 +1,4 @@
-"""Training state: parameters, optimizer moments and counters, born sharded."""
+"""Training state: parameters, optimizer moments, counters; created sharded."""
 
 import dataclasses
 from typing import Any
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Array
 
+from gdn2_jax.model import accounting
 from gdn2_jax.sharding import shardings_of
 from gdn2_jax.train import optimizer as optimizer_lib
 
@@ -51,51 +51,42 @@ class Blueprint:
   shardings: TrainState
 
 
-def _is_box(leaf: Any) -> bool:
-  return isinstance(leaf, nn.meta.AxisMetadata)
-
-
 def unbox_abstract(tree: Any) -> Any:
   """Drops axis names without constraining values that do not exist yet."""
+
+  def is_box(leaf):
+    return isinstance(leaf, nn.meta.AxisMetadata)
+
   return jax.tree.map(
-    lambda leaf: leaf.unbox(apply_constraint=False) if _is_box(leaf) else leaf,
+    lambda leaf: leaf.unbox(apply_constraint=False) if is_box(leaf) else leaf,
     tree,
-    is_leaf=_is_box,
+    is_leaf=is_box,
   )
 
 
-def _boxed_params(model: nn.Module, key: Array) -> Any:
-  tokens = jnp.zeros((1, 2), jnp.int32)
-  return model.init(key, tokens)["params"]
+def _with_shardings(boxed: Any, mesh: Mesh) -> Any:
+  """Shapes and dtypes without axis names, with shardings by the rules."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    unbox_abstract(boxed),
+    shardings_of(boxed, mesh),
+  )
+
+
+def abstract_params(model: nn.Module, mesh: Mesh | None = None) -> Any:
+  """Parameters as jax.ShapeDtypeStruct, with the shardings of a given mesh."""
+  boxed = accounting.abstract_params(model.config)
+  return unbox_abstract(boxed) if mesh is None else _with_shardings(boxed, mesh)
 
 
 def _fresh_state(model, optimizer, key) -> TrainState:
-  params = _boxed_params(model, key)
+  params = model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=optimizer.init(params),
     skipped=jnp.zeros((), jnp.int32),
     skipped_in_a_row=jnp.zeros((), jnp.int32),
-  )
-
-
-def abstract_params(model: nn.Module, mesh: Mesh | None = None) -> Any:
-  """Parameters as jax.ShapeDtypeStruct, with the shardings of a given mesh."""
-  boxed = jax.eval_shape(lambda: _boxed_params(model, jax.random.key(0)))
-  shapes = unbox_abstract(boxed)
-  return (
-    shapes
-    if mesh is None
-    else _with_shardings(shapes, shardings_of(boxed, mesh))
-  )
-
-
-def _with_shardings(shapes: Any, shardings: Any) -> Any:
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    shardings,
   )
 
 
@@ -106,18 +97,16 @@ def plan_state(
   mesh: Mesh,
 ) -> Blueprint:
   """Shapes, dtypes and shardings of the state; allocates nothing."""
-  boxed_params = jax.eval_shape(lambda: _boxed_params(model, jax.random.key(0)))
-  mask = optimizer_lib.decay_mask(config, boxed_params)
+  mask = optimizer_lib.decay_mask(
+    config, accounting.abstract_params(model.config)
+  )
   optimizer = optimizer_lib.make_optimizer(config, num_steps, mask)
   boxed = jax.eval_shape(
     lambda: _fresh_state(model, optimizer, jax.random.key(0))
   )
-  shardings = shardings_of(boxed, mesh)
-  return Blueprint(
-    optimizer=optimizer,
-    abstract=_with_shardings(unbox_abstract(boxed), shardings),
-    shardings=shardings,
-  )
+  abstract = _with_shardings(boxed, mesh)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  return Blueprint(optimizer, abstract, shardings)
 
 
 def init_state(model: nn.Module, blueprint: Blueprint, seed: int) -> TrainState:
@@ -132,8 +121,8 @@ def init_state(model: nn.Module, blueprint: Blueprint, seed: int) -> TrainState:
 
   options = None
   if jax.default_backend() == "cpu":
-    # Runs once and has thousands of unrolled random-bit operations: LLVM would
-    # optimise them for five times as long as all the rest takes.
+    # Runs once and has thousands of unrolled random-bit operations; optimising
+    # them would take five times as long as everything else.
     options = {"xla_backend_optimization_level": 0}
   return jax.jit(
     init, out_shardings=blueprint.shardings, compiler_options=options

@@ -16,6 +16,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from gdn2_jax.sharding import batch_sharding, replicated
+from gdn2_jax.train.config import TrainConfig
+from gdn2_jax.train.optimizer import learning_rate
 from gdn2_jax.train.state import Blueprint, TrainState
 
 Batch = Mapping[str, Array]
@@ -84,37 +86,23 @@ def keep_if(ok: Array, new: Any, old: Any) -> Any:
 
 
 def make_train_step(
-  model: nn.Module,
-  blueprint: Blueprint,
-  mesh: Mesh,
-  *,
-  schedule: Callable[[Any], Array],
-  accumulate: int = 1,
-  skip_norm: float = 0.0,
+  config: TrainConfig, model: nn.Module, blueprint: Blueprint, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The jitted step: (state, batch) -> (state, metrics); donates the state.
 
-  A loss or gradient that is not finite leaves parameters and optimizer state
-  as they were, to the bit, and is counted. It does so for ever:
-  `optax.apply_if_finite` lets the NaN through after a while.
+  A loss or gradient that is not finite, or a gradient norm above `skip_norm`,
+  leaves parameters and optimizer state as they were, to the bit, and is
+  counted. It does so for ever: `optax.apply_if_finite` lets the NaN through
+  after a while. Call the step under `gdn2_jax.sharding.use_mesh`.
 
-  Args:
-    model: has a `token_losses` method.
-    blueprint: shapes and shardings of the state, and the optimizer.
-    mesh: the devices; call the step under `gdn2_jax.sharding.use_mesh`.
-    schedule: learning rate of a step, only reported here.
-    accumulate: microbatches per batch, a divisor of its rows.
-    skip_norm: skip, as if it were not finite, an update whose gradient norm
-      before clipping is larger; 0 skips none.
-
-  Returns:
-    A function whose metrics are scalars: loss (nats per token), grad_norm
-    before clipping, param_norm, lr, tokens (targets that counted), skipped,
-    skipped_in_a_row.
+  Metrics are scalars: loss (nats per token), grad_norm before clipping,
+  param_norm, lr, tokens (targets that counted), skipped, skipped_in_a_row.
   """
+  schedule = learning_rate(config.optimizer, config.num_steps)
+  skip_norm = config.optimizer.skip_norm
 
   def train_step(state: TrainState, batch: Batch):
-    loss, grads = loss_and_grads(model, state.params, batch, accumulate)
+    loss, grads = loss_and_grads(model, state.params, batch, config.grad_accum)
     grads = jax.lax.with_sharding_constraint(grads, blueprint.shardings.params)
     grad_norm = optax.tree.norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

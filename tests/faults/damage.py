@@ -11,9 +11,10 @@ import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from gdn2_jax.config_json import from_json
 from gdn2_jax.model.lm import LM
 from gdn2_jax.sharding import make_mesh, use_mesh
-from gdn2_jax.train.checkpoint.digest import digest, total
+from gdn2_jax.train.checkpoint.digest import digest
 from gdn2_jax.train.checkpoint.manager import Checkpointer
 from gdn2_jax.train.checkpoint.meta import (
   CheckpointError,
@@ -25,10 +26,9 @@ from gdn2_jax.train.checkpoint.resume import resume
 from gdn2_jax.train.config import (
   CheckpointConfig,
   TrainConfig,
-  config_from_json,
 )
 from gdn2_jax.train.state import TrainState, plan_state
-from tests.faults.lab import Lab, newest
+from tests.faults.lab import Lab, newest, total
 from tests.faults.outcome import Outcome, Try, tries
 
 _DISK_MB = 6
@@ -103,9 +103,10 @@ class Restorer:
       CheckpointError: the run would be refused.
     """
     lines: list[str] = []
-    config = CheckpointConfig()
-    checkpointer = Checkpointer(workdir / "checkpoints", config, lines.append)
-    found = resume(config, checkpointer, self.abstract, self.meta, lines.append)
+    checkpointer = Checkpointer(
+      workdir / "checkpoints", CheckpointConfig(), lines.append
+    )
+    found = resume(checkpointer, self.abstract, self.meta)
     checkpointer.close()
     if found is None:
       return 0, "", lines
@@ -168,7 +169,7 @@ def _damaged(
   chance = random.Random(2)
   older, newer = sorted(lab.digests)[-2:]
   truth = {step: lab.digests[step] for step in (older, newer)}
-  config = config_from_json((lab.straight / "config.json").read_text())
+  config = from_json(TrainConfig, (lab.straight / "config.json").read_text())
   with use_mesh(make_mesh(config.mesh)):
     restore = restorer(config, lab.straight)
     for number, one in enumerate(tries(outcome, count, tick)):

@@ -1,11 +1,11 @@
 """The tiny run that everything is done to, and the truth to compare with."""
 
 import dataclasses
+import hashlib
 import pathlib
 import shutil
 from collections.abc import Sequence
 
-from gdn2_jax.train.checkpoint.digest import total
 from gdn2_jax.train.checkpoint.meta import committed_steps, read_meta
 from tests.faults.child import Child, Row, train_rows
 
@@ -114,6 +114,12 @@ class Lab:
       if step in self.digests and value != self.digests[step]
     }
     return sorted(wrong)
+
+
+def total(digests: dict[str, str]) -> str:
+  """One line for the digests of a whole state, to compare runs by."""
+  text = "\n".join(f"{path} {value}" for path, value in sorted(digests.items()))
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def digests_of(workdir: pathlib.Path) -> dict[int, str]:

@@ -75,15 +75,9 @@ class SmallRun:
 
   def resume(self, **fields) -> int:
     """The step a run would go on from, after comparing the whole state."""
-    checkpointer = self.checkpointer()
+    checkpointer = self.checkpointer(**fields)
     self.lines.clear()
-    found = resume(
-      CheckpointConfig(**fields),
-      checkpointer,
-      abstract_of(make_state(0)),
-      self.meta,
-      self.lines.append,
-    )
+    found = resume(checkpointer, abstract_of(make_state(0)), self.meta)
     checkpointer.close()
     if found is None:
       return 0

@@ -1,4 +1,4 @@
-"""Fingerprints of arrays, the same on every mesh.
+"""Digests of arrays that find damage, the same on every mesh.
 
     digest_c(x) = sum_i mix(bits(x_i) xor mix(i + c))      mod 2^32
 
@@ -7,17 +7,15 @@ every change of a single element changes both sums; changes of several elements
 go unseen with probability 2^-64. Integer sums are exact in any order: the
 digest is the same on every mesh and in any number of processes.
 
-It finds damage, not forgery: whoever can write a checkpoint can also write its
-digest.
+They do not find forgery: a program that can write a checkpoint can also write
+its digest.
 """
 
 import functools
-import hashlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped, UInt32
 
@@ -72,21 +70,19 @@ def _compiled(mesh: Mesh | None):
 
 def digest(tree: Any) -> dict[str, str]:
   """{path: 16 hex digits} of every array of a tree; every process calls it."""
-  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  shardings = [x.sharding for _, x in leaves]
+  leaves = leaves_by_path(tree)
+  shardings = [x.sharding for x in leaves.values()]
   mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
-  sums = np.asarray(
-    jax.device_get(_compiled(mesh)([x for _, x in leaves])), np.uint32
-  )
+  sums = jax.device_get(_compiled(mesh)([*leaves.values()]))
   return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): (
-      f"{first:08x}{second:08x}"
-    )
-    for (path, _), (first, second) in zip(leaves, sums, strict=True)
+    path: f"{first:08x}{second:08x}"
+    for path, (first, second) in zip(leaves, sums, strict=True)
   }
 
 
-def total(digests: dict[str, str]) -> str:
-  """One line for a whole tree, to compare runs by."""
-  text = "\n".join(f"{path} {value}" for path, value in sorted(digests.items()))
-  return hashlib.sha256(text.encode()).hexdigest()[:16]
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+  """{path: leaf} of a tree, with paths such as "params/embedding/table"."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+  }

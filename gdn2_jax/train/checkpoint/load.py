@@ -1,7 +1,6 @@
-"""Reading checkpoints: arrays, their verification, and whole runs."""
+"""Loading of checkpoints: arrays, their verification, trained models."""
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from gdn2_jax.config_json import from_dict
 from gdn2_jax.data.tokenizer.api import load_tokenizer
 from gdn2_jax.model.lm import LM
 from gdn2_jax.train.checkpoint.digest import digest
@@ -27,11 +27,11 @@ from gdn2_jax.train.checkpoint.meta import (
   tree_spec,
 )
 from gdn2_jax.train.checkpoint.orbax_cleanup import end_orphans
-from gdn2_jax.train.config import TrainConfig, config_from_json, differences
+from gdn2_jax.train.config import TrainConfig, differences
 from gdn2_jax.train.processes.join import is_lost_peer
 from gdn2_jax.train.state import abstract_params
 
-_MOST_LAYERS = 100_000
+_MAX_LAYERS = 100_000
 
 
 def first_line(error: Exception) -> str:
@@ -42,12 +42,12 @@ def first_line(error: Exception) -> str:
   return f"{type(error).__name__}: {text}"
 
 
-# Says nothing about the files: another try, or another machine, may read them.
+# Errors that are no damage: a retry, or another machine, may read the files.
 _NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "DEADLINE_EXCEEDED")
 
 
 def read_arrays(path: pathlib.Path, abstract: Any) -> Any:
-  """The arrays of one item, or DamagedError if the files do not hold them."""
+  """The arrays of one item; DamagedError if the files do not hold them."""
   try:
     with ocp.StandardCheckpointer() as reader:
       return reader.restore(path, abstract)
@@ -62,7 +62,7 @@ def read_arrays(path: pathlib.Path, abstract: Any) -> Any:
 
 
 def verify(items: dict[str, Any], meta: dict[str, Any]) -> None:
-  """Raises DamagedError unless the arrays have the digests of their saving."""
+  """Raises DamagedError unless the arrays have the digests in `meta`."""
   saved, found = meta.get("digests"), digest(items)
   if not isinstance(saved, dict):
     raise DamagedError("the digests are missing")
@@ -76,7 +76,7 @@ def verify(items: dict[str, Any], meta: dict[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A trained model, as `load_run` finds it.
+  """A trained model and its tokenizer.
 
   Attributes:
     config: the config of the run that wrote the checkpoint.
@@ -126,29 +126,26 @@ def load_run(
   if step is not None and step not in steps:
     have = ", ".join(map(str, steps))
     raise CheckpointError(f"--step={step}: no such checkpoint; have {have}")
-  for candidate in reversed(steps) if step is None else [step]:
+  candidates = reversed(steps) if step is None else [step]
+  for candidate in candidates:
     try:
       config, params = _load_params(directory, candidate, mesh)
+      break
     except DamagedError as e:
       if step is not None or candidate == steps[0]:
         raise DamagedError(f"checkpoint of step {candidate}: {e}") from e
       warn(f"WARNING: damaged checkpoint passed over: step {candidate}: {e}")
-      continue
-    break
-  return Run(
-    config=config,
-    params=params,
-    tokenizer=load_tokenizer(root / "tokenizer.json"),
-    step=candidate,
-  )
+  tokenizer = load_tokenizer(root / "tokenizer.json")
+  return Run(config, params, tokenizer, candidate)
 
 
 def _load_params(
   directory: pathlib.Path, step: int, mesh: Mesh | None
 ) -> tuple[TrainConfig, Any]:
+  """Config and verified parameters; sizes are compared before allocation."""
   meta = read_meta(directory, step)
   check_fields(meta)
-  config = config_from_json(json.dumps(meta["config"]))
+  config = from_dict(TrainConfig, meta["config"], "config")
   saved = {
     path.removeprefix("params/"): spec
     for path, spec in meta["tree"].items()
@@ -161,22 +158,15 @@ def _load_params(
   folder = directory / str(step)
   check_files(folder, claimed)
   # Shapes cost nothing, but tracing this many layers would take for ever.
-  if config.model.num_layers > _MOST_LAYERS:
+  if config.model.num_layers > _MAX_LAYERS:
     raise DamagedError(f"a model of {config.model.num_layers} layers")
-  abstract = _abstract_for_inference(LM(config.model), mesh)
+  abstract = abstract_params(LM(config.model), mesh)
+  if mesh is None:
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(lambda x: x.update(sharding=here), abstract)
   changes = list(differences(saved, tree_spec(abstract)))
   if changes:
     raise DamagedError(f"it does not fit its own config: {changes[0]}")
   params = read_arrays(folder / "params", abstract)
   verify({"params": params}, meta)
   return config, params
-
-
-def _abstract_for_inference(model: LM, mesh: Mesh | None) -> Any:
-  if mesh is not None:
-    return abstract_params(model, mesh)
-  here = SingleDeviceSharding(jax.local_devices()[0])
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-    abstract_params(model, None),
-  )

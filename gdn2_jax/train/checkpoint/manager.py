@@ -1,4 +1,4 @@
-"""Checkpoints: written in the background, atomic, verified when read.
+"""Checkpointer: saves in the background, atomically; verifies what it reads.
 
     WORKDIR/checkpoints/STEP/params      parameters
     WORKDIR/checkpoints/STEP/optimizer   the rest of TrainState
@@ -7,8 +7,8 @@
 
 STEP counts finished steps and is also the data position. The three are
 committed together by one rename; a directory without the marker file of that
-commit does not exist for us, whatever its name. Orbax checks no array: a
-flipped bit on disk would train on. The digests see it.
+commit is ignored. Orbax checks no array, so training would go on with a bit
+flipped on disk; the digests find it.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from gdn2_jax.train.checkpoint.meta import (
   SaveError,
   check_files,
   committed_steps,
-  is_step,
+  numbered_steps,
   read_meta,
   seal,
 )
@@ -54,19 +54,19 @@ class Checkpointer:
 
   Args:
     directory: holds the numbered steps; made if missing.
-    config: how many to keep, how many failures to survive.
-    warn: prints a line about a save that failed.
+    config: the policy of saving and resuming.
+    say: prints a line about a save that failed, or a resume.
   """
 
   def __init__(
     self,
     directory: str | os.PathLike,
     config: CheckpointConfig,
-    warn: Callable[[str], None] = print,
+    say: Callable[[str], None] = print,
   ):
     self.directory = pathlib.Path(directory).absolute()
-    self._config = config
-    self._warn = warn
+    self.config = config
+    self.say = say
     self._opened: ocp.CheckpointManager | None = None
     self._saving: int | None = None
     self._failed: list[SaveError] = []
@@ -77,20 +77,16 @@ class Checkpointer:
 
   @property
   def _manager(self) -> ocp.CheckpointManager:
-    """Opened on first use: what is not ours must be out of the way by then."""
+    """Orbax's manager, opened once incomplete steps are out of its way."""
     if self._opened is None:
-      # Orbax would count an incomplete step as the newest and refuse older
-      # saves without a word.
-      committed = set(committed_steps(self.directory))
-      self.set_aside(
-        int(path.name)
-        for path in self.directory.iterdir()
-        if is_step(path) and int(path.name) not in committed
-      )
+      # Orbax would count an incomplete step as the newest, and drop older saves
+      # silently.
+      present = set(numbered_steps(self.directory))
+      self.set_aside(present - set(committed_steps(self.directory)))
       self._opened = ocp.CheckpointManager(
         self.directory,
         options=ocp.CheckpointManagerOptions(
-          max_to_keep=self._config.keep,
+          max_to_keep=self.config.keep,
           cleanup_tmp_directories=True,
           # Makes deletion a rename: a kill cannot leave half a step behind.
           todelete_subdir=_TRASH,
@@ -100,7 +96,7 @@ class Checkpointer:
     return self._opened
 
   def set_aside(self, steps: Iterable[int]) -> None:
-    """Moves steps out of the way; nothing is deleted."""
+    """Moves steps to .set_aside; nothing is deleted."""
     steps = list(steps)
     _sync("steps to set aside are known")
     if jax.process_index() == 0 and steps:
@@ -123,21 +119,23 @@ class Checkpointer:
     return max(committed_steps(self.directory), default=None)
 
   def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
-    """Copies the state off the devices, then writes in the background.
+    """Copies the state off the devices, then writes it in the background.
 
-    Waits for the save before this one. A save that failed is reported, its
-    files are removed, and the next one tries again.
+    Waits for the save before this one. A failed save is reported, its files are
+    removed, and the next one tries again.
 
     Raises:
       CheckpointError: the step is saved already.
-      SaveError: as many saves in a row failed as the config allows, or one of
-        a run of several processes.
+      SaveError: `max_failed_saves` in a row failed, or one with several
+        processes.
     """
     self._settle()
     if step in committed_steps(self.directory):
       raise CheckpointError(f"checkpoint of step {step} exists already")
     items = _items(state)
-    sealed = seal({**meta, "format": FORMAT, "step": step} | _digests(items))
+    sealed = seal(
+      {**meta, "format": FORMAT, "step": step, "digests": digest(items)}
+    )
     try:
       self._empty_trash()
       accepted = self._manager.save(
@@ -157,7 +155,7 @@ class Checkpointer:
     self._saving = step
 
   def _settle(self) -> None:
-    """Waits for the save in progress and takes note of how it ended."""
+    """Waits for the save in progress and records a failure."""
     if self._saving is None:
       return
     step, self._saving = self._saving, None
@@ -173,7 +171,7 @@ class Checkpointer:
   def _fail(self, step: int, cause: Exception) -> None:
     if is_lost_peer(cause):
       raise cause  # nothing is wrong with the disk
-    most = self._config.max_failed_saves
+    most = self.config.max_failed_saves
     newest = self.latest_step()
     error = SaveError(
       f"checkpoint of step {step} could not be written "
@@ -186,13 +184,13 @@ class Checkpointer:
     self._failed.append(error)
     if jax.process_count() > 1 or len(self._failed) >= most:
       raise error
-    # A new manager knows only what is on disk, and gives the space of the
-    # unfinished files back.
+    # A new manager knows only what is on disk. The space of the unfinished
+    # files is needed for the next save.
     self._discard_manager()
     end_orphans()
     for path in self.directory.glob(f"{step}.*tmp*"):
       shutil.rmtree(path, ignore_errors=True)
-    self._warn(f"WARNING: {error}")
+    self.say(f"WARNING: {error}")
 
   def _discard_manager(self) -> None:
     manager, self._opened = self._opened, None
@@ -203,12 +201,7 @@ class Checkpointer:
   def restore(
     self, step: int, abstract: TrainState, meta: dict[str, Any] | None = None
   ) -> TrainState:
-    """The state of a step, placed as `abstract` says, after `check_meta`.
-
-    Args:
-      step: step of a complete checkpoint.
-      abstract: shapes, dtypes and shardings of all leaves.
-      meta: its meta data, if it was read before.
+    """The verified state of a step, with the shardings of `abstract`.
 
     Raises:
       DamagedError: files are missing or altered, or an array is not what was
@@ -225,14 +218,14 @@ class Checkpointer:
       }
     except DamagedError as e:
       damage = e
-    # The digest takes all processes, so they have to agree before.
+    # All processes compute the digest, so they must agree to go on.
     if not _everywhere(damage is None):
       raise damage or DamagedError("another process cannot read it")
     verify(restored, meta)
     return TrainState(params=restored["params"], **restored["optimizer"])
 
   def reached_preemption(self, step: int) -> bool:
-    """Whether all of several processes agreed to stop at this step."""
+    """True if all processes agreed to stop at this step."""
     return self._manager.reached_preemption(step)
 
   def wait(self) -> None:
@@ -242,14 +235,14 @@ class Checkpointer:
       raise self._failed[-1]
 
   def finish(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
-    """Waits for the last save of a run, and tries once more if it failed."""
+    """Waits for the last save of a run; repeats it once if it failed."""
     self._settle()
     if self._failed and step not in committed_steps(self.directory):
       self.save(step, state, meta)
     self.wait()
 
   def close(self) -> None:
-    """Waits for the last save, raises if it failed, and stops the threads."""
+    """Waits for the last save and stops the threads; may raise SaveError."""
     try:
       self.wait()
     finally:
@@ -258,17 +251,9 @@ class Checkpointer:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-  """Items of a checkpoint: inference reads params alone."""
-  optimizer = {
-    field.name: getattr(state, field.name)
-    for field in dataclasses.fields(state)
-    if field.name != "params"
-  }
-  return {"params": state.params, "optimizer": optimizer}
-
-
-def _digests(items: dict[str, Any]) -> dict[str, Any]:
-  return {"digests": digest(items)}
+  """Items of a checkpoint; inference reads "params" alone."""
+  fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+  return {"params": fields.pop("params"), "optimizer": fields}
 
 
 def _sync(name: str) -> None:
@@ -277,7 +262,7 @@ def _sync(name: str) -> None:
 
 
 def _everywhere(ok: bool) -> bool:
-  """Whether `ok` holds on every process."""
+  """True if `ok` is true on every process."""
   if jax.process_count() == 1:
     return ok
   return bool(multihost_utils.process_allgather(ok).all())

@@ -1,7 +1,7 @@
 """Metadata of a checkpoint, checked before any array is read.
 
-Everything here treats the files as somebody else's: sizes are compared before
-anything is allocated, links are not followed, and nothing is executed.
+The files may come from anyone: sizes are compared before anything is allocated,
+links are not followed, and nothing is executed.
 """
 
 import dataclasses
@@ -12,11 +12,10 @@ import pathlib
 import stat
 from typing import Any
 
-import jax
-
 from gdn2_jax.config_json import from_dict
-from gdn2_jax.interop.disk import PICKLES
+from gdn2_jax.interop.disk import PICKLES, read_json
 from gdn2_jax.model.config import EXECUTION, NUMERICS, ModelConfig, without
+from gdn2_jax.train.checkpoint.digest import leaves_by_path
 from gdn2_jax.train.config import TrainConfig, differences
 
 FORMAT = 2
@@ -33,10 +32,8 @@ _DTYPES = {
   f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
 }
 _DTYPES |= {"float16", "bfloat16", "float32", "float64", "bool"}
-_MAX_META_BYTES = 64 << 20
 
-# Weights hardly compress. A file that claims to expand further than this is
-# made up.
+# Weights hardly compress: files that claim to expand further are forged.
 _MAX_EXPANSION = 1000
 _SMALL_BYTES = 64 << 20
 
@@ -46,24 +43,22 @@ class CheckpointError(ValueError):
 
 
 class DamagedError(CheckpointError):
-  """A checkpoint is incomplete, altered, or not one of ours."""
+  """A checkpoint is incomplete, altered, or of another program."""
 
 
 class SaveError(RuntimeError):
   """A checkpoint could not be written."""
 
 
-def is_step(path: pathlib.Path) -> bool:
-  """Whether a path is named like a step and is a directory."""
-  return path.name.isascii() and path.name.isdigit() and path.is_dir()
-
-
 def numbered_steps(directory: str | os.PathLike) -> list[int]:
   """Steps that have a directory, complete or not, in ascending order."""
   root = pathlib.Path(directory)
-  if not root.is_dir():
-    return []
-  return sorted(int(path.name) for path in root.iterdir() if is_step(path))
+  paths = root.iterdir() if root.is_dir() else ()
+  return sorted(
+    int(path.name)
+    for path in paths
+    if path.name.isascii() and path.name.isdigit() and path.is_dir()
+  )
 
 
 def committed_steps(directory: str | os.PathLike) -> list[int]:
@@ -77,23 +72,18 @@ def committed_steps(directory: str | os.PathLike) -> list[int]:
 
 
 def tree_spec(tree: Any) -> dict[str, list]:
-  """{path: [shape, dtype]} of every leaf, as it is stored in the meta data."""
-  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  """{path: [shape, dtype]} of every leaf, as stored in the meta data."""
   return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): [
-      list(leaf.shape),
-      str(leaf.dtype),
-    ]
-    for path, leaf in leaves
+    path: [list(leaf.shape), str(leaf.dtype)]
+    for path, leaf in leaves_by_path(tree).items()
   }
 
 
 def make_meta(
   config: TrainConfig, fingerprint: str, versions: dict[str, str], state: Any
 ) -> dict[str, Any]:
-  """The JSON stored with every checkpoint, but for its step and digests."""
+  """The JSON stored with every checkpoint, but for what a save adds."""
   return {
-    "format": FORMAT,
     "config": dataclasses.asdict(config),
     "data_fingerprint": fingerprint,
     "versions": versions,
@@ -102,7 +92,7 @@ def make_meta(
 
 
 def seal(meta: dict[str, Any]) -> dict[str, Any]:
-  """As JSON will give it back, with a hash of all of it."""
+  """The meta data as JSON gives it back, with a hash of it."""
   meta = json.loads(json.dumps(meta))
   return meta | {"sha256": _hash(meta)}
 
@@ -113,21 +103,14 @@ def _hash(meta: dict[str, Any]) -> str:
 
 
 def read_meta(directory: str | os.PathLike, step: int) -> dict[str, Any]:
-  """Meta data of a checkpoint; DamagedError, or CheckpointError by format."""
+  """Meta data of a checkpoint; DamagedError unless it is what was saved."""
   path = pathlib.Path(directory) / str(step) / "meta" / "metadata"
   try:
-    found = path.lstat()
-    if not stat.S_ISREG(found.st_mode):
-      raise DamagedError(f"{path}: a link or a special file")
-    if found.st_size > _MAX_META_BYTES:
-      raise DamagedError(f"{path}: {found.st_size:,} bytes of meta data")
-    meta = json.loads(path.read_text(encoding="utf-8"))
-  except DamagedError:
-    raise
-  except (OSError, ValueError, RecursionError) as e:
-    raise DamagedError(f"{path}: unreadable meta data: {e}") from e
-  if not isinstance(meta, dict):
-    raise DamagedError(f"{path}: expected a JSON object")
+    if path.is_symlink():
+      raise ValueError(f"{path}: a link")
+    meta = read_json(path)
+  except (OSError, ValueError) as e:
+    raise DamagedError(f"unreadable meta data: {e}") from e
   sealed = meta.pop("sha256", None)
   if sealed is not None and sealed != _hash(meta):
     raise DamagedError(f"{path}: the meta data was altered (sha256)")

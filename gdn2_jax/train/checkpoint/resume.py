@@ -12,7 +12,6 @@ The policy, so that relaunching the same command always does the right thing:
     none is usable it is refused, unless checkpoint.allow_fresh_start is set.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,26 +25,22 @@ from gdn2_jax.train.checkpoint.meta import (
   numbered_steps,
   read_meta,
 )
-from gdn2_jax.train.config import CheckpointConfig, differences
+from gdn2_jax.train.config import differences
 from gdn2_jax.train.state import TrainState
-
-Say = Callable[[str], None]
 
 
 def resume(
-  config: CheckpointConfig,
-  checkpointer: Checkpointer,
-  abstract: TrainState,
-  meta: dict[str, Any],
-  say: Say,
+  checkpointer: Checkpointer, abstract: TrainState, meta: dict[str, Any]
 ) -> tuple[TrainState, int] | None:
   """The state to go on from and its step; None to start from the seed.
 
   Raises:
     CheckpointError: the run must not start, see above; nothing was moved.
   """
-  present = numbered_steps(checkpointer.directory)
-  complete = committed_steps(checkpointer.directory)
+  config, say = checkpointer.config, checkpointer.say
+  directory = checkpointer.directory
+  present, complete = numbered_steps(directory), committed_steps(directory)
+  candidates = complete[::-1]
   if config.restore_step:
     candidates = [config.restore_step]
     if config.restore_step not in complete:
@@ -53,14 +48,16 @@ def resume(
         f"--config.checkpoint.restore_step={config.restore_step}: no such "
         f"checkpoint; have {', '.join(map(str, complete)) or 'none'}"
       )
-  else:
-    candidates = complete[::-1]
   damage = {
     step: DamagedError("incomplete") for step in set(present) - set(complete)
   }
   for step in candidates:
     try:
-      state, saved = _restore(config, checkpointer, step, abstract, meta)
+      saved = read_meta(directory, step)
+      check_meta(saved, meta, allow_data_change=config.allow_data_change)
+      state = checkpointer.restore(step, abstract, saved)
+      if int(jax.device_get(state.step)) != step:
+        raise DamagedError("it holds the state of another step")
     except DamagedError as e:
       if config.restore_step:
         raise DamagedError(
@@ -79,33 +76,16 @@ def resume(
     say(f"resumed from step {step}")
     return state, step
   if damage:
-    _refuse_or_warn(config, checkpointer, damage, say)
+    _refuse_or_set_aside(checkpointer, damage)
   return None
 
 
-def _restore(
-  config: CheckpointConfig,
-  checkpointer: Checkpointer,
-  step: int,
-  abstract: TrainState,
-  meta: dict[str, Any],
-) -> tuple[TrainState, dict[str, Any]]:
-  saved = read_meta(checkpointer.directory, step)
-  check_meta(saved, meta, allow_data_change=config.allow_data_change)
-  state = checkpointer.restore(step, abstract, saved)
-  if int(jax.device_get(state.step)) != step:
-    raise DamagedError("it holds the state of another step")
-  return state, saved
-
-
-def _refuse_or_warn(
-  config: CheckpointConfig,
-  checkpointer: Checkpointer,
-  damage: dict[int, DamagedError],
-  say: Say,
+def _refuse_or_set_aside(
+  checkpointer: Checkpointer, damage: dict[int, DamagedError]
 ) -> None:
+  """Starts from the seed beside damaged checkpoints only where allowed."""
   reasons = [f"step {s}: {damage[s]}" for s in sorted(damage, reverse=True)]
-  if not config.allow_fresh_start:
+  if not checkpointer.config.allow_fresh_start:
     raise CheckpointError(
       f"{checkpointer.directory}: no checkpoint is usable:\n  "
       + "\n  ".join(reasons)
@@ -113,6 +93,8 @@ def _refuse_or_warn(
       ".set_aside and start from step 0"
     )
   for reason in reasons:
-    say(f"WARNING: damaged checkpoint: {reason}")
-  say("WARNING: starting from step 0 (--config.checkpoint.allow_fresh_start)")
+    checkpointer.say(f"WARNING: damaged checkpoint: {reason}")
+  checkpointer.say(
+    "WARNING: starting from step 0 (--config.checkpoint.allow_fresh_start)"
+  )
   checkpointer.set_aside(damage)

@@ -1,15 +1,14 @@
 """`python -m gdn2_jax.export`: the folder it writes, and how it refuses."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
 
+from gdn2_jax.config_json import from_dict
 from gdn2_jax.data.tokenizer.api import BytesTokenizer
 from gdn2_jax.interop import load_model
 from gdn2_jax.train.checkpoint.meta import read_meta
-from gdn2_jax.train.config import config_from_json
+from gdn2_jax.train.config import TrainConfig
 from tests.random_params import random_params
 from tests.tiny_run import make_run, run_many
 
@@ -55,7 +54,7 @@ def test_a_run_becomes_a_folder(workdir, done):
   assert results["run"]["code"] == 0, results["run"]["err"]
   model = load_model(folder / "model")
   meta = read_meta(workdir / "checkpoints", 3)
-  config = config_from_json(json.dumps(meta["config"]))
+  config = from_dict(TrainConfig, meta["config"], "config")
   assert model.config == config.model
   params = random_params(config.model)  # what the run holds
   equal = jax.tree.map(np.array_equal, model.params, params)

@@ -16,6 +16,7 @@ import tempfile
 import jax
 import numpy as np
 
+from gdn2_jax.config_json import from_dict
 from gdn2_jax.model.attention import AttentionConfig
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.gdn2 import GDN2Config
@@ -24,8 +25,7 @@ from gdn2_jax.sharding import MeshConfig, make_mesh, use_mesh
 from gdn2_jax.train.checkpoint.manager import Checkpointer
 from gdn2_jax.train.checkpoint.meta import make_meta, read_meta
 from gdn2_jax.train.checkpoint.resume import resume
-from gdn2_jax.train.config import TrainConfig, config_from_json
-from gdn2_jax.train.optimizer import learning_rate
+from gdn2_jax.train.config import TrainConfig
 from gdn2_jax.train.state import init_state, plan_state
 from gdn2_jax.train.step import make_train_step
 
@@ -79,16 +79,15 @@ def go_on(folder: pathlib.Path, batches) -> list[dict[str, float]]:
   config = golden_config()
   if have:
     saved = read_meta(folder / "checkpoints", int(have[0].name))
-    config = config_from_json(json.dumps(saved["config"]))
+    config = from_dict(TrainConfig, saved["config"], "config")
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
   with use_mesh(mesh):
     model = LM(config.model)
     plan = plan_state(model, config.optimizer, config.num_steps, mesh)
-    schedule = learning_rate(config.optimizer, config.num_steps)
-    step = make_train_step(model, plan, mesh, schedule=schedule)
+    step = make_train_step(config, model, plan, mesh)
     saver = Checkpointer(folder / "checkpoints", config.checkpoint)
     meta = make_meta(config, "golden", {}, plan.abstract)
-    found = resume(config.checkpoint, saver, plan.abstract, meta, print)
+    found = resume(saver, plan.abstract, meta)
     state = found[0] if found else init_state(model, plan, config.seed)
     rows = []
     for number, batch in enumerate(batches, 1):

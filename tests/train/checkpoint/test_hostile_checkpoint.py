@@ -112,7 +112,7 @@ def test_huge_or_nested_meta_data(workdir):
   refused(workdir, "unreadable meta data")
   with open(path, "wb") as file:
     file.truncate(1 << 40)  # sparse: takes no space, a terabyte to read
-  refused(workdir, "bytes of meta data")
+  refused(workdir, "bytes of JSON, expected at most")
 
 
 def test_array_metadata_of_another_shape(workdir):
@@ -187,4 +187,4 @@ def test_fifo_as_meta_data_does_not_block(workdir):
   path = workdir / "checkpoints" / "3" / "meta" / "metadata"
   path.unlink()
   os.mkfifo(path)
-  refused(workdir, "a link or a special file")
+  refused(workdir, "metadata: not a regular file")
