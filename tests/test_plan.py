@@ -2,32 +2,30 @@
 
 import importlib
 import json
-import subprocess
-import sys
 
 import jax
 import pytest
 
 from gdn2_jax.plan import format_plan, plan
 from tests.model.models import small_config
+from tests.tiny_run import run_many
 
 
-def tiny():
+def tiny(pattern="GS"):
   config = importlib.import_module("gdn2_jax.configs.tiny_cpu").get_config()
-  config.model = small_config("GS", vocab_size=64)
-  config.model.gdn2.implementation = "reference"  # compiles faster
+  config.model = small_config(pattern, vocab_size=64)
   config.data.seq_len, config.data.batch_size = 32, 64
   return config
 
 
 @pytest.fixture(scope="module")
 def one():
-  """The plan for one device."""
-  return plan(tiny(), 1)
+  """The plan for one device, of layers that compile fast."""
+  return plan(tiny("S"), 1)
 
 
 def test_arguments_are_exact_and_sharded(one):
-  config = tiny()
+  config = tiny("S")
   count = one["parameters"]["total"]
   memory = one["memory_per_device"]
   assert memory["parameters"] == 4 * count
@@ -43,7 +41,7 @@ def test_arguments_are_exact_and_sharded(one):
 
 
 def test_accumulation_needs_less_memory(one):
-  config = tiny()
+  config = tiny("S")
   whole = one["memory_per_device"]["temporaries"]
   config.grad_accum = 8
   assert plan(config, 1)["memory_per_device"]["temporaries"] < 0.7 * whole
@@ -90,33 +88,13 @@ def test_text_names_every_section(one):
     assert word in text
 
 
-def test_command_line_prints_json():
-  out = subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "gdn2_jax.plan",
-      "--config=configs/gdn2_1p3b.py",
-      "--json",
-      "--nocompile",
-    ],
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  figures = json.loads(out.stdout)
-  assert figures["parameters"]["blocks"] == 1302638112
-
-
-def test_command_line_refuses_positional_arguments():
-  out = subprocess.run(
-    [sys.executable, "-m", "gdn2_jax.plan", "config=configs/tiny_cpu.py"],
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert out.returncode == 1
-  assert "unexpected argument 'config=configs/tiny_cpu.py'" in out.stderr
+def test_command_line():
+  """Prints JSON; refuses an argument without dashes."""
+  base = ["--config=configs/gdn2_1p3b.py", "--json", "--nocompile"]
+  done, refused = run_many("gdn2_jax.plan", [base, [*base, "config=tiny_cpu"]])
+  assert json.loads(done["out"])["parameters"]["blocks"] == 1302638112
+  assert refused["code"] == 1
+  assert "unexpected argument 'config=tiny_cpu'" in refused["err"]
 
 
 def test_the_planner_allocates_no_parameters():

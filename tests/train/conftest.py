@@ -1,18 +1,32 @@
-"""A tiny hybrid model on real text; compiled programs, kept between tests."""
+"""A tiny model on real text; compiled programs, kept between tests."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from gdn2_jax.data.pipeline import open_dataset
 from gdn2_jax.sharding import MeshConfig
+from gdn2_jax.train import loop
 from gdn2_jax.train.config import CheckpointConfig, TrainConfig
+from gdn2_jax.train.state import TrainState
 from tests.faults.tiny import tiny_config
 
 
 def make_config(cache_dir: str) -> TrainConfig:
+  """One recurrent layer, six steps of two microbatches: compiles fast."""
   config = tiny_config(cache_dir, num_steps=6)
+  config.model.num_layers, config.model.pattern = 1, "G"
+  config.grad_accum = 2
   config.mesh = MeshConfig(data=2, fsdp=2, tensor=2)
   config.checkpoint = CheckpointConfig(every_steps=2, keep=2)
+  return config
+
+
+def make_hybrid(cache_dir: str) -> TrainConfig:
+  """A layer of each kind, and no microbatches."""
+  config = make_config(cache_dir)
+  config.model.num_layers, config.model.pattern = 2, "GS"
+  config.grad_accum = 1
   return config
 
 
@@ -45,19 +59,46 @@ def batch(dataset):
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_programs(tmp_path_factory):
-  """Several tests need the same training step: compile it once."""
-  old = {
-    "jax_compilation_cache_dir": jax.config.jax_compilation_cache_dir,
-    "jax_persistent_cache_min_compile_time_secs": (
-      jax.config.jax_persistent_cache_min_compile_time_secs
-    ),
+  """Several tests need the same programs: trace and compile each once."""
+  changed = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+    "jax_persistent_cache_min_compile_time_secs": 0.05,
   }
-  path = str(tmp_path_factory.mktemp("programs"))
-  jax.config.update("jax_compilation_cache_dir", path)
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-  yield
+  old = {name: getattr(jax.config, name) for name in changed}
+  for name, value in changed.items():
+    jax.config.update(name, value)
+  with pytest.MonkeyPatch.context() as patch:
+    for name in ("plan_state", "make_train_step", "init_state"):
+      patch.setattr(loop, name, once_per_input(getattr(loop, name)))
+    yield
   for name, value in old.items():
     jax.config.update(name, value)
   from jax.experimental.compilation_cache import compilation_cache
 
   compilation_cache.reset_cache()
+
+
+def once_per_input(function):
+  """`function`, whose results are kept; states are copied: steps donate them.
+
+  A run jits its own functions, and so would trace and load again what a run of
+  the same config has compiled.
+  """
+  kept = {}
+
+  def call(*args):
+    # The step takes the whole config first, and reads these parts of it.
+    if isinstance(args[0], TrainConfig):
+      c = args[0]
+      shown = (c.model, c.optimizer, c.num_steps, c.grad_accum, args[3])
+    else:
+      # A blueprint is of the model, the optimizer and the mesh before it.
+      shown = args
+    key = repr(shown) + str(jax.config.read("jax_disable_most_optimizations"))
+    if key not in kept:
+      kept[key] = function(*args)
+    if isinstance(kept[key], TrainState):
+      return jax.tree.map(jnp.copy, kept[key])
+    return kept[key]
+
+  return call

@@ -16,10 +16,10 @@ from tests.tiny_run import run_many
 
 _CONFIG = """
 from gdn2_jax.sharding import MeshConfig
-from tests.train.conftest import make_config
+from tests.train.conftest import make_hybrid
 
 def get_config():
-  config = make_config({cache_dir!r})
+  config = make_hybrid({cache_dir!r})
   config.mesh = MeshConfig()
   config.num_steps = 240
   config.checkpoint.every_steps = 20
@@ -75,87 +75,66 @@ def test_killed_runs_resume_bit_for_bit(config_file, tmp_path):
     assert x.tobytes() == y.tobytes()
 
 
+# The message: the flag that makes it, beside --config and --workdir
+REFUSED = {
+  "error: --config.optimizer.lrr: unknown field; did you mean": (
+    "--config.optimizer.lrr=1"
+  ),
+  "invalid literal for int() with base 10: 'x'": "--config.num_steps=x",
+  "could not convert string to float: 'fast'": "--config.optimizer.lr=fast",
+  "unexpected argument 'config.num_steps=3'": "config.num_steps=3",
+  "error: --config.grad_accum=3 does not divide": "--config.grad_accum=3",
+  "error: --config.optimizer.lr=-1.0: expected a positive": (
+    "--config.optimizer.lr=-1"
+  ),
+  "error: --config.data.batch_size=0": "--config.data.batch_size=0",
+  "--config.optimizer.warmup_fraction=1.5: expected a number x with": (
+    "--config.optimizer.warmup_fraction=1.5"
+  ),
+  "--config.mesh.fsdp=3": "--config.mesh.fsdp=3",
+  "--config.model.gdn2.num_heads=0": "--config.model.gdn2.num_heads=0",
+  "--config.watchdog_seconds=-1.0: expected 0 or more": (
+    "--config.watchdog_seconds=-1"
+  ),
+  "--config.checkpoint.max_failed_saves=0: expected 1 or more": (
+    "--config.checkpoint.max_failed_saves=0"
+  ),
+  "error: --config is missing": "--config=",
+  "error: --workdir is missing": "--workdir=",
+  "error: --config=nowhere.py: no such file": "--config=nowhere.py",
+  "cannot write there": "--workdir={config_file}/run",
+}
+# These need the data, or the workdir, to be seen.
+REFUSED_LATER = {
+  "--config.model.vocab_size=100: the tokenizer 'bytes' has": (
+    "--config.model.vocab_size=100"
+  ),
+  "data.source='nowhere'": "--config.data.source=nowhere",
+  "restore_step=7: no such checkpoint; have none": (
+    "--config.checkpoint.restore_step=7"
+  ),
+}
+
+
 def test_refused_command_lines(config_file, tmp_path):
-  base = [f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]
-  cases = {
-    "error: --config.optimizer.lrr: unknown field; did you mean": [
-      *base,
-      "--config.optimizer.lrr=1",
-    ],
-    "invalid literal for int() with base 10: 'x'": [
-      *base,
-      "--config.num_steps=x",
-    ],
-    "could not convert string to float: 'fast'": [
-      *base,
-      "--config.optimizer.lr=fast",
-    ],
-    "unexpected argument 'config.num_steps=3'": [*base, "config.num_steps=3"],
-    "error: --config.grad_accum=3 does not divide": [
-      *base,
-      "--config.grad_accum=3",
-    ],
-    "error: --config.optimizer.lr=-1.0: expected a positive": [
-      *base,
-      "--config.optimizer.lr=-1",
-    ],
-    "error: --config.data.batch_size=0": [*base, "--config.data.batch_size=0"],
-    "--config.optimizer.warmup_fraction=1.5: expected 0 <= x < 1": [
-      *base,
-      "--config.optimizer.warmup_fraction=1.5",
-    ],
-    "--config.mesh.fsdp=3": [*base, "--config.mesh.fsdp=3"],
-    "--config.model.gdn2.num_heads=0": [
-      *base,
-      "--config.model.gdn2.num_heads=0",
-    ],
-    "--config.watchdog_seconds=-1.0: expected 0 or more": [
-      *base,
-      "--config.watchdog_seconds=-1",
-    ],
-    "--config.checkpoint.max_failed_saves=0: expected 1 or more": [
-      *base,
-      "--config.checkpoint.max_failed_saves=0",
-    ],
-    "error: --config is missing": [base[1]],
-    "error: --workdir is missing": [base[0]],
-    "error: --config=nowhere.py: no such file": [
-      "--config=nowhere.py",
-      base[1],
-    ],
-    "cannot write there": [base[0], f"--workdir={config_file}/run"],
-  }
-  results = run_many("gdn2_jax.train.__main__", list(cases.values()))
-  for message, result in zip(cases, results, strict=True):
+  """In one line, before any array; at first before any file, too."""
+  workdir, later = tmp_path / "run", tmp_path / "later"
+
+  def command(folder, flag):
+    name, _, value = flag.partition("=")
+    given = {"--config": config_file, "--workdir": folder}
+    given.pop(name, None)
+    words = [f"{name}={value}" for name, value in given.items()]
+    return words + [flag.format(config_file=config_file)] * bool(value)
+
+  commands = [command(workdir, flag) for flag in REFUSED.values()]
+  commands += [command(later, flag) for flag in REFUSED_LATER.values()]
+  results = run_many("gdn2_jax.train.__main__", commands)
+  messages = [*REFUSED, *REFUSED_LATER]
+  for message, result in zip(messages, results, strict=True):
     shown = result["out"] + result["err"]
     assert result["code"] == 1, (message, shown)
     assert message in shown
     assert "Traceback" not in shown
-    # Before anything is allocated.
     assert result["arrays"] == 0, message
-  # Nothing was made for a command line that was refused.
-  assert not (tmp_path / "run").exists()
-
-
-def test_data_that_does_not_fit_is_refused_before_any_array(
-  config_file, tmp_path
-):
-  """These need the data, or another number of devices, to be seen."""
-  base = [f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]
-  cases = {
-    "--config.model.vocab_size=100: the tokenizer 'bytes' has": [
-      *base,
-      "--config.model.vocab_size=100",
-    ],
-    "data.source='nowhere'": [*base, "--config.data.source=nowhere"],
-    "restore_step=7: no such checkpoint; have none": [
-      *base,
-      "--config.checkpoint.restore_step=7",
-    ],
-  }
-  results = run_many("gdn2_jax.train.__main__", list(cases.values()))
-  for message, result in zip(cases, results, strict=True):
-    assert result["code"] == 1, (message, result)
-    assert message in result["err"], result["err"]
-    assert "Traceback" not in result["err"]
-    assert result["arrays"] == 0, message
+  assert not workdir.exists()

@@ -6,16 +6,21 @@ import re
 
 import pytest
 
+from gdn2_jax.config_json import from_json, to_json
 from gdn2_jax.sharding import MeshConfig
 from gdn2_jax.train.config import (
   TrainConfig,
-  config_from_json,
-  config_to_json,
   describe_fields,
   differences,
   preflight,
   validate,
 )
+from tests.train.conftest import make_hybrid
+
+
+@pytest.fixture
+def config(cache_dir):
+  return make_hybrid(cache_dir)
 
 
 def change(config, path, value):
@@ -97,12 +102,12 @@ def test_preflight_splits_the_batch_over_processes(config):
 
 
 def test_json_round_trip(config):
-  text = config_to_json(config)
-  assert config_from_json(text) == config
-  assert hash(config_from_json(text)) == hash(config)
+  text = to_json(config)
+  assert from_json(TrainConfig, text) == config
+  assert hash(from_json(TrainConfig, text)) == hash(config)
   # Every field is spelled out.
   assert json.loads(text)["model"]["gdn2"]["conv_width"] == 4
-  assert config_from_json("{}") == TrainConfig()
+  assert from_json(TrainConfig, "{}") == TrainConfig()
 
 
 @pytest.mark.parametrize(
@@ -125,16 +130,16 @@ def test_json_round_trip(config):
 )
 def test_json_of_another_shape_is_refused(edit, message):
   with pytest.raises(ValueError, match=message):
-    config_from_json(json.dumps(edit))
+    from_json(TrainConfig, json.dumps(edit))
 
 
 def test_broken_json_is_refused():
   with pytest.raises(ValueError, match="not valid JSON"):
-    config_from_json("{")
+    from_json(TrainConfig, "{")
 
 
 def test_whole_numbers_are_floats_where_floats_belong():
-  lr = config_from_json('{"optimizer": {"lr": 1}}').optimizer.lr
+  lr = from_json(TrainConfig, '{"optimizer": {"lr": 1}}').optimizer.lr
   assert lr == 1.0
   assert isinstance(lr, float)
 
@@ -149,7 +154,7 @@ def test_differences(config):
     "--config.optimizer.lr: 0.01 -> 0.5",
   ]
   # JSON turns tuples into lists; that is no difference.
-  saved = json.loads(config_to_json(config))
+  saved = json.loads(to_json(config))
   assert not list(differences(saved, dataclasses.asdict(config)))
 
 

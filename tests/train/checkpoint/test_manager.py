@@ -1,5 +1,6 @@
 """Saving, keeping, refusing and loading checkpoints, without a training run."""
 
+import copy
 import json
 import shutil
 
@@ -19,11 +20,7 @@ from gdn2_jax.train.checkpoint.meta import (
   read_meta,
   seal,
 )
-from gdn2_jax.train.config import (
-  CheckpointConfig,
-  config_from_json,
-  config_to_json,
-)
+from gdn2_jax.train.config import CheckpointConfig
 from gdn2_jax.train.state import TrainState
 from tests import tiny_run
 from tests.train.states import no_file_larger_than
@@ -143,7 +140,7 @@ def meta(config):
 
 def edited(config, state=None, fingerprint="aaaa", **model):
   """The meta data of a run whose model differs in some fields."""
-  config = config_from_json(config_to_json(config))
+  config = copy.deepcopy(config)
   for name, value in model.items():
     setattr(config.model, name, value)
   return make_meta(config, fingerprint, {"jax": "2"}, state or make_state(0))
@@ -156,7 +153,7 @@ def check(saved, wanted, allow=False):
 def test_what_may_change_on_a_resume(config, meta):
   config.optimizer.lr = 1.0
   config.num_steps = 9
-  config.grad_accum = 2
+  config.grad_accum = 4
   check(meta, edited(config, remat="full", dtype="bfloat16", loss_chunk=8))
   check(meta, edited(config, scan_unroll=0))
   del meta["config"]["model"]["scan_unroll"]  # as older versions wrote it
@@ -166,8 +163,8 @@ def test_what_may_change_on_a_resume(config, meta):
 @pytest.mark.parametrize(
   ("field", "value", "shown"),
   [
-    ("num_layers", 4, "--config.model.num_layers: 2 -> 4"),
-    ("pattern", "SG", "--config.model.pattern: 'GS' -> 'SG'"),
+    ("num_layers", 4, "--config.model.num_layers: 1 -> 4"),
+    ("pattern", "GS", "--config.model.pattern: 'G' -> 'GS'"),
     ("norm_eps", 1e-6, "--config.model.norm_eps: 1e-05 -> 1e-06"),
   ],
 )
@@ -200,7 +197,7 @@ def test_other_data_is_refused_unless_allowed(config, meta):
 
 
 def test_damaged_meta_data_is_named(tmp_path):
-  with pytest.raises(CheckpointError, match="3/meta/metadata: unreadable"):
+  with pytest.raises(CheckpointError, match=r"unreadable.*3/meta/metadata"):
     read_meta(tmp_path, 3)
 
 
@@ -231,13 +228,13 @@ def test_load_run_says_what_is_missing(workdir, tmp_path):
 
 
 def test_load_run_refuses_a_config_of_another_shape(workdir, tmp_path):
-  copy = tmp_path / "copy"
-  shutil.copytree(workdir, copy)
-  path = copy / "checkpoints" / "3" / "meta" / "metadata"
+  other = tmp_path / "copy"
+  shutil.copytree(workdir, other)
+  path = other / "checkpoints" / "3" / "meta" / "metadata"
   meta = json.loads(path.read_text())
   del meta["sha256"]
   meta["config"]["model"]["mlp_dim"] = 1 << 20
   path.write_text(json.dumps(seal(meta)))
   # Before anything of that size is allocated.
   with pytest.raises(CheckpointError, match="does not fit its own config"):
-    load_run(copy)
+    load_run(other)

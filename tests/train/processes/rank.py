@@ -23,9 +23,9 @@ from tests.train.conftest import make_config
 def two_process_config(cache_dir: str) -> TrainConfig:
   """fsdp 2 x tensor 2, as small as it gets: almost all time is compiling."""
   config = make_config(cache_dir)
-  config.model.num_layers, config.model.pattern = 1, "G"
   config.model.model_dim = config.model.mlp_dim = 16
   config.mesh = MeshConfig(fsdp=2, tensor=2)
+  config.grad_accum = 1
   config.data.seq_len, config.data.batch_size = 8, 4
   config.num_steps = 5000
   config.checkpoint.every_steps = 4
