@@ -92,8 +92,8 @@ def make_train_step(
 
   A loss or gradient that is not finite, or a gradient norm above `skip_norm`,
   leaves parameters and optimizer state as they were, to the bit, and is
-  counted. It does so for ever: `optax.apply_if_finite` lets the NaN through
-  after a while. Call the step under `gdn2_jax.sharding.use_mesh`.
+  counted, however many follow: `optax.apply_if_finite` lets the NaN through
+  after a number of them. Call the step under `gdn2_jax.sharding.use_mesh`.
 
   Metrics are scalars: loss (nats per token), grad_norm before clipping,
   param_norm, lr, tokens (targets that counted), skipped, skipped_in_a_row.

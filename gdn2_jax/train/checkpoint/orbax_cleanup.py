@@ -1,4 +1,4 @@
-"""Tidying up after a checkpoint that could not be read or written."""
+"""Clean-up after a checkpoint that could not be read or written."""
 
 import asyncio
 import contextlib
@@ -11,10 +11,10 @@ _IN_FLIGHT_SECONDS = 0.1
 
 
 def end_orphans() -> None:
-  """Ends what a failed read or write of orbax leaves behind.
+  """Ends the tasks that a failed read or write of orbax leaves behind.
 
-  Its event loop is closed while others still wait on it. They would
-  complain on stderr whenever they are collected, at the latest on exit.
+  Its event loop is closed while they still wait on it. Collected later, at the
+  latest on exit, they would print errors to stderr.
   """
   hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
   try:
