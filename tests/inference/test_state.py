@@ -10,6 +10,7 @@ import pytest
 
 from gdn2_jax.inference import state as state_lib
 from gdn2_jax.inference.state import decode_step, init_state, prefill
+from tests.numerics import rel_rms
 
 pytestmark = pytest.mark.usefixtures("fast_compiles")
 
@@ -19,9 +20,7 @@ TOLERANCE = 2 * 6e-7
 
 
 def assert_close(got, want):
-  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-  error = np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
-  assert error <= TOLERANCE, error
+  assert rel_rms(got, want) <= TOLERANCE
 
 
 def snapshot(tree):

@@ -10,13 +10,9 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from gdn2_jax.ops.loss import cross_entropy
+from tests.numerics import rel_rms
 
 B, T, D, VOCAB = 2, 7, 12, 33
-
-
-def rel_rms(x, exact):
-  error = np.asarray(x, np.float64) - exact
-  return np.sqrt(np.mean(error**2) / np.mean(exact**2))
 
 
 def oracle(hidden, head, targets, d_nll, z_loss=0.0):

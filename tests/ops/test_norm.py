@@ -8,15 +8,11 @@ import numpy as np
 import pytest
 
 from gdn2_jax.ops.norm import gated_rms_norm, l2_norm, rms_norm
+from tests.numerics import rel_rms
 
 # Measured: 1.2e-7 at most for any value or gradient below, float32 rounding
 # of a few operations each.
 FLOAT32_LIMIT = 5e-7
-
-
-def rel_rms(x, exact):
-  error = np.asarray(x, np.float64) - exact
-  return np.sqrt(np.mean(error**2) / np.mean(exact**2))
 
 
 def l2_oracle(x, d_out, eps):

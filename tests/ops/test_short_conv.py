@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from gdn2_jax.ops.short_conv import short_conv, short_conv_step
+from tests.numerics import rel_rms
 
 B, T, C = 4, 12, 16
 
@@ -23,11 +24,6 @@ IDS = np.asarray(
   ],
   np.int32,
 )
-
-
-def rel_rms(x, exact):
-  error = np.asarray(x, np.float64) - exact
-  return np.sqrt(np.mean(error**2) / np.mean(exact**2))
 
 
 def oracle(x, kernel, bias=None, ids=None, state=None):

@@ -14,6 +14,7 @@ from gdn2_jax.train.loop import put_batch
 from gdn2_jax.train.optimizer import learning_rate
 from gdn2_jax.train.state import TrainState, init_state, plan_state
 from gdn2_jax.train.step import make_train_step, masked_mean, split_microbatches
+from tests.numerics import rel_rms
 from tests.train.conftest import make_hybrid
 
 ONE = MeshConfig()
@@ -77,11 +78,6 @@ def expected(trainer, batch):
   moment = first_moment(state)
   _, second = trainer.step(state, batch)
   return moment, first, second
-
-
-def rel_rms(x, y):
-  x, y = (np.asarray(a, np.float64) for a in (x, y))
-  return np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2))
 
 
 def first_moment(state):

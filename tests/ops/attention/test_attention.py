@@ -14,15 +14,11 @@ from gdn2_jax.ops.attention.api import (
   cudnn_unsupported_reason,
   sliding_window_attention,
 )
+from tests.numerics import rel_rms
 
 B, T, HQ, HKV, D = 2, 21, 4, 2, 8
 
 IDS = np.asarray([[1] * 6 + [2] * 4 + [0] * 2 + [3] * 9, [5] * 14 + [0] * 7])
-
-
-def rel_rms(x, exact):
-  error = np.asarray(x, np.float64) - exact
-  return np.sqrt(np.mean(error**2) / np.mean(exact**2))
 
 
 def allowed(time, keys, window, q_ids, kv_ids):
