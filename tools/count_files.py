@@ -1,4 +1,4 @@
-r"""Counts the files and functions of the package that a training step enters.
+r"""Counts the files and functions that a training step enters.
 
   .venv/bin/python tools/count_files.py
 
@@ -21,7 +21,7 @@ NUM_STEPS = 8
 
 
 class Counter:
-  """Functions of the package entered while it is on, by file."""
+  """Counter of the package's functions that are entered, by file."""
 
   def __init__(self):
     self.entered: dict[str, set[str]] = collections.defaultdict(set)
@@ -43,7 +43,7 @@ class Counter:
       self.entered[name].add(f"{code.co_qualname}:{code.co_firstlineno}")
 
   def start(self) -> None:
-    """Counts from nothing."""
+    """Counts from zero."""
     self.entered.clear()
     self._on = True
 
@@ -59,7 +59,7 @@ class Counter:
 
 
 class Turns:
-  """A dataset that tells the counter when a turn of the loop begins."""
+  """Dataset that tells the counter when a turn of the loop begins."""
 
   def __init__(self, dataset, counter: Counter):
     self._dataset, self._counter = dataset, counter
@@ -69,7 +69,7 @@ class Turns:
     return getattr(self._dataset, name)
 
   def train_batches(self, start_step: int = 0, **hosts):
-    """The batches; a turn begins when one is asked for."""
+    """Yields batches; a turn begins when one is asked for."""
     batches = self._dataset.train_batches(start_step=start_step, **hosts)
     for step in range(start_step, NUM_STEPS):
       if step - 1 in COUNTED:
@@ -80,7 +80,7 @@ class Turns:
 
 
 def main() -> None:
-  """Entry point: trains, and prints the files of both turns."""
+  """Trains, and prints the files of both turns."""
   os.environ["JAX_PLATFORMS"] = "cpu"
   sys.path.insert(0, str(ROOT))
   from gdn2_jax.data.pipeline import open_dataset
@@ -105,7 +105,7 @@ def main() -> None:
       f"{sum(lines.values()):,} lines"
     )
     for file in sorted(found):
-      print(f"  {file}: {len(found[file])} of {lines[file]} lines")
+      print(f"  {file}: {len(found[file])} functions, {lines[file]} lines")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-r"""Compares results that a refactoring must leave bit for bit as they were.
+r"""Compares results that a refactoring must leave bit-identical.
 
   .venv/bin/python tools/pins.py --record=build/pins.json     # before
   .venv/bin/python tools/pins.py --check=build/pins.json      # after
