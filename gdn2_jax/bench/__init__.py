@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m gdn2_jax.bench op`. They check before they time."""
+"""Benchmarks of the op, of the GPU kernels and of serving."""

@@ -42,19 +42,12 @@ def write_json(path: pathlib.Path, result: dict[str, Any]) -> None:
 
 
 class Column(NamedTuple):
-  """One column of a text table.
-
-  Attributes:
-    head: Its heading.
-    key: Key in the rows.
-    form: Format of the numbers; "" for names, which are aligned to the left.
-    scale: Factor on the numbers.
-  """
+  """One column of a text table."""
 
   head: str
-  key: str
-  form: str = ""
-  scale: float = 1.0
+  key: str  # in the rows
+  form: str = ""  # of the numbers; "" for names, aligned to the left
+  scale: float = 1.0  # factor on the numbers
 
   def cell(self, row: dict[str, Any]) -> str:
     """Text of a row's value, "-" if it has none."""

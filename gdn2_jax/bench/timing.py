@@ -1,38 +1,22 @@
 """Compilation and timing of functions: interleaved, medians, one clock."""
 
-import dataclasses
+import functools
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Compiled:
-  """A compiled function with what its compilation cost.
-
-  Attributes:
-    call: The executable.
-    compile_s: Seconds of tracing, lowering and compiling.
-    temp_bytes: Temporaries of one execution, outputs not counted.
-  """
-
-  call: Callable[..., Any]
-  compile_s: float
-  temp_bytes: int
-
 
 _LARGEST_COPY = 1 << 28  # bytes
 _ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
 def use_one_core() -> None:
-  """Keeps this process, and XLA on CPU, on one core; before JAX starts.
+  """Keeps this process and XLA on one core; call it before JAX starts.
 
   On one core the process's own CPU time is the time its work takes, whatever
   else the machine does. Where the system cannot pin, XLA alone is limited.
@@ -44,51 +28,95 @@ def use_one_core() -> None:
 
 
 def is_one_core() -> bool:
-  """Whether `use_one_core` holds, on a CPU."""
+  """True on a CPU after `use_one_core`."""
   one = _ONE_CORE in os.environ.get("XLA_FLAGS", "")
   return one and jax.default_backend() == "cpu"
 
 
 def clock() -> Callable[[], float]:
-  """Seconds: of this process where it has one core, else of the wall."""
+  """Clock in seconds: CPU time of this process on one core, else wall time."""
   return time.process_time if is_one_core() else time.perf_counter
+
+
+class Compiled(NamedTuple):
+  """Executable, and what it costs to make and to run."""
+
+  call: Callable[..., Any]
+  compile_s: float
+  argument_bytes: int
+  temp_bytes: int  # outputs not counted
 
 
 def compile_function(
   function: Callable[..., Any], args: Sequence[Any], **jit_options: Any
 ) -> Compiled:
-  """Compiles a function for these arguments."""
+  """Traces, lowers and compiles a function for these arguments."""
   now = clock()
   start = now()
   call = jax.jit(function, **jit_options).lower(*args).compile()
   seconds = now() - start
   memory = call.memory_analysis()
-  return Compiled(
-    call=call, compile_s=seconds, temp_bytes=memory.temp_size_in_bytes
-  )
+  sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+  return Compiled(call, seconds, *sizes)
+
+
+def mean_seconds(
+  call: Callable[[], Any],
+  calls: int = 1,
+  wait: Callable[[Any], Any] = jax.block_until_ready,
+) -> float:
+  """Mean seconds of calls that are enqueued together and waited for once."""
+  now = clock()
+  start = now()
+  for _ in range(calls):
+    result = call()
+  wait(result)
+  return (now() - start) / calls
+
+
+def warm_seconds(
+  call: Callable[[], Any],
+  calls: int = 1,
+  wait: Callable[[Any], Any] = jax.block_until_ready,
+) -> float:
+  """Mean seconds after an untimed call.
+
+  Without it a call pays for the memory that another function left behind.
+  """
+  mean_seconds(call, 1, wait)
+  return mean_seconds(call, calls, wait)
 
 
 def race(
-  functions: dict[str, Compiled], args: Sequence[Any], rounds: int
+  measurements: dict[str, Callable[[], float]], rounds: int
 ) -> dict[str, float]:
-  """Median seconds of each function, in rounds that take turns.
-
-  Every timed call follows an untimed one of the same function, so that none
-  pays for the memory that another one left behind.
-  """
-  now = clock()
-  times = {name: [] for name in functions}
+  """Median of each measurement, in rounds that take turns."""
+  results = {name: [] for name in measurements}
   for _ in range(rounds):
-    for name, function in functions.items():
-      jax.block_until_ready(function.call(*args))
-      start = now()
-      jax.block_until_ready(function.call(*args))
-      times[name].append(now() - start)
-  return {name: statistics.median(x) for name, x in times.items()}
+    for name, measure in measurements.items():
+      results[name].append(measure())
+  return {name: statistics.median(x) for name, x in results.items()}
+
+
+class Chain:
+  """Calls that each take the state of the call before, donated or not."""
+
+  def __init__(self, call: Callable[[Any], Any], state: Any):
+    self._call = call
+    self.state = state
+
+  def seconds(self, calls: int) -> float:
+    """Mean seconds of so many calls."""
+    jax.block_until_ready(self.state)
+    return mean_seconds(self._advance, calls)
+
+  def _advance(self):
+    self.state = self._call(self.state)
+    return self.state
 
 
 class Copy:
-  """Copy of an array, with as many bytes read and written as `moved`.
+  """Copy of an array that reads and writes `moved` bytes together.
 
   On CPU a memcpy to memory that is already mapped, which XLA, returning a new
   buffer each time, cannot do.
@@ -97,22 +125,15 @@ class Copy:
   def __init__(self, moved: int):
     size = min(max(moved // 2, 1), _LARGEST_COPY)
     self._scale = moved / 2 / size
-    self._on_cpu = jax.default_backend() == "cpu"
-    ones = np.ones if self._on_cpu else jnp.ones
-    self._source = ones(size, "uint8")
-    self._target = np.ones_like(self._source) if self._on_cpu else None
-    self._jitted = jax.jit(jnp.copy)
+    if jax.default_backend() == "cpu":
+      target, source = np.ones(size, "uint8"), np.ones(size, "uint8")
+      self._copy = functools.partial(np.copyto, target, source)
+      self._seconds = mean_seconds
+    else:
+      source = jnp.ones(size, "uint8")
+      self._copy = functools.partial(jax.jit(jnp.copy), source)
+      self._seconds = warm_seconds
 
   def seconds(self, calls: int) -> float:
     """Mean seconds of a copy."""
-    now = clock()
-    if not self._on_cpu:
-      jax.block_until_ready(self._jitted(self._source))
-    start = now()
-    for _ in range(calls):
-      if self._on_cpu:
-        np.copyto(self._target, self._source)
-      else:
-        self._target = self._jitted(self._source)
-    jax.block_until_ready(self._target)
-    return self._scale * (now() - start) / calls
+    return self._scale * self._seconds(self._copy, calls)

@@ -1,6 +1,7 @@
 """The GPU benchmark, rehearsed on a CPU, and what it does when things fail."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import pathlib
@@ -9,11 +10,12 @@ import sys
 import time
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdn2_jax.bench.gpu import cases, errors, peers
+from gdn2_jax.bench.gpu import cases, check, peers
 from gdn2_jax.bench.gpu import part as gpu_part
 from gdn2_jax.bench.gpu import run as gpu
 from gdn2_jax.bench.gpu import table as gpu_table
@@ -65,7 +67,7 @@ def test_rehearsal_runs_every_part():
 
 def test_wrong_result_fails():
   exact = (jnp.linspace(-1, 1, 256), jnp.ones(8))
-  compare = functools.partial(errors.compare, ("o", "state"))
+  compare = functools.partial(check.compare, ("o", "state"))
   good = compare((exact[0].astype(jnp.bfloat16), exact[1]), exact, "bfloat16")
   assert good["passed"] and good["worst"] == "o"
   assert good["errors"]["o"] == pytest.approx(good["rounding"]["o"])
@@ -96,9 +98,8 @@ def test_rows_that_fail_do_not_end_the_part(tmp_path, monkeypatch):
   def refuses():
     raise NotImplementedError("K = 7")
 
-  recorder.run("past", fails)
-  recorder.run("fails", fails)
-  recorder.run("refuses", refuses)
+  jobs = {"past": fails, "fails": fails, "refuses": refuses}
+  recorder.run({label: gpu_part.Job(f) for label, f in jobs.items()})
   rows = gpu._read(recorder.path)
   assert "past" not in rows
   assert rows["fails"]["note"] == "failed: RuntimeError: boom"
@@ -107,10 +108,43 @@ def test_rows_that_fail_do_not_end_the_part(tmp_path, monkeypatch):
   assert "passed" not in rows["refuses"]
   monkeypatch.setattr(gpu_part, "_device_works", lambda: False)
   with pytest.raises(SystemExit):
-    recorder.run("lost", fails)
+    recorder.run({"lost": gpu_part.Job(fails)})
   late = _recorder(tmp_path, seconds=-1)
-  late.run("late", fails)
+  late.run({"late": gpu_part.Job(fails)})
   assert gpu._read(late.path)["late"]["note"] == gpu_part.OUT_OF_TIME
+
+
+def test_programs_are_compiled_once_and_their_errors_are_rows(tmp_path):
+  lowered = []
+
+  def lower():
+    lowered.append(1)
+    return jax.jit(jnp.sin).lower(1.0)
+
+  def fails():
+    raise RuntimeError("boom")
+
+  def measure(*programs):
+    return {"sum": sum(float(program()(0.0)) for program in programs)}
+
+  recorder = _recorder(tmp_path)
+  jobs = {name: gpu_part.Job(measure, [lower, lower]) for name in "ab"}
+  recorder.run(jobs | {"c": gpu_part.Job(measure, [fails])})
+  rows = gpu._read(recorder.path)
+  assert rows["a"]["sum"] == rows["b"]["sum"] == 0 and len(lowered) == 1
+  assert rows["c"]["note"] == "failed: RuntimeError: boom"
+
+
+def test_a_part_without_its_packages_is_a_note(tmp_path, monkeypatch):
+  """A GPU's own JAX may come without flax."""
+  monkeypatch.delitem(sys.modules, "gdn2_jax.bench.gpu.step", raising=False)
+  monkeypatch.setitem(sys.modules, "gdn2_jax.train.state", None)
+  recorder = dataclasses.replace(_recorder(tmp_path), part="step")
+  gpu.run_rows(recorder, rehearse=True)
+  (row,) = gpu._read(recorder.path).values()
+  assert row["label"] == "step" and row["note"].startswith("not run: ")
+  assert gpu_table.failures([row]) == []
+  assert "| step |" in gpu_table._step([row])
 
 
 def test_a_part_that_dies_goes_on_behind_its_row(monkeypatch):

@@ -1,6 +1,7 @@
 """The op benchmark: it measures what it says, and refuses wrong results."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from gdn2_jax.ops.gdn2.arg_specs import ArgSpec
 SPEC = ArgSpec(name="micro", B=1, T=32, H=1, K=16, V=16, tags=("train",))
 
 
-def test_rows_have_error_time_memory_and_ratio():
+def test_rows_have_error_time_memory_and_ratio(fast_compiles):
   reference, xla = op.run_spec(SPEC, ["reference", "xla"], rounds=1)
   for row in (reference, xla):
     assert row["passed"] and 0 < row["error"] <= op.BOUND
@@ -56,19 +57,26 @@ def test_decode_moves_its_state_once():
   )
 
 
-def test_race_takes_every_function():
-  x = jax.numpy.ones((8, 8))
-  functions = {
-    "add": timing.compile_function(lambda x: x + 1, (x,)),
-    "dot": timing.compile_function(lambda x: x @ x, (x,)),
+def test_measurements_take_turns_and_calls_are_warmed_up():
+  calls = []
+  measurements = {
+    name: functools.partial(
+      timing.warm_seconds, functools.partial(calls.append, name), 2
+    )
+    for name in "ab"
   }
-  assert all(s > 0 for s in timing.race(functions, (x,), rounds=3).values())
+  seconds = timing.race(measurements, rounds=2)
+  assert calls == 2 * [*"aaabbb"] and all(s > 0 for s in seconds.values())
+
+
+def test_calls_of_a_chain_continue_from_its_state():
+  chain = timing.Chain(lambda x: x + 1, jax.numpy.zeros(()))
+  assert chain.seconds(3) > 0 and chain.state == 3
 
 
 @pytest.mark.parametrize(
   ("arguments", "says"),
   [
-    ([], "expected a subcommand"),
     (["ops"], "expected a subcommand"),
     (["op", "spec=small"], "unexpected argument 'spec=small'"),
     (["op", "--spec=gigantic"], "gigantic"),

@@ -26,7 +26,7 @@ def flags(**changes):
   """The flags as absl leaves them."""
   values = {
     "preset": None,
-    "constancy_preset": None,
+    "constancy_preset": "nano",
     "dtype": None,
     "models": ["GDN-2", "hybrid", "softmax"],
     "sections": ["decode", "prefill", "constancy"],
@@ -107,7 +107,7 @@ def test_a_made_state_is_one_of_that_length():
 
 
 @pytest.fixture(scope="module")
-def result():
+def result(fast_compiles):
   """Everything but GDN-2, which compiles for longest."""
   options = serve.read_options(
     flags(rehearse=True, models=["hybrid", "softmax"], price_per_hour=3.0)
@@ -201,7 +201,7 @@ def test_a_model_that_decodes_wrongly_is_not_timed(monkeypatch):
     ({"lengths": ["700"]}, "--lengths=700: expected a multiple of --chunk=512"),
     ({"batches": ["0"]}, "--batches=0: "),
     ({"batches": []}, "--batches: "),
-    ({"models": ["mamba"]}, "--models=mamba: expected among GDN-2, hybrid"),
+    ({"models": ["mamba"]}, "--models=mamba: expected one of GDN-2, hybrid"),
     ({"sections": ["train"]}, "--sections=train: "),
     ({"price_per_hour": -1.0}, "--price_per_hour=-1.0: "),
     ({"chunk": 0}, "--chunk=0: "),

@@ -1,1 +1,1 @@
-"""The GPU benchmark: every kernel checked and timed, then the step."""
+"""GPU benchmark: kernels checked and timed, then the training step."""

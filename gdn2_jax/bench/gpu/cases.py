@@ -24,25 +24,14 @@ GRADIENTS = ("dq", "dk", "dv", "dg", "db", "dw", "dstate")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-  """One op on one shape.
+  """One op on one shape; `kernels` are checked against `truth` in float32."""
 
-  Attributes:
-    name: Name of the shape in the rows' labels.
-    op: f(implementation, *inputs) -> tuple of outputs.
-    make: f() -> (inputs, cotangents of the outputs).
-    outputs: Names of the outputs.
-    gradients: Names of the inputs' gradients; () to check the outputs only.
-    dtype: Data type of the inputs; states and decays are float32.
-    kernels: Implementations to check.
-    truth: Implementation to check them against, in float32.
-  """
-
-  name: str
-  op: Callable[..., Any]
-  make: Callable[[], Any]
+  name: str  # of the shape, in the rows' labels
+  op: Callable[..., Any]  # f(implementation, *inputs) -> tuple of outputs
+  make: Callable[[], Any]  # f() -> (inputs, cotangents of the outputs)
   outputs: tuple[str, ...] = ("o", "state")
-  gradients: tuple[str, ...] = ()
-  dtype: str = "bfloat16"
+  gradients: tuple[str, ...] = ()  # of all inputs; () checks outputs only
+  dtype: str = "bfloat16"  # of the inputs; states and decays are float32
   kernels: tuple[str, ...] = ("mosaic_gpu",)
   truth: str = "xla"
 
@@ -145,7 +134,7 @@ def _recurrence(spec, op, state=True, **options):
 
 
 def _recurrence_arrays(spec, with_state):
-  """(q k v g b w, state if it is an input), cotangents of o and state."""
+  """Inputs q k v g b w (and state), and cotangents of o and state."""
   inputs, _ = make_inputs(spec)
   shape = (spec.B, spec.H * spec.value_heads, spec.K, spec.V)
   keys = jax.random.split(jax.random.key(1), 3)
@@ -172,7 +161,7 @@ def _step(spec, implementation, *inputs):
 
 
 def _segments(spec):
-  """Boundaries off those of chunks, padding inside and at the end."""
+  """Segment ids: boundaries inside chunks, padding inside and at the end."""
   if spec.segments == 1:
     return None
   at = jnp.arange(spec.T)
@@ -184,7 +173,7 @@ def _segments(spec):
 
 
 def _others(tiny):
-  """Gated norm, short convolution and attention."""
+  """Cases of gated norm, short convolution and attention."""
   B, T, H, V = (1, 64, 2, 64) if tiny else (4, 4096, 16, 128)
   heads, D = (1, 64) if tiny else (18, 128)
   wide, (taps, C) = (B, T, H, V), (4, H * V)
@@ -247,7 +236,7 @@ def _attention(length, window, implementation, q, k, v):
 
 
 def _documents(length, B, T):
-  """Documents of that length, padding at the end."""
+  """Segment ids of documents of equal length, padding at the end."""
   at = jnp.arange(T)
   ids = jnp.where(at < T - 5, 1 + at // length, 0)
   return jnp.broadcast_to(ids[None], (B, T))

@@ -1,6 +1,6 @@
 """Names that the parent and the parts share; imports nothing."""
 
-# The peers come last: nothing of ours waits for their autotuning.
+# The peers come last, because their autotuning takes minutes.
 PARTS = ("check", "time", "step", "peers")
 PEERS = ("fla gdn2", "fla kda")
 OURS = ("mosaic_gpu", "xla")

@@ -1,4 +1,4 @@
-"""Rows and compilation in the process of one part of the GPU benchmark.
+"""Rows and compilation in the process of one part.
 
 An illegal memory access ends the CUDA context and a deadlock the process, so
 every row is in the file before the next one starts.
@@ -11,8 +11,8 @@ import json
 import pathlib
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,42 +21,81 @@ import jaxlib
 from gdn2_jax.bench.gpu.names import DEVICE_LOST
 
 OUT_OF_TIME = "not run: out of time"
+# Exceptions that say why a row cannot run; others are failures.
+_REASONS = (NotImplementedError, ImportError, TimeoutError)
 
 Row = dict[str, Any]
+Program = Callable[[], Any]  # waits for an executable; may raise anything
+
+
+class Job(NamedTuple):
+  """Measurement of a row, and lowerings of the programs it is called with."""
+
+  measure: Callable[..., Row]
+  lowerings: Sequence[Callable[[], Any]] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recorder:
-  """Runs the rows of a part and writes each to a file, before and after.
-
-  Attributes:
-    part: Name of the part.
-    path: JSON lines; {"started": true} before a row, the row after it.
-    deadline: On the clock of time.time; no row starts after it.
-    done: Labels of rows that an earlier process finished or that ended it.
-  """
+  """Runs the rows of a part and writes each to a file."""
 
   part: str
-  path: pathlib.Path
-  deadline: float
-  done: frozenset[str] = frozenset()
+  path: pathlib.Path  # JSON lines: {"started": true} before a row, then the row
+  deadline: float  # on the clock of time.time; no row starts after it
+  done: frozenset[str] = frozenset()  # labels that an earlier process ended at
+  workers: int = 5  # threads that compile
 
   def write(self, row: Row) -> None:
     """Appends a row."""
     with self.path.open("a") as file:
       file.write(json.dumps({"part": self.part, **row}) + "\n")
 
-  def run(self, label: str, measure: Callable[[], Row]) -> None:
-    """Adds the row of `measure`, or its error; exits if the device is lost."""
-    if label in self.done:
-      return
+  def run(self, jobs: dict[str, Job]) -> None:
+    """Adds a row per label; exits if the device is lost.
+
+    Programs are compiled in threads, ahead; tracing and lowering take turns.
+    """
+    pool = concurrent.futures.ThreadPoolExecutor(self.workers)
+    lowering, context = threading.Lock(), contextvars.copy_context()
+    submitted = {}
+
+    def compile_program(lower):
+      with lowering:  # the kernels' target is in the context
+        lowered = context.run(lower)
+      return lowered.compile()
+
+    def submit(lower):  # once, where jobs share a lowering
+      if lower not in submitted:
+        submitted[lower] = pool.submit(compile_program, lower)
+      return lambda: self._wait(submitted[lower])
+
+    ready = {
+      label: (job.measure, [submit(lower) for lower in job.lowerings])
+      for label, job in jobs.items()
+      if label not in self.done
+    }
+    for label, (measure, programs) in ready.items():
+      self._run(label, measure, programs)
+    pool.shutdown(wait=False, cancel_futures=True)
+
+  def remaining(self) -> float:
+    """Seconds up to the deadline, at least 0."""
+    return max(0.0, self.deadline - time.time())
+
+  def _wait(self, future):
+    try:
+      return future.result(timeout=self.remaining())
+    except concurrent.futures.TimeoutError:
+      raise TimeoutError("out of time while it compiled") from None
+
+  def _run(self, label, measure, programs):
     if time.time() >= self.deadline:
       self.write({"label": label, "note": OUT_OF_TIME})
       return
     self.write({"label": label, "started": True})
     try:
-      row = measure()
-    except (NotImplementedError, ImportError, TimeoutError) as e:
+      row = measure(*programs)
+    except _REASONS as e:
       row = {"note": f"not run: {first_line(e)}"}
     except Exception as e:  # a compiler may raise anything; the rest goes on
       row = {"note": f"failed: {first_line(e)}", "passed": False}
@@ -65,48 +104,12 @@ class Recorder:
         raise SystemExit(DEVICE_LOST) from e
     self.write({"label": label, **row})
 
-  def remaining(self) -> float:
-    """Seconds up to the deadline, at least 0."""
-    return max(0.0, self.deadline - time.time())
-
-
-class Compiler:
-  """Compiles in threads, ahead of use; tracing and lowering take turns."""
-
-  def __init__(self, workers: int):
-    self._pool = concurrent.futures.ThreadPoolExecutor(workers)
-    self._lowering = threading.Lock()
-
-  def submit(self, lower: Callable[[], Any]) -> concurrent.futures.Future:
-    """Compiles what `lower` returns; the result is the executable."""
-    context = contextvars.copy_context()  # the kernels' target is in it
-
-    def work():
-      with self._lowering:
-        lowered = context.run(lower)
-      return lowered.compile()
-
-    return self._pool.submit(work)
-
-  def close(self) -> None:
-    """Cancels compilations that have not begun."""
-    self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def wait(future: concurrent.futures.Future, recorder: Recorder) -> Any:
-  """Executable of Compiler.submit; TimeoutError after the deadline."""
-  try:
-    return future.result(timeout=recorder.remaining())
-  except concurrent.futures.TimeoutError:
-    raise TimeoutError("out of time while it compiled") from None
-
 
 def first_line(error: BaseException, width: int = 200) -> str:
   """First line of an exception's text, cut for a table."""
   lines = str(error).strip().splitlines() or [""]
-  name = type(error).__name__
-  expected = isinstance(error, (NotImplementedError, ImportError, TimeoutError))
-  return (lines[0] if expected else f"{name}: {lines[0]}")[:width]
+  name = "" if isinstance(error, _REASONS) else f"{type(error).__name__}: "
+  return f"{name}{lines[0]}"[:width]
 
 
 def environment() -> Row:

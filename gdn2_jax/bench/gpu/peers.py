@@ -13,7 +13,7 @@ import jax
 
 from gdn2_jax.bench.gpu import cases
 from gdn2_jax.bench.gpu.names import PEERS
-from gdn2_jax.bench.gpu.part import Recorder, Row
+from gdn2_jax.bench.gpu.part import Job, Recorder, Row
 from gdn2_jax.bench.gpu.time import make_row, race
 
 # Label: module, function on sequences, function on one token. KDA is the
@@ -24,16 +24,17 @@ _FUNCTIONS = {
 }
 
 
-class Missing(NotImplementedError):
-  """Reason why a peer cannot run."""
-
-
 def run(recorder: Recorder, rehearse: bool) -> None:
   """Writes a row for every peer, shape and kind."""
-  for kind, case in cases.timed_recurrences(rehearse):
-    for label in PEERS:
-      measure = functools.partial(_measure, label, kind, case, rehearse)
-      recorder.run(f"{kind} {case.name}, {label}", measure)
+  recorder.run(
+    {
+      f"{kind} {case.name}, {label}": Job(
+        functools.partial(_measure, label, kind, case, rehearse)
+      )
+      for kind, case in cases.timed_recurrences(rehearse)
+      for label in PEERS
+    }
+  )
 
 
 def _measure(label: str, kind: str, case: cases.Case, rehearse: bool) -> Row:
@@ -41,14 +42,14 @@ def _measure(label: str, kind: str, case: cases.Case, rehearse: bool) -> Row:
   function = _function(module, names[kind == "decode"])
   arguments = jax.block_until_ready(jax.jit(case.make)())
   call = make_call(label, kind, function, *arguments)
-  seconds = race({label: (call, _synchronize)}, rehearse)
+  seconds = race({label: call}, rehearse, _synchronize)
   return make_row(kind, case, arguments, seconds)
 
 
 def make_call(
   label: str, kind: str, function: Callable, inputs: Any, cotangents: Any
 ) -> Callable[[], Any]:
-  """Call of a peer: forward, with its backward pass, or of one token."""
+  """Call of a peer: forward, forward and backward, or one token."""
   torch = importlib.import_module("torch")
   options = {"output_final_state": True}
   if kind == "decode":
@@ -84,9 +85,9 @@ def _function(module, name):
     function = getattr(importlib.import_module(module), name)
   except Exception as e:  # packages that do not fit together raise anything
     lines = str(e).splitlines() or [type(e).__name__]
-    raise Missing(lines[0][:100]) from e
+    raise NotImplementedError(lines[0][:100]) from e
   if not torch.cuda.is_available():
-    raise Missing("torch finds no GPU")
+    raise NotImplementedError("torch finds no GPU")
   return function
 
 

@@ -21,11 +21,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from absl import flags
 
 from gdn2_jax.bench.gpu import table as gpu_table
 from gdn2_jax.bench.gpu.names import NO_GPU, PARTS
+from gdn2_jax.bench.gpu.part import Recorder, Row, environment
 from gdn2_jax.bench.results import write_json
+from gdn2_jax.kernels import target
 
 # End of each part, as a share of all the time.
 _ENDS = {"check": 0.34, "time": 0.52, "step": 0.88, "peers": 1.0}
@@ -34,8 +37,6 @@ _ROW_SECONDS = {"check": 75.0, "time": 100.0, "step": 150.0, "peers": 60.0}
 _GRACE = 4.0
 _PACKAGES = ("jaxlib", "jax-triton", "triton", "torch", "fla-core", "flax")
 _README = pathlib.Path("README.md")
-
-Row = dict[str, Any]
 
 
 def define_flags() -> None:
@@ -54,14 +55,14 @@ def define_flags() -> None:
     "gpu: folder of the README.md and results/ to update; a rehearsal writes "
     "to a temporary folder",
   )
-  # With these the program starts its parts.
+  # The parent process starts its parts with these.
   flags.DEFINE_enum("part", None, PARTS, "internal")
   flags.DEFINE_string("rows", None, "internal")
   flags.DEFINE_float("deadline", None, "internal")
 
 
 def main(values: Any) -> None:
-  """Runs the parts, or in their processes one of them."""
+  """Runs all parts, or in a child process one of them."""
   if values.part:
     _run_part(values)
     return
@@ -94,7 +95,7 @@ def write(result: dict[str, Any], output: pathlib.Path) -> pathlib.Path:
 def measure(
   parts: list[str], seconds: float, rehearse: bool
 ) -> Iterator[dict[str, Any]]:
-  """Runs parts one after the other; yields the result so far after each."""
+  """Yields the result so far after each part."""
   start = time.time()
   result = {
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -117,7 +118,7 @@ def measure(
 
 
 def _supervise(part: str, deadline: float, rehearse: bool) -> list[Row]:
-  """Rows of a part; its process is started again where it ended early."""
+  """Rows of a part; restarts its process after a row that ended it."""
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "rows"
     path.touch()
@@ -144,7 +145,7 @@ def _supervise(part: str, deadline: float, rehearse: bool) -> list[Row]:
 
 
 def _watch(part, path, deadline, rehearse):
-  """Runs a part's process; its exit code, or why it was killed."""
+  """Exit code of a part's process, or the reason why it was killed."""
   command = [sys.executable, "-m", "gdn2_jax.bench", "gpu", f"--part={part}"]
   command += [f"--rows={path}", f"--deadline={deadline}"]
   command += ["--rehearse"] * rehearse
@@ -170,44 +171,49 @@ def _watch(part, path, deadline, rehearse):
 
 
 def _read(path: pathlib.Path) -> dict[str, Row]:
-  """Rows by label; one that was started and never ended has `started`."""
+  """Rows by label; one that has not ended has `started`."""
   rows = map(json.loads, path.read_text().splitlines())
   return {row["label"]: row for row in rows}
 
 
 def _run_part(values: Any) -> None:
   """Runs a part in this process."""
-  import jax
-
   if values.rehearse:
     # The interpreter of Mosaic GPU needs a thread per device.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-  from gdn2_jax.bench.gpu.part import Recorder, environment
-  from gdn2_jax.kernels import target
-
   path = pathlib.Path(values.rows)
   recorder = Recorder(
     part=values.part,
     path=path,
     deadline=values.deadline,
     done=frozenset(_read(path)),
+    workers=2 if values.rehearse else 5,
   )
   device = environment()
   if device["platform"] != "gpu" and not values.rehearse:
     sys.exit(NO_GPU)
   recorder.write({"label": "environment", **device})
-  part = importlib.import_module(f"gdn2_jax.bench.gpu.{values.part}")
   code = 0
   try:
-    with target.use("interpret" if values.rehearse else "device"):
-      part.run(recorder, values.rehearse)
+    run_rows(recorder, values.rehearse)
   except SystemExit as e:
     code = e.code
   sys.stdout.flush()
   sys.stderr.flush()
   # Not sys.exit, which waits for compilers that nobody else waits for.
   os._exit(code)
+
+
+def run_rows(recorder: Recorder, rehearse: bool) -> None:
+  """Writes the rows of a part, or a note about a missing package."""
+  try:
+    part = importlib.import_module(f"gdn2_jax.bench.gpu.{recorder.part}")
+  except ImportError as e:
+    recorder.write({"label": recorder.part, "note": f"not run: {e}"})
+    return
+  with target.use("interpret" if rehearse else "device"):
+    part.run(recorder, rehearse)
 
 
 def _temporary_copy(output: pathlib.Path) -> pathlib.Path:
@@ -218,11 +224,8 @@ def _temporary_copy(output: pathlib.Path) -> pathlib.Path:
 
 
 def _driver() -> str:
-  command = [
-    "nvidia-smi",
-    "--query-gpu=driver_version",
-    "--format=csv,noheader",
-  ]
+  command = ["nvidia-smi", "--query-gpu=driver_version"]
+  command.append("--format=csv,noheader")
   try:
     out = subprocess.run(
       command, capture_output=True, text=True, timeout=20, check=True

@@ -1,6 +1,7 @@
 """Tables of the GPU benchmark, for the terminal and benchmarks/README.md."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from gdn2_jax.bench.gpu.names import COLUMNS, OURS, PARTS
@@ -42,22 +43,18 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def failures(rows: list[Row]) -> list[Row]:
-  """Rows of ours that failed; a peer's failure is a note in its column."""
+  """Rows of our kernels that failed; a peer's failure is a note."""
   return [
     row for row in rows if row.get("passed") is False and row["part"] != "peers"
   ]
 
 
 def update(text: str, block: str) -> str:
-  """`text` with `block` between the markers.
-
-  Raises:
-    ValueError: the markers are not there, or not in order.
-  """
+  """Text with `block` between the markers; ValueError without them."""
   before, begin, rest = text.partition(BEGIN)
   _, end, after = rest.partition(END)
   if not begin or not end:
-    raise ValueError(f"expected the lines {BEGIN!r} and {END!r}")
+    raise ValueError(f"README.md: expected the lines {BEGIN!r} and {END!r}")
   return f"{before}{BEGIN}\n\n{block}\n\n{END}{after}"
 
 
@@ -67,37 +64,29 @@ def slug(device: str) -> str:
 
 
 def _check(rows: list[Row]) -> str:
-  lines = [
-    "Errors: relative RMS of the worst output or gradient, in units of the "
-    "error of rounding the exact result.",
-    "",
-    _line("case", "worst", "error", "rounding", "ratio", "bound", "verdict"),
-    _rule(7),
-  ]
+  cells = []
   for row in rows:
     if "errors" not in row:
-      lines.append(_line(row["label"], *5 * ("",), row["note"]))
+      cells.append((row["label"], *5 * ("",), row["note"]))
       continue
     error = float(row["errors"][row["worst"]])
     unit = row["rounding"][row["worst"]]
-    cells = [f"{unit:.1e}", f"{error / unit:.2f}"] if unit else ["-", "-"]
-    cells += [f"{row['bound']:.1e}", "ok" if row["passed"] else "FAILED"]
-    lines.append(_line(row["label"], row["worst"], f"{error:.1e}", *cells))
-  return "\n".join(lines)
+    ratio = (f"{unit:.1e}", f"{error / unit:.2f}") if unit else ("-", "-")
+    verdict = "ok" if row["passed"] else "FAILED"
+    errors = (row["worst"], f"{error:.1e}", *ratio, f"{row['bound']:.1e}")
+    cells.append((row["label"], *errors, verdict))
+  return _table(
+    "Errors: relative RMS of the worst output or gradient, in units of the "
+    "error of rounding the exact result.",
+    ("case", "worst", "error", "rounding", "ratio", "bound", "verdict"),
+    cells,
+  )
 
 
 def _time(rows: list[Row], peers: list[Row]) -> str:
   copies = [r for r in rows if r["label"] == "copy" and "gb_per_s" in r]
   copy = copies[0]["gb_per_s"] if copies else None
   ours = OURS[0]
-  lines = [
-    f"Times in ms (x: as a multiple of {ours}); B/s: bytes of arguments and "
-    f"results over the time of {ours}"
-    + (f", in GB/s and of the {copy:.0f} GB/s of a copy." if copy else "."),
-    "",
-    _line("what", *COLUMNS, "GB/s", "of copy"),
-    _rule(3 + len(COLUMNS)),
-  ]
   found = {r["label"]: r for r in rows if r not in copies}
   times = {label: dict(r.get("ms", {})) for label, r in found.items()}
   notes = {}
@@ -109,43 +98,54 @@ def _time(rows: list[Row], peers: list[Row]) -> str:
     times.setdefault(label, {}).update(row.get("ms", {}))
     if "note" in row:
       notes.setdefault(f"{peer}: {row['note']}", []).append(label)
+  cells = []
   for label, ms in times.items():
     row = found.get(label, {})
     note = [row["note"]] if "note" in row else []
     if not ms and note:
-      lines.append(_line(label, *note))
+      cells.append((label, *note))
       continue
-    cells = [_milliseconds(ms, name, ours) for name in COLUMNS]
     rate = row.get("gb_per_s", {}).get(ours)
     share = f"{100 * rate / copy:.0f}%" if rate and copy else "-"
-    lines.append(
-      _line(label, *cells, f"{rate:.0f}" if rate else "-", share, *note)
-    )
-  lines += [""] if notes else []
-  lines += [f"* {note} ({', '.join(where)})" for note, where in notes.items()]
-  return "\n".join(lines)
+    figures = [_milliseconds(ms, name, ours) for name in COLUMNS]
+    figures += [f"{rate:.0f}" if rate else "-", share]
+    cells.append((label, *figures, *note))
+  table = _table(
+    f"Times in ms (x: as a multiple of {ours}); B/s: bytes of arguments and "
+    f"results over the time of {ours}"
+    + (f", in GB/s and of the {copy:.0f} GB/s of a copy." if copy else "."),
+    ("what", *COLUMNS, "GB/s", "of copy"),
+    cells,
+  )
+  lines = [f"* {note} ({', '.join(where)})" for note, where in notes.items()]
+  return "\n".join([table, "", *lines] if lines else [table])
 
 
 def _step(rows: list[Row]) -> str:
-  lines = [
-    "Training step of the 1.3B hybrid, tokens x rows; memory as compiled.",
-    "",
-    _line("shape", "op", "tokens/s", "ms", "MFU", "memory", "verdict"),
-    _rule(7),
-  ]
+  cells = []
   for row in rows:
     memory = row.get("memory_bytes")
     memory = f"{memory / 1e9:.1f} GB" if memory else ""
-    op, verdict = row.get("implementation", ""), row.get("note", "ok")
-    if row.get("passed") is False and "note" not in row:
-      verdict = "FAILED"
-    if "tokens_per_s" not in row:
-      lines.append(_line(row["label"], op, "", "", "", memory, verdict))
-      continue
-    mfu = f"{100 * row['mfu']:.1f}%" if "mfu" in row else "-"
-    rates = (f"{row['tokens_per_s']:.0f}", f"{1e3 * row['step_s']:.0f}")
-    lines.append(_line(row["label"], op, *rates, mfu, memory, verdict))
-  return "\n".join(lines)
+    failed = row.get("passed") is False
+    verdict = row.get("note", "FAILED" if failed else "ok")
+    rates = "", "", ""
+    if "tokens_per_s" in row:
+      mfu = f"{100 * row['mfu']:.1f}%" if "mfu" in row else "-"
+      rates = f"{row['tokens_per_s']:.0f}", f"{1e3 * row['step_s']:.0f}", mfu
+    op = row.get("implementation", "")
+    cells.append((row["label"], op, *rates, memory, verdict))
+  return _table(
+    "Training step of the 1.3B hybrid, tokens x rows; memory as compiled.",
+    ("shape", "op", "tokens/s", "ms", "MFU", "memory", "verdict"),
+    cells,
+  )
+
+
+def _table(text: str, head: Sequence[str], rows: list[Sequence[str]]) -> str:
+  """A sentence and a Markdown table below it."""
+  lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+  lines.insert(1, "|" + len(head) * "---|")
+  return "\n".join([text, "", *lines])
 
 
 def _milliseconds(ms, name, ours):
@@ -161,11 +161,3 @@ def _why(row):
   if "errors" in row:
     return f"{row['worst']} {row['errors'][row['worst']]}"
   return row.get("note", "loss or gradient not finite")
-
-
-def _line(*cells: str) -> str:
-  return "| " + " | ".join(str(cell) for cell in cells) + " |"
-
-
-def _rule(columns: int) -> str:
-  return "|" + columns * "---|"

@@ -1,1 +1,1 @@
-"""The op against the token scan on a CPU."""
+"""Benchmark of gdn2 against the token scan."""

@@ -1,6 +1,6 @@
 """Time of gdn2_step against copying its state."""
 
-import statistics
+import functools
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ H, K, V = 16, 128, 128
 
 
 def run(rounds: int, batch_sizes: tuple[int, ...] = (1, 4, 16, 32, 64)) -> dict:
-  """Times a donated step per batch size, and a copy of its state."""
+  """Times a step with a donated state, and a copy of the state."""
   result: dict[str, Any] = {"H": H, "K": K, "V": V, "rows": []}
   for B in tqdm.tqdm(batch_sizes, desc="decode", disable=None):
     token = _token(B)
@@ -26,7 +26,13 @@ def run(rounds: int, batch_sizes: tuple[int, ...] = (1, 4, 16, 32, 64)) -> dict:
       donate_argnums=0,
     )
     calls = max(8, 256 // B)
-    step_s, copy_s = _race(step, token, state, calls, rounds)
+    steps = timing.Chain(functools.partial(_advance, step, token), state)
+    steps.seconds(1)
+    measured = {"step": steps, "copy": timing.Copy(moved)}
+    step_s, copy_s = timing.race(
+      {n: functools.partial(x.seconds, calls) for n, x in measured.items()},
+      rounds,
+    ).values()
     result["rows"].append(
       {
         "B": B,
@@ -39,6 +45,10 @@ def run(rounds: int, batch_sizes: tuple[int, ...] = (1, 4, 16, 32, 64)) -> dict:
       }
     )
   return result
+
+
+def _advance(step, token, state):
+  return step.call(state, *token)[1]
 
 
 def table(result: dict) -> list[str]:
@@ -59,19 +69,3 @@ def _token(B):
   g = -jax.random.uniform(keys[3], (B, H, K))
   b, w = (jax.nn.sigmoid(normal(key, (B, H, K))) for key in keys[4:])
   return q, k, v, g, b, w
-
-
-def _race(step, token, state, calls, rounds):
-  """Median seconds of a step and of a copy of the state, taking turns."""
-  now, copy = timing.clock(), timing.Copy(2 * state.nbytes)
-  state = step.call(state, *token)[1]
-  step_s, copy_s = [], []
-  for _ in range(rounds):
-    jax.block_until_ready(state)
-    start = now()
-    for _ in range(calls):  # each on the state of the one before, donated
-      state = step.call(state, *token)[1]
-    jax.block_until_ready(state)
-    step_s.append((now() - start) / calls)
-    copy_s.append(copy.seconds(calls))
-  return statistics.median(step_s), statistics.median(copy_s)

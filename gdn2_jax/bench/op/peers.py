@@ -15,7 +15,7 @@ BOUND = 1e-5
 
 
 def run(spec: arg_specs.ArgSpec, rounds: int = 3) -> dict[str, Any]:
-  """Row of its time, or of the reason why it did not run."""
+  """Row with its time, or with a note why it did not run."""
   row = {"spec": spec.name, "implementation": "fla naive"}
   try:
     torch = importlib.import_module("torch")

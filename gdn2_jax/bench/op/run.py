@@ -1,10 +1,11 @@
 """`python -m gdn2_jax.bench op`: implementations of gdn2 compared.
 
-Nothing is timed before its error is known and within the contract: relative
-RMS error of every output and gradient at most 1e-5 in float32, and at most
-twice the error of the token scan in lower precision.
+Only what is accurate is timed: the relative RMS error of every output and
+gradient is at most 1e-5 in float32, and at most twice that of the token scan in
+lower precision.
 """
 
+import functools
 import pathlib
 from typing import Any
 
@@ -86,43 +87,59 @@ def run_spec(
 ) -> list[dict[str, Any]]:
   """Rows of error, time and memory of each implementation on one shape."""
   inputs, segment_ids = arg_specs.make_inputs(spec)
-  forward, both = {}, {}
+  programs = {"forward": {}, "both": {}}
   for name in implementations:
     op = _op(name, segment_ids)
-    forward[name] = timing.compile_function(op, inputs)
+    programs["forward"][name] = timing.compile_function(op, inputs)
     if name != "reference" or "train" in spec.tags:
-      both[name] = timing.compile_function(_gradient(op), inputs)
-  truth, exact = _truth(spec, inputs, segment_ids, bool(both))
+      both = timing.compile_function(_gradient(op), inputs)
+      programs["both"][name] = both
+  truth, exact = _truth(spec, inputs, segment_ids, bool(programs["both"]))
   errors = {
-    name: _errors(exact, forward[name].call(*inputs), both.get(name), inputs)
+    name: _errors(exact, [some.get(name) for some in programs.values()], inputs)
     for name in implementations
   }
   floor = errors.get("reference", {})
-  rows = []
-  passed = [n for n in implementations if _passes(spec, errors[n], floor)]
-  times = timing.race({n: forward[n] for n in passed}, inputs, rounds)
-  grad_times = timing.race(
-    {n: both[n] for n in passed if n in both}, inputs, rounds
-  )
-  for name in implementations:
-    row = {
+  rows = {
+    name: {
       "spec": spec.name,
       "implementation": name,
       "error": max(errors[name].values()),
       "errors": errors[name],
       "truth": truth,
-      "passed": name in passed,
+      "passed": _passes(spec, errors[name], floor),
     }
-    if name in passed:
-      row |= _costs("forward", spec, forward[name], times[name])
-      if name in both:
-        row |= _costs("both", spec, both[name], grad_times[name])
-      for kind, seconds in (("forward", times), ("both", grad_times)):
-        if name in seconds and "reference" in seconds:
-          ratio = seconds["reference"] / seconds[name]
-          row[f"{kind}_vs_reference"] = ratio
-    rows.append(row)
-  return rows
+    for name in implementations
+  }
+  for kind, some in programs.items():
+    passed = {n: x for n, x in some.items() if rows[n]["passed"]}
+    times = _race(passed, inputs, rounds)
+    for name, seconds in times.items():
+      temporaries = some[name].temp_bytes
+      rows[name] |= {
+        f"{kind}_ms": seconds * 1e3,
+        f"{kind}_compile_s": some[name].compile_s,
+        f"{kind}_temp_bytes": temporaries,
+        f"{kind}_temp_bytes_per_token_head": temporaries / spec.token_heads,
+      }
+      if "reference" in times:
+        rows[name][f"{kind}_vs_reference"] = times["reference"] / seconds
+  return list(rows.values())
+
+
+def _race(
+  programs: dict[str, timing.Compiled], inputs: Any, rounds: int
+) -> dict[str, float]:
+  """Median seconds of programs on the same inputs."""
+  return timing.race(
+    {
+      name: functools.partial(
+        timing.warm_seconds, functools.partial(program.call, *inputs)
+      )
+      for name, program in programs.items()
+    },
+    rounds,
+  )
 
 
 def _op(implementation, segment_ids):
@@ -144,7 +161,7 @@ def _gradient(op):
 
 
 def _truth(spec, inputs, segment_ids, gradients):
-  """Exact outputs (and gradients), and how they were computed."""
+  """Name of the float64 algorithm, and its outputs (and gradients)."""
   states = spec.token_heads * spec.K * spec.V * spec.value_heads
   if states > _FLOAT64_STATES:
     # Too many states for the token scan's own gradient: float64 chunks, which
@@ -162,10 +179,8 @@ def _truth(spec, inputs, segment_ids, gradients):
   return label, exact
 
 
-def _errors(exact, outputs, both, inputs):
-  actual = list(outputs)
-  if both is not None:
-    actual += both.call(*inputs)
+def _errors(exact, programs, inputs):
+  actual = [x for program in programs if program for x in program.call(*inputs)]
   return {
     name: relative_rms(np.asarray(x, np.float64), y)
     for name, x, y in zip(_NAMES, actual, exact, strict=False)
@@ -180,17 +195,6 @@ def _passes(spec, errors, floor):
     if not error <= bound:
       return False
   return True
-
-
-def _costs(kind, spec, compiled, seconds):
-  return {
-    f"{kind}_ms": seconds * 1e3,
-    f"{kind}_compile_s": compiled.compile_s,
-    f"{kind}_temp_bytes": compiled.temp_bytes,
-    f"{kind}_temp_bytes_per_token_head": (
-      compiled.temp_bytes / spec.token_heads
-    ),
-  }
 
 
 def _scaling(implementations, rounds):
@@ -208,7 +212,7 @@ def _scaling(implementations, rounds):
         op = _op(name, None)
         function = op if kind == "forward" else _gradient(op)
         compiled = timing.compile_function(function, inputs)
-        times.append(timing.race({name: compiled}, inputs, rounds)[name])
+        times.append(_race({name: compiled}, inputs, rounds)[name])
       slope, _ = np.polyfit(np.log(lengths), np.log(times), 1)
       result[f"{name}_{kind}"] = {
         "ms": [1e3 * t for t in times],

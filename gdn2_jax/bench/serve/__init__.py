@@ -1,1 +1,1 @@
-"""Serving against a softmax transformer of the same size."""
+"""Benchmark of serving against a softmax transformer of the same size."""

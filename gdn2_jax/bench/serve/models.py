@@ -5,12 +5,12 @@ layers, vocabulary and code; the width of the MLPs is chosen for equal parameter
 counts, as in the paper's two 1.3B models.
 """
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from gdn2_jax.inference.state import State, init_state
 from gdn2_jax.model.accounting import abstract_params, count_parameters
@@ -18,95 +18,34 @@ from gdn2_jax.model.attention import AttentionConfig
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.gdn2 import GDN2Cache, GDN2Config
 from gdn2_jax.model.kv_cache import KVCache, RingCache
+from gdn2_jax.model.lm import LM
 
 PATTERNS = {"GDN-2": "G", "hybrid": "GS", "softmax": "A"}
 ROOM = 512  # tokens that a round of timing may generate after a length
 _TILE = 1 << 20  # random numbers, repeated to fill a cache
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Preset:
-  """Sizes that the three models share.
-
-  Attributes:
-    vocab_size: Rows of the embedding and of the head.
-    dim: Width of the residual stream.
-    layers: Number of mixers, even.
-    heads: Heads of GDN-2.
-    attention_heads: Heads of softmax attention.
-    channels: Channels of a head.
-    window: Window of the hybrid's attention.
-    mlp: Width of GDN-2's MLPs; the other models' are chosen to match its size.
-    mlp_step: Divisor of all MLP widths.
-  """
+class Preset(NamedTuple):
+  """Sizes that the three models share."""
 
   vocab_size: int
   dim: int
   layers: int
   heads: int
   attention_heads: int
-  channels: int
-  window: int
-  mlp: int
-  mlp_step: int
+  channels: int  # of a head
+  window: int  # of the hybrid's attention
+  mlp: int  # of GDN-2; the other models' are chosen to match its size
+  mlp_step: int  # divides all MLP widths
 
 
+# In the order of the fields.
 PRESETS = {
-  "tiny": Preset(
-    vocab_size=64,
-    dim=32,
-    layers=2,
-    heads=2,
-    attention_heads=2,
-    channels=16,
-    window=32,
-    mlp=48,
-    mlp_step=4,
-  ),
-  "nano": Preset(
-    vocab_size=512,
-    dim=128,
-    layers=4,
-    heads=2,
-    attention_heads=2,
-    channels=64,
-    window=1024,
-    mlp=256,
-    mlp_step=16,
-  ),
-  "small": Preset(
-    vocab_size=4096,
-    dim=256,
-    layers=6,
-    heads=4,
-    attention_heads=4,
-    channels=64,
-    window=2048,
-    mlp=512,
-    mlp_step=16,
-  ),
-  "120M": Preset(
-    vocab_size=32000,
-    dim=768,
-    layers=12,
-    heads=6,
-    attention_heads=6,
-    channels=128,
-    window=2048,
-    mlp=1024,
-    mlp_step=64,
-  ),
-  "1.3B": Preset(
-    vocab_size=32000,
-    dim=2304,
-    layers=18,
-    heads=16,
-    attention_heads=18,
-    channels=128,
-    window=2048,
-    mlp=6208,
-    mlp_step=64,
-  ),
+  "tiny": Preset(64, 32, 2, 2, 2, 16, 32, 48, 4),
+  "nano": Preset(512, 128, 4, 2, 2, 64, 1024, 256, 16),
+  "small": Preset(4096, 256, 6, 4, 4, 64, 2048, 512, 16),
+  "120M": Preset(32000, 768, 12, 6, 6, 128, 2048, 1024, 64),
+  "1.3B": Preset(32000, 2304, 18, 16, 18, 128, 2048, 6208, 64),
 }
 
 
@@ -118,12 +57,11 @@ def make_configs(
   configs = {}
   for name in names:
     pattern, mlp = PATTERNS[name], preset.mlp
-    if pattern != "G":
-      config = _config(preset, pattern, mlp, dtype)
-      missing = target - count_parameters(config).total
-      # An MLP has three matrices of its width.
-      a_step = 3 * preset.dim * preset.layers * preset.mlp_step
-      mlp += round(missing / a_step) * preset.mlp_step
+    config = _config(preset, pattern, mlp, dtype)
+    missing = target - count_parameters(config).total
+    # An MLP has three matrices of its width.
+    a_step = 3 * preset.dim * preset.layers * preset.mlp_step
+    mlp += round(missing / a_step) * preset.mlp_step
     configs[name] = _config(preset, pattern, mlp, dtype)
   return configs
 
@@ -148,11 +86,7 @@ def _config(preset, pattern, mlp, dtype):
 
 
 def random_params(config: ModelConfig, seed: int = 0) -> Any:
-  """Initial parameters, unboxed; none is zero, so that none is cheap."""
-  from flax import linen as nn
-
-  from gdn2_jax.model.lm import LM
-
+  """Initial parameters, unboxed."""
   init = jax.jit(
     LM(config).init, compiler_options={"xla_backend_optimization_level": 0}
   )
@@ -161,7 +95,7 @@ def random_params(config: ModelConfig, seed: int = 0) -> Any:
 
 
 def read_weight_bytes(config: ModelConfig, batch: int) -> int:
-  """Bytes of parameters that a step reads; of the embedding, one row each."""
+  """Bytes of parameters that a step reads; one embedding row per sequence."""
   params = abstract_params(config)
   table = bytes_of(params["embedding"])
   row = table // config.vocab_size
@@ -169,7 +103,7 @@ def read_weight_bytes(config: ModelConfig, batch: int) -> int:
 
 
 def moved_state_bytes(state: State, length: int) -> int:
-  """Bytes of a state that a decoding step at this position must move.
+  """Bytes of a state that a step at this position must move.
 
   A recurrent state and its convolution tails are read and written. Of keys and
   values those that the query may see are read, and one is written.
@@ -198,7 +132,7 @@ def capacity(length: int) -> int:
 
 
 def state_at(config: ModelConfig, batch: int, length: int) -> State:
-  """State after `length` tokens, filled with noise; positions are real."""
+  """State as after `length` tokens: true positions, values of noise."""
   state = init_state(config, batch, capacity(length))
   noise = jax.random.normal(jax.random.key(0), (_TILE,))
   cache = tuple(_filled(part, length, noise) for part in state.cache)

@@ -20,6 +20,12 @@ SECTIONS = ("decode", "prefill", "constancy")
 _NAMES = ("GDN-2", "hybrid", "softmax")
 _PRESETS = ("tiny", "nano", "small", "120M", "1.3B")
 _KILO = 1024
+# Flags that the result lists.
+_OPTIONS = (
+  *("preset", "constancy_preset", "dtype", "models", "sections", "chunk"),
+  *("rounds", "prefill_seconds", "most_gb", "price_per_hour", "rehearse"),
+  *("lengths", "batches", "constancy_lengths"),
+)
 
 _COLUMNS = (
   Column("model", "model"),
@@ -84,9 +90,9 @@ def define_flags() -> None:
   )
   flags.DEFINE_enum(
     "constancy_preset",
-    None,
+    "nano",
     _PRESETS,
-    "serve: size of the models of the section constancy; default: nano",
+    "serve: size of the models of the section constancy",
   )
   flags.DEFINE_integer("chunk", 512, "serve: tokens of a prompt per call")
   flags.DEFINE_float("prefill_seconds", 60.0, "serve: time limit of one prompt")
@@ -121,27 +127,18 @@ def main(values: Any) -> None:
 
 def read_options(values: Any) -> dict[str, Any]:
   """Validated flags as numbers; tiny ones in a rehearsal."""
-  options = {
-    "preset": values.preset,
-    "constancy_preset": values.constancy_preset or "nano",
-    "dtype": values.dtype,
-    "models": _among("models", values.models, _NAMES),
-    "sections": _among("sections", values.sections, SECTIONS),
-    "chunk": _positive("chunk", values.chunk),
-    "rounds": values.rounds,
-    "prefill_seconds": _positive("prefill_seconds", values.prefill_seconds),
-    "most_gb": values.most_gb,
-    "price_per_hour": values.price_per_hour,
-    "rehearse": values.rehearse,
-  }
+  options = {name: getattr(values, name) for name in _OPTIONS}
+  for name in ("chunk", "prefill_seconds", "most_gb", "price_per_hour"):
+    value = options[name]
+    if value is not None and not (value > 0 and math.isfinite(value)):
+      raise ValueError(f"--{name}={value}: expected a positive number")
+  for name, known in (("models", _NAMES), ("sections", SECTIONS)):
+    options[name] = _among(name, options[name], known)
   for name in ("lengths", "batches", "constancy_lengths"):
-    options[name] = sorted({_count(name, x) for x in getattr(values, name)})
+    options[name] = sorted({_count(name, x) for x in options[name]})
     if not options[name]:
       raise ValueError(f"--{name}: expected at least one number")
-  for name in ("most_gb", "price_per_hour"):
-    if options[name] is not None:
-      _positive(name, options[name])
-  if values.rehearse:
+  if options["rehearse"]:
     options |= {"preset": "tiny", "constancy_preset": "tiny", "chunk": 16}
     options |= {"lengths": [32, 64], "constancy_lengths": [32, 64]}
     options |= {"batches": [1, 2], "rounds": 2}
@@ -156,19 +153,15 @@ def read_options(values: Any) -> dict[str, Any]:
           f"--{name}={length}: expected a multiple of --chunk={chunk}, by which"
           " prompts are read"
         )
-  if "constancy" in options["sections"] and options["models"] == ["softmax"]:
-    options["sections"] = [s for s in options["sections"] if s != "constancy"]
   return options
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:
-  """All measurements as a JSON-ready dict; none if a model fails its check."""
+  """All measurements as JSON values; ValueError if a model is wrong."""
   # Not at the top: the other benchmarks run where flax is not installed.
   import flax
 
-  from gdn2_jax.bench.serve import models as serve_models
   from gdn2_jax.bench.serve import time as serve_time
-  from gdn2_jax.model.accounting import count_parameters
 
   o = dict(options)
   on_cpu = jax.default_backend() == "cpu"
@@ -177,66 +170,64 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
   o["most_gb"] = o["most_gb"] or (4.0 if on_cpu else 60.0)
   result = environment() | {"flax": flax.__version__}
   result |= {"options": o, "method": METHOD, "models": {}, "rows": []}
-
-  def subjects(preset, names):
-    sizes = serve_models.PRESETS[preset]
-    configs = serve_models.make_configs(sizes, o["dtype"], tuple(names))
-    for name, config in configs.items():
-      params = serve_models.random_params(config)
-      subject = serve_time.Subject(name=name, config=config, params=params)
-      error = serve_time.check(subject)
-      result["models"].setdefault(preset, {})[name] = {
-        "parameters": count_parameters(config).total,
-        "pattern": config.pattern,
-        "layers": config.num_layers,
-        "dim": config.model_dim,
-        "mlp_dim": config.mlp_dim,
-        "window": config.attention.window if "S" in config.pattern else None,
-        "error": error,
-      }
-      bound = serve_time.BOUNDS[config.dtype]
-      if not error <= bound:
-        raise ValueError(
-          f"{name}: decoding differs from one pass by {error:.1e}, more than "
-          f"{bound:.0e}; nothing is timed"
-        )
-      yield subject
-
+  rows, rounds, chunk = result["rows"], o["rounds"], o["chunk"]
   if {"decode", "prefill"} & set(o["sections"]):
-    compared = list(subjects(o["preset"], o["models"]))
+    subjects = _subjects(result, o["preset"], o["models"])
     if "decode" in o["sections"]:
-      result["rows"] += serve_time.decode(
-        compared, o["lengths"], o["batches"], o["rounds"], 1e9 * o["most_gb"]
+      rows += serve_time.decode(
+        subjects, o["lengths"], o["batches"], rounds, 1e9 * o["most_gb"]
       )
     if "prefill" in o["sections"]:
-      result["rows"] += serve_time.prefill(
-        compared,
-        o["lengths"],
-        min(3, o["rounds"]),
-        o["chunk"],
-        o["prefill_seconds"],
+      seconds = o["prefill_seconds"]
+      rows += serve_time.prefill(
+        subjects, o["lengths"], min(3, rounds), chunk, seconds
       )
-    del compared
+    del subjects  # frees the parameters
   if "constancy" in o["sections"]:
     names = [name for name in o["models"] if name != "softmax"]
-    result["rows"] += serve_time.constancy(
-      list(subjects(o["constancy_preset"], names)),
-      o["constancy_lengths"],
-      o["rounds"],
-      o["chunk"],
+    subjects = _subjects(result, o["constancy_preset"], names)
+    rows += serve_time.constancy(
+      subjects, o["constancy_lengths"], rounds, chunk
     )
-  if o["price_per_hour"] is not None:
-    for row in result["rows"]:
+  if o["price_per_hour"] is not None:  # of a device that does nothing else
+    price_of_million_s = 1e6 * o["price_per_hour"] / 3600
+    for row in rows:
       if "tokens_per_s" in row:
-        row["usd_per_million_tokens"] = usd_per_million(
-          o["price_per_hour"], row["tokens_per_s"]
-        )
+        cost = price_of_million_s / row["tokens_per_s"]
+        row["usd_per_million_tokens"] = cost
   return result
 
 
-def usd_per_million(price_per_hour: float, tokens_per_s: float) -> float:
-  """Cost of a million tokens on a device that does nothing else."""
-  return price_per_hour / 3600 * 1e6 / tokens_per_s
+def _subjects(result, preset, names):
+  """Models of a preset, checked and described in the result."""
+  from gdn2_jax.bench.serve import models as serve_models
+  from gdn2_jax.bench.serve import time as serve_time
+  from gdn2_jax.model.accounting import count_parameters
+
+  configs = serve_models.make_configs(
+    serve_models.PRESETS[preset], result["options"]["dtype"], tuple(names)
+  )
+  subjects = []
+  for name, config in configs.items():
+    params = serve_models.random_params(config)
+    subject = serve_time.Subject(name=name, config=config, params=params)
+    error, bound = serve_time.check(subject), serve_time.BOUNDS[config.dtype]
+    if not error <= bound:
+      raise ValueError(
+        f"{name}: decoding differs from one pass by {error:.1e}, more than "
+        f"{bound:.0e}; nothing is timed"
+      )
+    result["models"].setdefault(preset, {})[name] = {
+      "parameters": count_parameters(config).total,
+      "pattern": config.pattern,
+      "layers": config.num_layers,
+      "dim": config.model_dim,
+      "mlp_dim": config.mlp_dim,
+      "window": config.attention.window if "S" in config.pattern else None,
+      "error": error,
+    }
+    subjects.append(subject)
+  return subjects
 
 
 def table(result: dict[str, Any]) -> str:
@@ -277,20 +268,14 @@ def _context(length):
 def _among(name, values, known):
   for value in values:
     if value not in known:
-      raise ValueError(f"--{name}={value}: expected among {', '.join(known)}")
+      raise ValueError(f"--{name}={value}: expected one of {', '.join(known)}")
   if not values:
     raise ValueError(f"--{name}: expected some of {', '.join(known)}")
   return [value for value in known if value in values]
 
 
-def _positive(name, value):
-  if not (value > 0 and math.isfinite(value)):
-    raise ValueError(f"--{name}={value}: expected a positive number")
-  return value
-
-
 def _count(name, text):
-  """Number from 4096 or 4K."""
+  """Number in a text such as 4096 or 4K."""
   number, kilo = (text[:-1], _KILO) if text[-1:] in "kK" else (text, 1)
   if not number.isascii() or not number.isdigit() or int(number) < 1:
     raise ValueError(f"--{name}={text}: expected numbers such as 8 or 4K")

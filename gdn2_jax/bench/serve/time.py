@@ -5,13 +5,11 @@ had been read; the prompts of the other two sections are really read. Models
 take turns within every round.
 """
 
-import dataclasses
-import functools
 import os
 import resource
 import statistics
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +18,7 @@ import tqdm
 
 from gdn2_jax.bench import timing
 from gdn2_jax.bench.serve import models as serve_models
-from gdn2_jax.inference.state import State, advance, init_state, read_chunk
+from gdn2_jax.inference.state import advance, init_state, read_chunk
 from gdn2_jax.kernels.errors import relative_rms
 from gdn2_jax.model.accounting import state_bytes
 from gdn2_jax.model.config import ModelConfig
@@ -32,20 +30,17 @@ BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2, "float64": 1e-4}
 _CALL_SECONDS = 0.05  # of steps in a round, about
 
 
-@dataclasses.dataclass(kw_only=True)
-class Subject:
+class Subject(NamedTuple):
   """A model under test."""
 
   name: str
   config: ModelConfig
   params: Any
 
-
-@functools.partial(jax.jit, donate_argnames="state")
-def step(params: Any, token: Any, state: State) -> tuple[Any, State]:
-  """Reads a token and returns the most likely next one, [B] int32 both."""
-  logits, state = advance(params, token, state)
-  return jnp.argmax(logits, axis=-1).astype(jnp.int32), state
+  def row(self, section: str, batch: int, length: int) -> Row:
+    """Row of a measurement, still without figures."""
+    row = {"section": section, "model": self.name}
+    return row | {"batch": batch, "length": length}
 
 
 def check(subject: Subject) -> float:
@@ -86,27 +81,25 @@ def decode(
   rounds: int,
   most_bytes: float,
 ) -> list[Row]:
-  """Rows of a token's time and memory; above `most_bytes` only a note."""
-  compiled: dict[Any, Any] = {}
+  """Rows of a token's time and memory, at most `most_bytes`."""
+  compiled: dict[Any, timing.Compiled] = {}
   result = []
   cases = [(batch, length) for batch in batches for length in lengths]
   for batch, length in tqdm.tqdm(cases, desc="decode", disable=None):
-    rows, decoders = [], []
+    decoders = []
     for subject in subjects:
-      row = {"section": "decode", "model": subject.name}
-      row |= {"batch": batch, "length": length}
-      rows.append(row)
+      row = subject.row("decode", batch, length)
+      result.append(row)
       needs = _memory_needed(subject, batch, length)
       if needs > most_bytes:
         row["note"] = f"not run: {needs / 1e9:.1f} GB of weights and state"
         continue
-      decoders.append(_Decoder(subject, batch, length, compiled, row))
+      decoders.append(_Decoder(subject, row, compiled))
     for _ in range(rounds):
       for decoder in decoders:
         decoder.one_round(rounds)
     for decoder in decoders:
       decoder.finish()
-    result += rows
   return result
 
 
@@ -118,65 +111,67 @@ def _memory_needed(subject, batch, length):
   return weights + serve_models.bytes_of(state)
 
 
-class _Stepper:
-  """Steps of a model that continue from one state."""
+def _compile_step(subject, state):
+  """Compiles a step from tokens [B] to the most likely next tokens [B]."""
 
-  def __init__(self, call, params, state):
-    self._call, self._params = call, params
-    self._token = jnp.zeros(state.position.shape, jnp.int32)
-    self.state, self.times = state, []
+  def step(params, token, state):
+    logits, state = advance(params, token, state)
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32), state
 
-  def run(self, calls):
-    """Mean seconds of so many steps."""
-    now = timing.clock()
-    jax.block_until_ready(self.state)
-    start = now()
-    for _ in range(calls):
-      self._token, self.state = self._call(
-        self._params, self._token, self.state
-      )
-    jax.block_until_ready(self.state)
-    return (now() - start) / calls
+  args = subject.params, _first_tokens(state), state
+  return timing.compile_function(step, args, donate_argnames="state")
+
+
+def _first_tokens(state):
+  return jnp.zeros(state.position.shape, jnp.int32)
+
+
+def _steps(step, subject, state):
+  """Chain of steps of a model from a state."""
+  params = subject.params
+  return timing.Chain(
+    lambda carry: step.call(params, *carry), (_first_tokens(state), state)
+  )
 
 
 class _Decoder:
-  """Steps of one model after one length, and copies of as many bytes."""
+  """Steps of a model after one length, and copies of equal bytes."""
 
-  def __init__(self, subject, batch, length, compiled, row):
-    self._length, self._row = length, row
-    state = serve_models.state_at(subject.config, batch, length)
+  def __init__(self, subject, row, compiled):
+    batch, self._length, self._row = row["batch"], row["length"], row
+    state = serve_models.state_at(subject.config, batch, self._length)
     key = (subject.name, *(a.shape for a in jax.tree.leaves(state)))
     if key not in compiled:
       compiled[key] = _compile_step(subject, state)
     weights = serve_models.read_weight_bytes(subject.config, batch)
-    moved = serve_models.moved_state_bytes(state, length)
-    per_row = state_bytes(subject.config, length)
+    moved = serve_models.moved_state_bytes(state, self._length)
+    per_row = state_bytes(subject.config, self._length)
     row |= {
       "weight_bytes_read": weights,
       "state_bytes_moved": moved,
       "state_bytes": batch * sum(per_row.values()),
     } | _memory(compiled[key])
     self._copy, self._copies = timing.Copy(weights + moved), []
-    self._steps = _Stepper(compiled[key], subject.params, state)
+    self._steps, self._times = _steps(compiled[key], subject, state), []
     for _ in range(2):  # the first pays for memory that is mapped
       self._once = self._run(1)
 
   def _run(self, calls):
-    seconds = self._steps.run(calls)
-    self._steps.state = serve_models.rewound(self._steps.state, self._length)
+    seconds = self._steps.seconds(calls)
+    token, state = self._steps.state
+    self._steps.state = token, serve_models.rewound(state, self._length)
     return seconds
 
   def one_round(self, rounds):
     most = serve_models.ROOM // (rounds + 1)
     calls = max(1, min(most, 32, round(_CALL_SECONDS / max(self._once, 1e-6))))
-    self._steps.times.append(self._run(calls))
+    self._times.append(self._run(calls))
     self._copies.append(self._copy.seconds(max(1, min(calls, 8))))
 
   def finish(self):
     row = self._row
     floor = statistics.median(self._copies)
-    row |= _milliseconds(self._steps.times)
-    row["tokens_per_s"] = row["batch"] * 1e3 / row["ms"]
+    row |= _rates(self._times, row["batch"])
     row["floor_ms"] = 1e3 * floor
     row["floor_share"] = 1e3 * floor / row["ms"]
     moved = row["weight_bytes_read"] + row["state_bytes_moved"]
@@ -184,16 +179,10 @@ class _Decoder:
     self._steps = None  # frees the state
 
 
-def _compile_step(subject, state):
-  token = jnp.zeros(state.position.shape, jnp.int32)
-  return step.lower(subject.params, token, state).compile()
-
-
-def _memory(compiled):
-  memory = compiled.memory_analysis()
+def _memory(program):
   return {
-    "argument_bytes": memory.argument_size_in_bytes,
-    "temp_bytes": memory.temp_size_in_bytes,
+    "argument_bytes": program.argument_bytes,
+    "temp_bytes": program.temp_bytes,
   }
 
 
@@ -201,31 +190,26 @@ class _Reader:
   """Prompts of one row, read chunk by chunk by one compiled program."""
 
   def __init__(self, subject, max_length, chunk):
-    self._subject, self._max_length = subject, max_length
-    config = subject.config
-    self._tokens = random_tokens(config, 1, chunk)
-    self._lengths = jnp.full((1,), chunk, jnp.int32)
-    self._logits = jnp.zeros((1, config.vocab_size), jnp.float32)
-    jitted = jax.jit(read_chunk, donate_argnames="state")
-    args = (subject.params, self._tokens, self._lengths)
-    self._call = jitted.lower(*args, self.empty(), self._logits).compile()
-    self.memory = _memory(self._call)
+    self._config, self._max_length = subject.config, max_length
+    params, tokens = subject.params, random_tokens(subject.config, 1, chunk)
+    lengths = jnp.full((1,), chunk, jnp.int32)
+    logits = jnp.zeros((1, subject.config.vocab_size), jnp.float32)
+    args = params, tokens, lengths, self.empty(), logits
+    program = timing.compile_function(read_chunk, args, donate_argnames="state")
+    self.memory = _memory(program)
+    self._read = lambda state: program.call(
+      params, tokens, lengths, state, logits
+    )[1]
     self.read(self.empty(), 1)
 
   def empty(self):
-    return init_state(self._subject.config, 1, self._max_length)
+    return init_state(self._config, 1, self._max_length)
 
   def read(self, state, chunks):
     """State after so many chunks, and the seconds they took."""
-    now = timing.clock()
-    jax.block_until_ready(state)
-    start, params = now(), self._subject.params
-    for _ in range(chunks):
-      _, state = self._call(
-        params, self._tokens, self._lengths, state, self._logits
-      )
-    jax.block_until_ready(state)
-    return state, now() - start
+    reading = timing.Chain(self._read, state)
+    seconds = chunks * reading.seconds(chunks)
+    return reading.state, seconds
 
 
 def prefill(
@@ -235,16 +219,15 @@ def prefill(
   chunk: int,
   most_seconds: float,
 ) -> list[Row]:
-  """Rows of the time to read a prompt; above `most_seconds` only a note."""
+  """Rows of the time to read a prompt, at most `most_seconds`."""
   last: dict[str, tuple[int, float]] = {}
   kept: dict[Any, _Reader] = {}
   result = []
   for length in tqdm.tqdm(lengths, desc="prefill", disable=None):
-    rows, readers = [], []
+    readers = []
     for subject in subjects:
-      row = {"section": "prefill", "model": subject.name}
-      row |= {"batch": 1, "length": length, "chunk": min(chunk, length)}
-      rows.append(row)
+      row = subject.row("prefill", 1, length) | {"chunk": min(chunk, length)}
+      result.append(row)
       # Full attention takes up to four times as long for twice the tokens.
       power = 2 if "A" in subject.config.pattern else 1
       before, seconds = last.get(subject.name, (length, 0.0))
@@ -263,54 +246,53 @@ def prefill(
         if sum(times) < most_seconds / 2:
           times.append(reader.read(reader.empty(), length // row["chunk"])[1])
     for subject, row, reader, times in readers:
-      row |= _milliseconds(times) | reader.memory
-      row["tokens_per_s"] = length * 1e3 / row["ms"]
+      row |= _rates(times, length) | reader.memory
       last[subject.name] = length, row["ms"] / 1e3
-    result += rows
   return result
 
 
 def constancy(
   subjects: list[Subject], lengths: list[int], rounds: int, chunk: int
 ) -> list[Row]:
-  """Rows of a token's time and memory after prompts that are really read.
+  """Rows of a token's time and memory after prompts of tokens.
 
   The states after all lengths are kept, so that their steps take turns.
   """
-  decoders = []
+  measured = []
   for subject in subjects:
     reader, read = _Reader(subject, None, chunk), 0
-    state, compiled = reader.empty(), None
+    state, step = reader.empty(), None
     label = f"{subject.name}, long prompts"
     for length in tqdm.tqdm(lengths, desc=label, disable=None):
       state, seconds = reader.read(state, (length - read) // chunk)
-      row = {"section": "constancy", "model": subject.name, "batch": 1}
-      row |= {"length": length, "tokens_read": int(state.position[0])}
+      row = subject.row("constancy", 1, length)
+      row["tokens_read"] = int(state.position[0])
       row["prefill_us_per_token"] = 1e6 * seconds / (length - read)
       row["process_bytes"] = _process_bytes()
       row["finite"] = _is_finite(state)
-      compiled = compiled or _compile_step(subject, state)
+      step = step or _compile_step(subject, state)
       copy = jax.tree.map(jnp.copy, state)
       row["state_bytes"] = serve_models.bytes_of(copy)
-      row["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
-      decoders.append((row, _Stepper(compiled, subject.params, copy)))
+      row["temp_bytes"] = step.temp_bytes
+      measured.append((row, _steps(step, subject, copy), []))
       read = length
   for _ in range(rounds):
-    for _, stepper in decoders:
-      stepper.times.append(stepper.run(16))
-  for row, stepper in decoders:
-    row |= _milliseconds(stepper.times)
-    row["tokens_per_s"] = 1e3 / row["ms"]
-  return [row for row, _ in decoders]
+    for _, steps, times in measured:
+      times.append(steps.seconds(16))
+  for row, _, times in measured:
+    row |= _rates(times, 1)
+  return [row for row, *_ in measured]
 
 
-def _milliseconds(times):
+def _rates(times, tokens):
+  """Milliseconds and tokens per second of calls that read `tokens` each."""
   ms = [1e3 * t for t in times]
   return {
     "ms": statistics.median(ms),
     "ms_min": min(ms),
     "ms_max": max(ms),
     "rounds": len(ms),
+    "tokens_per_s": tokens * 1e3 / statistics.median(ms),
   }
 
 
