@@ -1,1 +1,1 @@
-"""Ahead-of-time check: kernels and the training step, compiled for an H100."""
+"""Compilation of kernels and of the training step for an H100."""

@@ -31,15 +31,21 @@ from absl import flags
 
 from gdn2_jax import cli
 from gdn2_jax.aot import cases as cases_lib
-from gdn2_jax.aot import table, topology
-from gdn2_jax.aot.kernels import Compiler, KernelReport, Reader
+from gdn2_jax.aot import topology, triton
+from gdn2_jax.aot.kernels import (
+  KernelReport,
+  Reader,
+  compile_case,
+  kernel_figures,
+  kernel_table,
+)
 
 _CONFIG = "gdn2_jax.configs.gdn2_swa_1p3b"
 _TRITON_TARGETS = (80, 89, 120)
 
 
 def define_flags() -> None:
-  """Defines the flags; on import they would clash with other entry points."""
+  """Defines the flags; not on import, where they would clash with others."""
   flags.DEFINE_string(
     "only", "", "Compile only the kernels whose case name contains this."
   )
@@ -67,17 +73,16 @@ def compile_kernels(
     what = f"has {only!r} in its name" if only else "is there"
     print(f"no kernel {what}")
     return [], failures
-  compiler = Compiler(topology.h100_sharding(), reader)
-  reports = []
+  sharding, reports = topology.h100_sharding(), []
   for case in found:
     try:
-      done = compiler.compile(case)
+      done = compile_case(case, sharding, reader)
     except Exception as e:  # one broken kernel must not hide the others
       failures.append(f"{case.name}: {type(e).__name__}: {_first_line(e)}")
       continue
     reports += done
     failures += [failure for report in done for failure in report.failures]
-  print(table.kernel_table(reports, jax.__version__))
+  print(kernel_table(reports, jax.__version__))
   for report in reports:
     for note in report.usage.notes:
       print(f"note: {report.case} ({report.kernel}): {note}")
@@ -91,12 +96,10 @@ def _first_line(error: Exception) -> str:
 
 def compile_triton(only: str) -> tuple[list[dict[str, Any]], list[str]]:
   """Compiles and prints the Triton kernels where triton is installed."""
-  for package in ("gdn2_jax.triton", "triton"):
-    if importlib.util.find_spec(package) is None:
-      print(f"triton kernels: not compiled: {package} is not installed")
-      return [], []
-  module = importlib.import_module("gdn2_jax.triton.aot")
-  rows = module.compile_all(_TRITON_TARGETS)
+  if importlib.util.find_spec("triton") is None:
+    print("triton kernels: not compiled: triton is not installed")
+    return [], []
+  rows = triton.compile_all(_TRITON_TARGETS)
   rows = [row for row in rows if only in str(row.get("kernel", ""))]
   failures = []
   for row in rows:
@@ -122,17 +125,8 @@ def compile_steps(
   return reports, failures
 
 
-def train_step_figures(report: Any) -> dict[str, Any]:
-  """A report of compile_steps as JSON values."""
-  return {
-    "implementation": flags.FLAGS.implementation,
-    "total": report.total,
-    **dataclasses.asdict(report),
-  }
-
-
 def main(argv: Sequence[str]) -> None:
-  """Entry point."""
+  """Compiles what the flags select, prints it, and judges it."""
   cli.refuse_positional(argv, "--only=scan")
   missing = topology.missing_tool()
   if missing:
@@ -140,10 +134,10 @@ def main(argv: Sequence[str]) -> None:
   jax.config.update("jax_platforms", "cpu")
   start, reader = time.perf_counter(), Reader()
   with cli.one_line_errors(NotImplementedError):
-    kernels, triton, steps, failures = [], [], [], []
+    kernels, triton_rows, steps, failures = [], [], [], []
     if flags.FLAGS.kernels:
       kernels, failures = compile_kernels(flags.FLAGS.only, reader)
-      triton, more = compile_triton(flags.FLAGS.only)
+      triton_rows, more = compile_triton(flags.FLAGS.only)
       failures += more
     if flags.FLAGS.train_step and not flags.FLAGS.only:
       steps, more = compile_steps(flags.FLAGS.implementation, reader)
@@ -151,9 +145,16 @@ def main(argv: Sequence[str]) -> None:
     if flags.FLAGS.json:
       figures = {
         "jax": jax.__version__,
-        "kernels": [table.kernel_figures(report) for report in kernels],
-        "triton": triton,
-        "train_step": [train_step_figures(report) for report in steps],
+        "kernels": [kernel_figures(report) for report in kernels],
+        "triton": triton_rows,
+        "train_step": [
+          {
+            "implementation": flags.FLAGS.implementation,
+            "total": report.total,
+            **dataclasses.asdict(report),
+          }
+          for report in steps
+        ],
         "failures": failures,
       }
       pathlib.Path(flags.FLAGS.json).write_text(

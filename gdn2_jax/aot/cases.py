@@ -35,23 +35,15 @@ MODULES = (
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Case:
-  """One function to compile for the GPU.
-
-  Attributes:
-    name: Name in the table.
-    function: Function of arrays that launches at least one kernel.
-    shapes: Shapes of its arguments, without shardings.
-    limits: Budget of its kernels, see LIMITS.
-    token_heads: B T H, by which the bytes moved are divided.
-  """
+  """One function to compile for the GPU."""
 
   name: str
-  function: Callable[..., Any]
-  shapes: Sequence[Any]
-  limits: Mapping[str, int]
-  token_heads: int
+  function: Callable[..., Any]  # launches at least one kernel
+  shapes: Sequence[Any]  # of its arguments, without shardings
+  limits: Mapping[str, int]  # of its kernels, see LIMITS
+  token_heads: int  # B T H, by which the bytes moved are divided
 
 
 def make_case(
@@ -77,19 +69,13 @@ def make_case(
         "[B, H, K]; otherwise give the option token_heads"
       )
     token_heads = math.prod(first[:-1])
-  return Case(
-    name=name,
-    function=function,
-    shapes=shapes,
-    limits=limits,
-    token_heads=token_heads,
-  )
+  return Case(name, function, shapes, limits, token_heads)
 
 
 def find_cases(
   only: str = "", modules: Iterable[str] = MODULES
 ) -> tuple[list[Case], list[str], list[str]]:
-  """Cases whose name contains `only`, missing modules, and failures."""
+  """Cases with `only` in their names, missing modules, and failures."""
   cases: dict[str, Case] = {}
   absent, failures = [], []
   for module in modules:

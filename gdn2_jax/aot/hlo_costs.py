@@ -1,4 +1,4 @@
-"""FLOPs and bytes of every launch of a program that XLA has optimized.
+"""FLOPs and bytes of every launch of an optimized program.
 
 An instruction of the entry computation that is no view of its operands launches
 a kernel, as often as the loops around it turn; of a conditional every branch
@@ -43,40 +43,28 @@ _FUSIONS = ("fusion", "fusion-start", "async-start")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Launch:
-  """One instruction that launches a kernel.
-
-  Attributes:
-    name: of the instruction.
-    opcode: of the instruction.
-    type: of its result.
-    path: names of the functions and modules that it comes from.
-    target: of a custom call, else "".
-    times: launches in a run of the program.
-    flops: of the matrix products of one launch.
-    read: bytes of one launch.
-    written: bytes of one launch.
-  """
+  """One instruction that launches a kernel; costs of one launch."""
 
   name: str
   opcode: str
-  type: str
-  path: str
-  target: str
-  times: int
-  flops: int
-  read: int
-  written: int
+  type: str  # of its result
+  path: str  # names of the functions and modules that it comes from
+  target: str  # of a custom call, else ""
+  times: int  # launches in a run of the program
+  flops: int  # of matrix products
+  read: int  # bytes
+  written: int  # bytes
 
 
 def launches(program: Program) -> list[Launch]:
-  """Everything that a program launches, in the order of its text."""
+  """Launches of a program, in the order of its text."""
   return list(_walk(program, program.entry, 1))
 
 
 def _walk(program: Program, name: str, times: int) -> Iterator[Launch]:
   computation = program.computations[name]
   for x in computation.values():
-    # The end of something asynchronous moves nothing.
+    # What ends an asynchronous operation moves nothing itself.
     if x.opcode in _VIEWS or x.opcode.endswith(("-done", "-update")):
       continue
     match x.opcode:
@@ -131,7 +119,7 @@ def _flops(program: Program, computation: Computation, x: Instruction) -> int:
 
 
 def _results(x: Instruction) -> list[tuple[str, tuple[int, ...]]]:
-  """Arrays of a result but for the workspace of cuBLAS, bytes without sign."""
+  """Arrays of a result, without cuBLAS's workspace of signed bytes."""
   found = arrays(x.type)
   if "cublas" in x.target:
     found = [array for array in found if array[0] != "s8"] or found
@@ -179,7 +167,7 @@ def _read(body: Computation, parameter: Instruction) -> int:
 
 
 def _uses(body: Computation, name: str) -> Iterator[tuple[Instruction, bool]]:
-  """Users of a value or of a view of it; whether it is their first operand."""
+  """Users of a value or of its views; True where it is the first operand."""
   for user in body.values():
     for operand in user.operands:
       if operand != name:

@@ -11,29 +11,19 @@ _OPERAND = re.compile(r"%([\w.\-]+)")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Instruction:
-  """One line of a computation.
-
-  Attributes:
-    name: of it and of its result.
-    type: of its result, as in "bf16[4,8]{1,0}" or "(f32[], s32[2]{0})".
-    opcode: as in "fusion".
-    operands: names of instructions of the same computation, in order.
-    literal: what stands between the parentheses, the value of a constant.
-    attributes: what follows them, metadata included.
-    is_root: whether its result is that of the computation.
-  """
+  """One line of a computation."""
 
   name: str
-  type: str
+  type: str  # of its result: "bf16[4,8]{1,0}" or "(f32[], s32[2]{0})"
   opcode: str
-  operands: tuple[str, ...]
-  literal: str
-  attributes: str
+  operands: tuple[str, ...]  # names of instructions of the same computation
+  literal: str  # between the parentheses: the value of a constant
+  attributes: str  # after them, metadata included
   is_root: bool
 
   @property
   def path(self) -> str:
-    """Names of the functions and modules that it comes from, joined by "/"."""
+    """Functions and modules that it comes from, joined by "/"."""
     return self._find(r'op_name="([^"]*)"')
 
   @property
@@ -70,13 +60,13 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-  """Computations by name, and which of them the program begins with."""
+  """Computations by name; the program begins with `entry`."""
 
   computations: dict[str, Computation]
   entry: str
 
   def trip_count(self, loop: Instruction) -> int:
-    """Turns of a while loop; 1 if neither XLA nor its condition tells.
+    """Turns of a while loop, 1 if they are not known.
 
     The condition of a loop that counts compares with one constant.
     """
@@ -93,11 +83,7 @@ class Program:
 
 
 def read_program(text: str) -> Program:
-  """Reads the text of an optimized module.
-
-  Raises:
-    ValueError: it has no entry computation.
-  """
+  """Reads an optimized module; ValueError without an entry computation."""
   computations: dict[str, Computation] = {}
   entry, current = "", None
   for line in text.splitlines():
@@ -132,7 +118,7 @@ def _instruction(found: re.Match) -> Instruction:
 
 
 def _split_parenthesis(text: str) -> tuple[str, str]:
-  """What is inside a parenthesis that is open already, and what follows it."""
+  """Text up to the closing parenthesis of an open one, and the rest."""
   depth = 1
   for i, c in enumerate(text):
     depth += (c == "(") - (c == ")")

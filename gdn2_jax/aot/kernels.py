@@ -15,10 +15,11 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.extend.mlir import ir
 
 from gdn2_jax.aot import ptxas, turns
 from gdn2_jax.aot.cases import Case
@@ -27,48 +28,30 @@ from gdn2_jax.kernels import target
 _DUMP = "MOSAIC_GPU_DUMP_TO"
 _MODULE = ".before_layout_inference.txt"
 _LAID_OUT = ".after_layout_inference.txt"
+_HEAD = (
+  *("case", "kernel", "jax", "registers", "spills", "threads"),
+  *("shared KB", "CTAs/SM", "B/token-head", "seconds"),
+)
 # Mosaic GPU tries to disassemble what it dumps; toolkits often lack nvdisasm.
 _NOISE = re.compile(r"nvdisasm|Source Location Trace|mosaic/gpu/dump\.cc|^\s*$")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelReport:
-  """One kernel of one case.
-
-  Attributes:
-    case: Name of the case.
-    kernel: Name of the kernel's function.
-    usage: Registers, spills, shared memory.
-    limits: Budget of the case.
-    bytes_per_token_head: Bytes of operands and results, each counted once.
-    compile_seconds: Seconds of the whole case, lowering included.
-  """
+  """One kernel of one case."""
 
   case: str
   kernel: str
   usage: ptxas.Usage
   limits: dict[str, int]
-  bytes_per_token_head: float
-  compile_seconds: float
+  bytes_per_token_head: float  # of operands and results, each counted once
+  compile_seconds: float  # of the whole case, lowering included
 
   @property
   def failures(self) -> list[str]:
     """Failed checks, one sentence each."""
     label = f"{self.case} ({self.kernel})"
     return [f"{label}: {e}" for e in ptxas.judge(self.usage, self.limits)]
-
-
-@contextlib.contextmanager
-def _dumping_to(folder: str) -> Iterator[None]:
-  before = os.environ.get(_DUMP)
-  os.environ[_DUMP] = folder
-  try:
-    yield
-  finally:
-    if before is None:
-      del os.environ[_DUMP]
-    else:
-      os.environ[_DUMP] = before
 
 
 @contextlib.contextmanager
@@ -91,54 +74,46 @@ def without_noise() -> Iterator[None]:
           print(line, file=sys.stderr)
 
 
-def kernel_bytes(module: Any) -> list[int]:
-  """Bytes of operands and results of every Mosaic GPU call in StableHLO."""
+def kernel_bytes(module: ir.Module) -> list[int]:
+  """Bytes of operands and results of each Mosaic GPU call."""
   found = []
 
-  def walk(operation):
-    for region in operation.regions:
-      for block in region:
-        for op in block:
-          op = op.operation
-          name = op.name == "stablehlo.custom_call" and str(
-            op.attributes["call_target_name"]
-          )
-          if name and "mosaic_gpu" in name:
-            values = [*op.operands, *op.results]
-            found.append(sum(type_bytes(str(x.type)) for x in values))
-          walk(op)
+  def visit(op):
+    if op.name == "stablehlo.custom_call" and "mosaic_gpu" in str(
+      op.attributes["call_target_name"]
+    ):
+      values = [*op.operands, *op.results]
+      found.append(sum(_type_bytes(x.type) for x in values))
+    return ir.WalkResult.ADVANCE
 
-  walk(module.operation)
+  module.operation.walk(visit, ir.WalkOrder.PRE_ORDER)
   return found
 
 
-def type_bytes(text: str) -> int:
-  """Bytes of an MLIR type such as tensor<2x64xbf16>."""
-  *dims, element = text.removeprefix("tensor<").removesuffix(">").split("x")
-  bits = re.match(r"[a-z]+(\d+)", element)
-  assert bits, text
-  return math.prod(int(dim) for dim in dims) * -(-int(bits.group(1)) // 8)
+def _type_bytes(type_):
+  tensor = ir.RankedTensorType(type_)
+  return math.prod(tensor.shape) * -(-tensor.element_type.width // 8)
 
 
 @contextlib.contextmanager
 def dumps() -> Iterator[pathlib.Path]:
   """Folder that Mosaic GPU dumps to inside the with block."""
-  with (
-    tempfile.TemporaryDirectory() as folder,
-    _dumping_to(folder),
-    without_noise(),
-  ):
-    yield pathlib.Path(folder)
+  with tempfile.TemporaryDirectory() as folder, without_noise():
+    os.environ[_DUMP] = folder
+    try:
+      yield pathlib.Path(folder)
+    finally:
+      del os.environ[_DUMP]
 
 
 class Reader:
-  """Reader of dumps; keeps reports, as JAX compiles an equal kernel once."""
+  """Reader of dumps; keeps reports, because JAX compiles equal kernels once."""
 
   def __init__(self):
     self._seen: dict[str, ptxas.Usage] = {}
 
   def read(self, folder: pathlib.Path) -> list[tuple[str, ptxas.Usage | None]]:
-    """Name, and usage if it was compiled, of every kernel lowered, in order."""
+    """Name and usage of every lowered kernel, None if it was not compiled."""
 
     def number(path):
       return int(path.name.removesuffix(_MODULE).rpartition("_")[2])
@@ -165,47 +140,77 @@ class Reader:
     return dataclasses.replace(usage, out_of_turn=found)
 
 
-class Compiler:
-  """Compiler of cases for the device of a sharding."""
-
-  def __init__(self, sharding: jax.sharding.Sharding, reader: Reader):
-    self._sharding = sharding
-    self._reader = reader
-
-  def compile(self, case: Case) -> list[KernelReport]:
-    """Compiles a case; reports of its kernels in the order of launch."""
-    arguments = jax.tree.map(self._place, tuple(case.shapes))
-    start = time.perf_counter()
-    with dumps() as folder, target.use("compile"):
-      # A new function: the target is no part of the key of jax.jit's cache.
-      lowered = jax.jit(lambda *args: case.function(*args)).lower(*arguments)
-      lowered.compile()
-      seconds = time.perf_counter() - start
-      usages = self._reader.read(folder)
-    moved = kernel_bytes(lowered.compiler_ir("stablehlo"))
-    if not usages:
-      raise ValueError("no kernel was compiled")
-    if len(moved) != len(usages):
-      raise ValueError(
-        f"{len(moved)} kernel launches, {len(usages)} kernels lowered"
-      )
-    reports = []
-    for (kernel, usage), size in zip(usages, moved, strict=True):
-      if usage is None:
-        raise ValueError(f"ptxas left no report of {kernel}")
-      reports.append(
-        KernelReport(
-          case=case.name,
-          kernel=kernel,
-          usage=usage,
-          limits=dict(case.limits),
-          bytes_per_token_head=size / case.token_heads,
-          compile_seconds=seconds,
-        )
-      )
-    return reports
-
-  def _place(self, shape: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(
-      shape.shape, shape.dtype, sharding=self._sharding
+def compile_case(
+  case: Case, sharding: jax.sharding.Sharding, reader: Reader
+) -> list[KernelReport]:
+  """Compiles a case; reports of its kernels in the order of launch."""
+  arguments = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    tuple(case.shapes),
+  )
+  start = time.perf_counter()
+  with dumps() as folder, target.use("compile"):
+    # A new function: the target is no part of the key of jax.jit's cache.
+    lowered = jax.jit(lambda *args: case.function(*args)).lower(*arguments)
+    lowered.compile()
+    seconds = time.perf_counter() - start
+    usages = reader.read(folder)
+  moved = kernel_bytes(lowered.compiler_ir("stablehlo"))
+  if not usages:
+    raise ValueError("no kernel was compiled")
+  if len(moved) != len(usages):
+    raise ValueError(
+      f"{len(moved)} kernel launches, {len(usages)} kernels lowered"
     )
+  missing = [kernel for kernel, usage in usages if usage is None]
+  if missing:
+    raise ValueError(f"ptxas left no report of {', '.join(missing)}")
+  return [
+    KernelReport(
+      case=case.name,
+      kernel=kernel,
+      usage=usage,
+      limits=dict(case.limits),
+      bytes_per_token_head=size / case.token_heads,
+      compile_seconds=seconds,
+    )
+    for (kernel, usage), size in zip(usages, moved, strict=True)
+  ]
+
+
+def kernel_figures(report: KernelReport) -> dict[str, Any]:
+  """A report as one flat dict of JSON values."""
+  figures = {
+    "case": report.case,
+    "kernel": report.kernel,
+    "ctas_per_sm": report.usage.ctas_per_sm,
+    "bytes_per_token_head": report.bytes_per_token_head,
+    "compile_seconds": round(report.compile_seconds, 2),
+  }
+  return {**figures, **dataclasses.asdict(report.usage)}
+
+
+def kernel_table(reports: Sequence[KernelReport], version: str) -> str:
+  """One row per kernel, as a Markdown table; KB are 1024 bytes."""
+  rows = [_HEAD]
+  for report in reports:
+    usage = report.usage
+    rows.append(
+      (
+        report.case,
+        report.kernel,
+        version,
+        str(usage.registers),
+        str(usage.spill_stores + usage.spill_loads),
+        str(usage.threads),
+        f"{usage.shared_bytes / 1024:.1f}",
+        str(usage.ctas_per_sm),
+        f"{report.bytes_per_token_head:,.0f}",
+        f"{report.compile_seconds:.1f}",
+      )
+    )
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  rows.insert(1, tuple("-" * width for width in widths))
+  # Names to the left, figures to the right.
+  forms = [f"{'<' if i < 3 else '>'}{width}" for i, width in enumerate(widths)]
+  return "\n".join(f"| {' | '.join(map(format, row, forms))} |" for row in rows)

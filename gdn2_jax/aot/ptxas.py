@@ -32,7 +32,7 @@ _REGISTERS = re.compile(r"Used (\d+) registers")
 _MEMORY = re.compile(
   r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
 )
-_SPILL_WARNING = "Registers are spilled"  # says the same again
+_SPILL_WARNING = "Registers are spilled"  # repeats the figures
 _SERIALIZED = re.compile(r"\(C751[0-4]\)|wgmma.*serialized")
 _NOTE = re.compile(r"\(C\d{4}\)")
 _WARNING = re.compile(r"\bwarning\b", re.IGNORECASE)
@@ -43,35 +43,22 @@ _SCRATCH = re.compile(r"smem_scratch_bytes=(\d+)")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Usage:
-  """Resources of one kernel.
+  """Resources of one kernel."""
 
-  Attributes:
-    registers: Registers per thread.
-    spill_stores: Bytes of spilled registers stored.
-    spill_loads: Bytes of spilled registers loaded.
-    stack_frame: Bytes of local memory per thread.
-    threads: Threads per CTA.
-    shared_bytes: Shared memory per CTA.
-    serialized: Lines of ptxas about serialised wgmma.
-    warnings: Its other warnings.
-    notes: Its other remarks that have a code.
-    out_of_turn: Failures found by turns.py, which ptxas cannot know.
-  """
-
-  registers: int
+  registers: int  # of a thread, as the next three
   spill_stores: int
   spill_loads: int
   stack_frame: int
-  threads: int
-  shared_bytes: int
-  serialized: tuple[str, ...] = ()
-  warnings: tuple[str, ...] = ()
-  notes: tuple[str, ...] = ()
-  out_of_turn: tuple[str, ...] = ()
+  threads: int  # of a CTA
+  shared_bytes: int  # of a CTA
+  serialized: tuple[str, ...] = ()  # lines of ptxas about wgmma
+  warnings: tuple[str, ...] = ()  # its other warnings
+  notes: tuple[str, ...] = ()  # its other remarks that have a code
+  out_of_turn: tuple[str, ...] = ()  # found by turns.py: ptxas cannot know
 
   @property
   def ctas_per_sm(self) -> int:
-    """CTAs that an SM holds at a time; 0 if it cannot hold one."""
+    """CTAs that fit into an SM at a time, 0 if none does."""
     warps = -(-self.threads // 32)
     per_warp = -(-self.registers * 32 // _WARP_REGISTERS) * _WARP_REGISTERS
     partition = _SM_REGISTERS // _PARTITIONS // per_warp
@@ -89,21 +76,22 @@ def _only(pattern: re.Pattern, text: str, what: str) -> tuple[int, ...]:
   return tuple(int(group or 1) for group in groups)
 
 
+def counts(ptxas: str) -> tuple[int, ...]:
+  """Registers, and bytes of stack, spill stores and spill loads."""
+  registers = _only(_REGISTERS, ptxas, "'Used N registers'")
+  return registers + _only(_MEMORY, ptxas, "'N bytes stack frame, ...'")
+
+
 def parse(ptxas: str, ptx: str, module: str, resources: str = "") -> Usage:
-  """Usage from a kernel's dumps; a missing figure is a ValueError."""
-  (registers,) = _only(_REGISTERS, ptxas, "'Used N registers'")
-  stack, stores, loads = _only(_MEMORY, ptxas, "'N bytes stack frame, ...'")
+  """Usage from a kernel's dumps; ValueError if a figure is missing."""
+  registers, stack, stores, loads = counts(ptxas)
   x, y, z = _only(_THREADS, ptx, "'.maxntid N'")
   if _SHARED.search(module):
     (shared,) = _only(_SHARED, module, "'dynamic_shared_memory_size N'")
   else:
     # The module has no launch: Mosaic GPU's own estimate.
     (shared,) = _only(_SCRATCH, resources, "'smem_scratch_bytes=N'")
-  remarks: dict[str, list[str]] = {
-    "serialized": [],
-    "warnings": [],
-    "notes": [],
-  }
+  remarks = {"serialized": [], "warnings": [], "notes": []}
   for line in map(str.strip, ptxas.splitlines()):
     if _SERIALIZED.search(line):
       remarks["serialized"].append(line)

@@ -1,4 +1,4 @@
-"""Costs and limits of the compiled training step, by part of the model.
+"""Costs of the compiled training step by part of the model, and limits.
 
 Counted from the compiled program (`hlo_costs`): nothing is assumed of a GPU's
 speed, and nothing is said of it.
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from gdn2_jax.aot.hlo_costs import Launch, launches
-from gdn2_jax.aot.hlo_text import arrays, read_program
+from gdn2_jax.aot.hlo_text import Program, arrays
 
 # Part of the model: what the path of its operations contains; the first counts.
 _PRODUCTS = (
@@ -42,26 +42,17 @@ _TARGET = "mosaic"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Costs:
-  """Sums over launches.
+  """Sums over launches."""
 
-  Attributes:
-    tflops: 1e12 FLOPs of matrix products outside of our kernels.
-    gigabytes: 1e9 bytes read and written.
-    launches: kernels launched.
-  """
-
-  tflops: float
-  gigabytes: float
+  tflops: float  # of matrix products outside of our kernels
+  gigabytes: float  # 1e9 bytes read and written
   launches: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-  """What a step may take; a device's memory in 1e9 bytes."""
+class Limits(Costs):
+  """Most that a step may take; a device's memory in 1e9 bytes."""
 
-  tflops: float
-  gigabytes: float
-  launches: int
   memory_gigabytes: float
 
 
@@ -72,15 +63,13 @@ ONE_DEVICE = Limits(
 )
 
 
-def step_costs(hlo: str, seq_len: int) -> dict[str, Costs]:
-  """Costs of the parts of a training step, dearest first; "total" is last.
+def step_costs(program: Program, seq_len: int) -> dict[str, Costs]:
+  """Costs of the parts of a step, dearest first; "total" is last.
 
-  Args:
-    hlo: text of the compiled step.
-    seq_len: tokens of a row, by which activations are told from weights.
+  By `seq_len`, the tokens of a row, activations are told from weights.
   """
   parts = collections.defaultdict(list)
-  found = launches(read_program(hlo))
+  found = launches(program)
   for launch in found:
     parts[part_of(launch, seq_len)].append(launch)
   costs = {part: _sum(some) for part, some in parts.items()}
@@ -116,7 +105,7 @@ def _sum(some: Sequence[Launch]) -> Costs:
 
 
 def judge(total: Costs, memory_bytes: int, limits: Limits) -> list[str]:
-  """What exceeds its limit, one sentence each."""
+  """Exceeded limits, one sentence each."""
   memory = memory_bytes / 1e9
   figures = (
     (total.tflops, limits.tflops, f"{total.tflops:.1f} TFLOP of products"),
@@ -132,7 +121,7 @@ def judge(total: Costs, memory_bytes: int, limits: Limits) -> list[str]:
 
 
 def cost_lines(costs: dict[str, Costs]) -> list[str]:
-  """A table of `step_costs`, one part a line; nothing for nothing."""
+  """Lines of a table of `step_costs`; none for no costs."""
   if not costs:
     return []
   head = f"{'part':<22}{'launches':>9}{'TFLOP':>8}{'GB moved':>10}"

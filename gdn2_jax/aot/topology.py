@@ -14,7 +14,7 @@ TARGET = pathlib.Path(__file__).with_name("h100.txtpb")
 
 
 def missing_tool() -> str | None:
-  """One line on the missing CUDA plugin or ptxas, or None."""
+  """Sentence about a missing CUDA plugin or ptxas, or None."""
   plugins = importlib.util.find_spec("jax_plugins")
   if (
     plugins is None
@@ -24,7 +24,7 @@ def missing_tool() -> str | None:
       "JAX's CUDA 13 plugin is not installed; run `make aot`, which sets up "
       f"an environment with it for jax {jax.__version__}"
     )
-  if _find_ptxas() is None:
+  if find_ptxas() is None:
     return (
       "ptxas was found neither on the PATH nor in $CUDA_HOME, /usr/local/cuda "
       "or the nvidia-cuda-nvcc wheel; install the CUDA 13 toolkit (no GPU or "
@@ -33,7 +33,8 @@ def missing_tool() -> str | None:
   return None
 
 
-def _find_ptxas() -> pathlib.Path | None:
+def find_ptxas() -> pathlib.Path | None:
+  """Assembler that JAX would take, None without one."""
   on_path = shutil.which("ptxas")
   if on_path:
     return pathlib.Path(on_path)

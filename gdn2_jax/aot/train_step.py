@@ -7,10 +7,10 @@ also the products computed and the bytes moved.
 
 import collections
 import dataclasses
-import re
 import time
 
 from gdn2_jax.aot import ptxas, step_budget
+from gdn2_jax.aot.hlo_text import Program, read_program
 from gdn2_jax.aot.kernels import Reader, dumps
 from gdn2_jax.aot.topology import h100_devices
 from gdn2_jax.kernels import target
@@ -30,46 +30,29 @@ MESHES = {
   "fsdp=4 tensor=2": MeshConfig(fsdp=4, tensor=2),
 }
 
-_COLLECTIVE = re.compile(
-  r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
-  r"(?:-start)?\("
+_COLLECTIVES = (
+  *("all-gather", "all-reduce", "reduce-scatter"),
+  *("all-to-all", "collective-permute"),
 )
-_CUSTOM_CALL = re.compile(r'custom_call_target="([^"]+)"')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepReport:
-  """One compiled training step; sizes in bytes of one device.
-
-  Attributes:
-    mesh: Name of the mesh.
-    devices: Number of devices.
-    rows: Rows of the global batch.
-    seq_len: Tokens of a row.
-    arguments: Parameters, optimizer state and batch.
-    outputs: Outputs that do not reuse the memory of arguments.
-    temporaries: Activations, gradients and the like.
-    collectives: Instructions by kind; one in a loop over layers counts once.
-    custom_calls: Instructions by target, counted likewise.
-    kernels: Name and usage of our kernels, without repetition.
-    costs: Result of `step_budget.step_costs`; empty on several devices.
-    limits: Limits of costs and memory, beside MEMORY_BUDGET.
-    lower_seconds: Seconds of tracing and lowering.
-    compile_seconds: Seconds of XLA, LLVM and ptxas.
-  """
+  """One compiled training step; sizes in bytes of one device."""
 
   mesh: str
   devices: int
-  rows: int
+  rows: int  # of the global batch
   seq_len: int
-  arguments: int
-  outputs: int
-  temporaries: int
+  arguments: int  # parameters, optimizer state and batch
+  outputs: int  # those that do not reuse the memory of arguments
+  temporaries: int  # activations, gradients and the like
+  # Instructions by kind or target; one in a loop over layers counts once.
   collectives: dict[str, int]
   custom_calls: dict[str, int]
-  kernels: tuple[tuple[str, ptxas.Usage], ...]
-  costs: dict[str, step_budget.Costs]
-  limits: step_budget.Limits | None
+  kernels: tuple[tuple[str, ptxas.Usage], ...]  # without repetition
+  costs: dict[str, step_budget.Costs]  # empty on several devices
+  limits: step_budget.Limits | None  # beside MEMORY_BUDGET
   lower_seconds: float
   compile_seconds: float
 
@@ -99,10 +82,12 @@ class StepReport:
     return found
 
 
-def count_instructions(hlo: str) -> tuple[dict[str, int], dict[str, int]]:
-  """Collectives by kind and custom calls by target in HLO text."""
-  collectives = collections.Counter(_COLLECTIVE.findall(hlo))
-  calls = collections.Counter(_CUSTOM_CALL.findall(hlo))
+def count_instructions(program: Program) -> tuple[dict[str, int], ...]:
+  """Collectives by kind and custom calls by target."""
+  found = [x for some in program.computations.values() for x in some.values()]
+  kinds = (x.opcode.removesuffix("-start") for x in found)
+  collectives = collections.Counter(x for x in kinds if x in _COLLECTIVES)
+  calls = collections.Counter(x.target for x in found if x.target)
   return dict(sorted(collectives.items())), dict(sorted(calls.items()))
 
 
@@ -127,11 +112,11 @@ def compile_train_step(
     compiled = lowered.compile()
     end = time.perf_counter()
     kernels = [kernel for kernel in reader.read(folder) if kernel[1]]
-  stats, hlo = compiled.memory_analysis(), compiled.as_text()
-  collectives, custom_calls = count_instructions(hlo)
+  stats, program = compiled.memory_analysis(), read_program(compiled.as_text())
+  collectives, custom_calls = count_instructions(program)
   costs, limits = {}, None
   if len(devices) == 1:
-    costs = step_budget.step_costs(hlo, SEQ_LEN)
+    costs = step_budget.step_costs(program, SEQ_LEN)
     if config.model.gdn2.implementation == "mosaic_gpu":
       limits = step_budget.ONE_DEVICE
   return StepReport(

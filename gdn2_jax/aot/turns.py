@@ -1,4 +1,4 @@
-"""Sums across warps that several warpgroups run at the same time.
+"""Search for sums across warps that warpgroups run at the same time.
 
 A sum (or maximum) over rows that are spread over warps goes through scratch
 memory. Mosaic GPU's Warpgroup lowering gives all warpgroups of a block the same
@@ -69,7 +69,7 @@ def sums_out_of_turn(module: str) -> tuple[str, ...]:
   """
   threads = _THREADS.search(module)
   if threads is None:
-    raise ValueError("expected 'threads(...) in (%x = %cN, ...)', found none")
+    raise ValueError("module: expected 'threads(...) in (%x = %cN, ...)'")
   warpgroups = int(threads[1]) // _WARPGROUP
   if warpgroups < 2 or not any(name in module for name in _REDUCTIONS):
     return ()
@@ -87,7 +87,7 @@ def sums_out_of_turn(module: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _State:
-  """What has happened since all warpgroups met.
+  """Sums and arrivals since all warpgroups met.
 
   Attributes:
     sums: (operation, warpgroup) of sums across warps.
@@ -98,7 +98,7 @@ class _State:
   arrived: frozenset[Any] = frozenset()
 
   def or_else(self, other: "_State") -> "_State":
-    """What may have happened if one of two has."""
+    """State if either of the two may have happened."""
     return _State(self.sums | other.sums, self.arrived & other.arrived)
 
 
@@ -111,7 +111,7 @@ class _Kernel:
     self._arrivals: dict[Any, int] = {}  # that a barrier waits for
 
   def walk(self, op: Any, here: frozenset[int], state: _State) -> _State:
-    """The state after an operation that the warpgroups `here` may reach."""
+    """State after an operation that the warpgroups `here` may reach."""
     name = op.name
     if name in ("scf.if", "scf.index_switch"):
       return self._branch(op, here, state)
@@ -145,7 +145,7 @@ class _Kernel:
     return state
 
   def _branch(self, op, here, state):
-    """Every region with the warpgroups that may take it; one is taken."""
+    """Follows every region with the warpgroups that may take it."""
     taken: dict[int, set[int]] = {n: set() for n in range(len(op.regions))}
     for wg in here:
       value = _evaluate(op.operands[0], wg * _WARPGROUP, len(self.all))
@@ -175,7 +175,7 @@ class _Kernel:
 
 
 def _region(op, value):
-  """The region that a branch takes for a value."""
+  """Number of the region that a branch takes for a value."""
   if op.name == "scf.if":
     return 0 if value else 1
   cases = list(op.attributes["cases"])
@@ -183,7 +183,7 @@ def _region(op, value):
 
 
 def _crosses_warps(op):
-  """Whether Mosaic GPU takes scratch memory for a reduction."""
+  """True if a reduction takes scratch memory."""
   if op.name == "vector.reduction" or "in_layouts" not in op.attributes:
     return True
   layout = layouts.from_layout_attr(op.attributes["in_layouts"][0])
@@ -197,7 +197,7 @@ def _crosses_warps(op):
 
 
 def _barrier(op):
-  """What a barrier's operations have in common: its address."""
+  """Address of a barrier, the same for all of its operations."""
   value = op.operands[0]
   while not isinstance(value.owner, ir.Block):
     owner = value.owner
@@ -208,7 +208,7 @@ def _barrier(op):
 
 
 def _evaluate(value, thread, warpgroups):
-  """An integer as thread number `thread` computes it; None if unknown."""
+  """Integer as thread `thread` computes it, None if unknown."""
   if isinstance(value.owner, ir.Block):
     return None
   op = value.owner.operation

@@ -30,7 +30,7 @@ def gdn2_step_triton(
   *,
   compute_capability: int | None = None,
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
-  """One token of Eq. 10; a donated `state` is updated in place.
+  """Runs Eq. 10 on one token; a donated `state` is updated in place.
 
   `compute_capability` (80, 89, ...) is given to compile for a GPU that is not
   there; None asks the device. Differentiation raises NotImplementedError.
@@ -52,10 +52,10 @@ def gdn2_triton(
   *,
   compute_capability: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-  """Eq. 10 token by token, the state in registers: for short sequences.
+  """Runs Eq. 10 token by token, for short sequences.
 
-  T tokens take T dependent steps, where "xla" works in chunks with matrix
-  products. A donated `state` is updated in place.
+  The state stays in registers. T tokens take T dependent steps, where "xla"
+  works in chunks with matrix products. A donated `state` is updated in place.
   """
   arrays = (q, k, v, g, b, w, state)
   if segment_ids is not None:
@@ -64,7 +64,7 @@ def gdn2_triton(
 
 
 def _without_gradient(function, scale, compute_capability):
-  """function(scale, capability, *arrays), mapped over, not differentiated."""
+  """Function of arrays that can be mapped over, not differentiated."""
   function = functools.partial(function, scale, compute_capability)
   call = jax.custom_jvp(_mapped_as_batch(function))
   call.defjvp(_no_gradient)
@@ -77,7 +77,7 @@ def _no_gradient(primals: Any, tangents: Any) -> NoReturn:
 
 
 def _mapped_as_batch(function):
-  """Lets jax.vmap put its axis into B, the first axis of every array."""
+  """Lets jax.vmap put its axis into B, the arrays' first axis."""
   call = jax.custom_batching.custom_vmap(function)
 
   @call.def_vmap
@@ -93,50 +93,44 @@ def _mapped_as_batch(function):
   return call
 
 
-def _step(scale, compute_capability, q, k, v, g, b, w, state):
+def _step(scale, compute_capability, *arrays):
   from gdn2_jax.triton import kernels
 
-  B, H, K, V = state.shape
-  blocks = kernels.step_blocks(K, V)
   return _launch(
     kernels.gdn2_step_kernel,
-    (q, k, v, g, b, w, state),
-    blocks,
-    programs=blocks.programs(B * H, V),
-    compute_capability=compute_capability,
-    SCALE=scale,
-    K=K,
-    V=V,
+    kernels.step_blocks,
+    arrays,
+    scale,
+    compute_capability,
   )
 
 
-def _sequence(scale, compute_capability, q, k, v, g, b, w, state, *segment_ids):
+def _sequence(scale, compute_capability, *arrays):
   from gdn2_jax.triton import kernels
 
-  B, H, K, V = state.shape
-  blocks = kernels.sequence_blocks(K, V)
+  q, *_, state = arrays[:7]
+  segment_ids = arrays[7:]
   # The kernel has a pointer to segments in any case: without them, one that it
   # does not read.
   (segments,) = segment_ids or (q,)
   return _launch(
     kernels.gdn2_sequence_kernel,
-    (q, k, v, g, b, w, state, segments, q.shape[1]),
-    blocks,
-    programs=blocks.programs(B * H, V),
-    compute_capability=compute_capability,
-    SCALE=scale,
-    H=H,
-    K=K,
-    V=V,
+    kernels.sequence_blocks,
+    (*arrays[:7], segments, q.shape[1]),
+    scale,
+    compute_capability,
+    H=state.shape[1],
     HAS_SEGMENTS=bool(segment_ids),
   )
 
 
-def _launch(kernel, args, blocks, *, programs, compute_capability, **constants):
-  """Calls a kernel whose outputs are o, like v, and the state it is given."""
+def _launch(kernel, blocks_for, args, scale, compute_capability, **constants):
+  """Calls a kernel with outputs o, like v, and state, in place."""
   import jax_triton
 
   v, state = args[2], args[6]
+  B, H, K, V = state.shape
+  blocks = blocks_for(K, V)
   outputs = jax_triton.triton_call(
     *args,
     kernel=kernel,
@@ -144,10 +138,13 @@ def _launch(kernel, args, blocks, *, programs, compute_capability, **constants):
       jax.ShapeDtypeStruct(v.shape, v.dtype),
       jax.ShapeDtypeStruct(state.shape, state.dtype),
     ),
-    grid=programs,
+    grid=blocks.programs(B * H, V),
     input_output_aliases={6: 1},
     num_warps=blocks.num_warps,
     compute_capability=compute_capability,
+    SCALE=scale,
+    K=K,
+    V=V,
     BLOCK_K=blocks.block_k,
     BLOCK_V=blocks.block_v,
     **constants,

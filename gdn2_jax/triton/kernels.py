@@ -23,16 +23,10 @@ import triton.language as tl
 
 
 class Blocks(NamedTuple):
-  """How a kernel is launched.
+  """Tile and warps of a program."""
 
-  Attributes:
-    block_k: Key channels of a tile, all of them: a power of two >= K.
-    block_v: Value channels of a tile.
-    num_warps: Warps of a program.
-  """
-
-  block_k: int
-  block_v: int
+  block_k: int  # all key channels: a power of two >= K
+  block_v: int  # value channels of a tile
   num_warps: int
 
   def programs(self, heads: int, V: int) -> int:
@@ -41,13 +35,13 @@ class Blocks(NamedTuple):
 
 
 def step_blocks(K: int, V: int) -> Blocks:
-  """Launch of gdn2_step_kernel: rows of 128 bytes of the state, coalesced."""
+  """Tile of gdn2_step_kernel: coalesced rows of 128 bytes of the state."""
   block_v = min(32, triton.next_power_of_2(V))
   return Blocks(triton.next_power_of_2(K), block_v, 4)
 
 
 def sequence_blocks(K: int, V: int) -> Blocks:
-  """Launch of gdn2_sequence_kernel: one warp, narrow tiles.
+  """Tile of gdn2_sequence_kernel: one warp, narrow tiles.
 
   A tile of one warp sums over K by shuffles alone, without a barrier in every
   token. Eight columns are a 32-byte sector of the state.
@@ -61,7 +55,7 @@ def sequence_blocks(K: int, V: int) -> Blocks:
 @triton.jit
 @no_type_check
 def _token(S, q, k, v, g, b, w):
-  """Eq. 10 for a tile: returns the output before scaling, and the new S."""
+  """Eq. 10 for a tile: the output before scaling, and the new S."""
   S = tl.exp(g)[:, None] * S
   u = w * v - tl.sum((b * k)[:, None] * S, axis=0)
   o = tl.sum(q[:, None] * S, axis=0) + tl.sum(q * k, axis=0) * u
@@ -101,9 +95,10 @@ def gdn2_step_kernel(
   BLOCK_K: tl.constexpr,
   BLOCK_V: tl.constexpr,
 ):
-  """One token; q, k, g, b [N, K], v, w, o [N, V], states [N, K, V].
+  """Runs one token.
 
-  N counts batch rows times heads. The two states may be the same memory: a
+  q, k, g, b are [N, K], v, w, o [N, V] and states [N, K, V], where N counts
+  batch rows times heads. The two states may be the same memory: a
   program reads its tile before it writes it, and no other program does either.
   """
   tiles: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
@@ -149,8 +144,9 @@ def gdn2_sequence_kernel(
   BLOCK_V: tl.constexpr,
   HAS_SEGMENTS: tl.constexpr,
 ):
-  """T tokens; q, k, g, b [B, T, H, K], v, w, o [B, T, H, V], segments [B, T].
+  """Runs T tokens.
 
+  q, k, g, b are [B, T, H, K], v, w, o [B, T, H, V] and segment ids [B, T].
   Without HAS_SEGMENTS segment_ids_ptr is not read. A token whose id differs
   from that of the last token before it that is not padding starts from S = 0;
   id 0 is padding. The two states [B, H, K, V] may be the same memory.

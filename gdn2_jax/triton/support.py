@@ -44,13 +44,13 @@ _REMEDY = "pip install 'gdn2-jax[triton]'"
 def unsupported_reason(
   q: Any, k: Any, v: Any, g: Any, b: Any, w: Any, state: Any
 ) -> str | None:
-  """Why the Triton kernels cannot run a call, None if they can."""
+  """Reason why the Triton kernels cannot run a call, or None."""
   arrays = {"q": q, "k": k, "v": v, "g": g, "b": b, "w": w, "state": state}
   return versions_reason() or device_reason() or _shapes_reason(arrays)
 
 
 def versions_reason() -> str | None:
-  """Says which package is missing, or which versions do not fit together."""
+  """Names a missing package, or versions that do not fit together."""
   versions = {"jax": jax.__version__}
   for package in ("jax-triton", "triton"):
     try:
@@ -65,7 +65,7 @@ def versions_reason() -> str | None:
 
 
 def device_reason() -> str | None:
-  """Says why the default device cannot run the kernels."""
+  """Reason why the default device cannot run the kernels, or None."""
   needed = "an NVIDIA GPU of compute capability 8.0 or newer"
   device = jax.config.jax_default_device
   if device is None or isinstance(device, str):

@@ -3,14 +3,13 @@
 import importlib.util
 import os
 import pathlib
-import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gdn2_jax.aot import kernels
+from gdn2_jax.aot import kernels, triton
 from gdn2_jax.aot.__main__ import compile_kernels, compile_triton
 from gdn2_jax.aot.cases import make_case
 from gdn2_jax.kernels import target
@@ -47,17 +46,10 @@ def test_bytes_are_those_of_operands_and_results():
   assert kernels.kernel_bytes(cuda_module(jnp.sin, SHAPE)) == []
 
 
-@pytest.mark.parametrize(
-  "text, want",
-  [
-    ("tensor<2x64xbf16>", 256),
-    ("tensor<f32>", 4),
-    ("tensor<3xi1>", 3),
-    ("tensor<5xf8E4M3FN>", 5),
-  ],
-)
-def test_bytes_of_mlir_types(text, want):
-  assert kernels.type_bytes(text) == want
+@pytest.mark.parametrize("dtype, size", [("bfloat16", 2), ("float32", 4)])
+def test_bytes_depend_on_the_dtype(dtype, size):
+  shape = jax.ShapeDtypeStruct((2, 4, 128), dtype)
+  assert kernels.kernel_bytes(cuda_module(double, shape)) == [2 * 1024 * size]
 
 
 class FakeLowered:
@@ -88,9 +80,8 @@ class FakeLowered:
 @pytest.fixture
 def compile_dumps(monkeypatch):
   """Compiles a case that launches (base name, constant, ptxas text), ...."""
-  compiler = kernels.Compiler(
-    jax.sharding.SingleDeviceSharding(jax.devices()[0]), kernels.Reader()
-  )
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  reader = kernels.Reader()
   monkeypatch.setattr(kernels, "kernel_bytes", lambda module: module)
 
   def run(*launches, **options):
@@ -98,7 +89,8 @@ def compile_dumps(monkeypatch):
     monkeypatch.setattr(
       jax, "jit", lambda f: type("", (), {"lower": lambda self, *a: lowered})()
     )
-    return compiler.compile(make_case("case", abs, [SHAPE], options))
+    case = make_case("case", abs, [SHAPE], options)
+    return kernels.compile_case(case, sharding, reader)
 
   return run
 
@@ -148,29 +140,25 @@ def test_only_known_noise_is_dropped(capfd):
 def test_a_kernel_that_breaks_does_not_hide_the_others(monkeypatch, capsys):
   cases = [make_case(name, abs, [SHAPE]) for name in ("bad", "good")]
 
-  class Compiler:
-    def __init__(self, sharding, reader):
-      pass
-
-    def compile(self, case):
-      if case.name == "bad":
-        raise RuntimeError("Layout inference failed\nat length")
-      usage = kernels.ptxas.parse(
-        recorded.GOOD, recorded.PTX, recorded.module("a")
+  def compile_case(case, sharding, reader):
+    if case.name == "bad":
+      raise RuntimeError("Layout inference failed\nat length")
+    usage = kernels.ptxas.parse(
+      recorded.GOOD, recorded.PTX, recorded.module("a")
+    )
+    return [
+      kernels.KernelReport(
+        case=case.name,
+        kernel="scan",
+        usage=usage,
+        limits={"min_ctas_per_sm": 2},
+        bytes_per_token_head=4352.0,
+        compile_seconds=1.5,
       )
-      return [
-        kernels.KernelReport(
-          case=case.name,
-          kernel="scan",
-          usage=usage,
-          limits={"min_ctas_per_sm": 2},
-          bytes_per_token_head=4352.0,
-          compile_seconds=1.5,
-        )
-      ]
+    ]
 
   main = "gdn2_jax.aot.__main__"
-  monkeypatch.setattr(f"{main}.Compiler", Compiler)
+  monkeypatch.setattr(f"{main}.compile_case", compile_case)
   monkeypatch.setattr(f"{main}.topology.h100_sharding", lambda: None)
   monkeypatch.setattr(f"{main}.cases_lib.find_cases", lambda o: (cases, [], []))
   reports, failures = compile_kernels("", kernels.Reader())
@@ -188,12 +176,11 @@ def test_triton_kernels_are_printed_and_can_fail(monkeypatch, capsys):
     {"kernel": "step", "target": "sm_89", "failures": ["step: spills"]},
     {"kernel": "sequence", "target": "sm_80", "registers": 80},
   ]
-  module = types.SimpleNamespace(compile_all=lambda targets: rows)
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-  monkeypatch.setattr(importlib, "import_module", lambda name: module)
+  monkeypatch.setattr(triton, "compile_all", lambda targets: rows)
   assert compile_triton("step") == (rows[:2], ["step: spills"])
   printed = "triton: kernel step, target sm_80, registers 64\n"
   assert printed in capsys.readouterr().out
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   assert compile_triton("") == ([], [])
-  assert "not compiled: gdn2_jax.triton" in capsys.readouterr().out
+  assert "not compiled: triton is not" in capsys.readouterr().out

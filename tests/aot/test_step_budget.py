@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from gdn2_jax.aot.hlo_costs import Launch
+from gdn2_jax.aot.hlo_text import read_program
 from gdn2_jax.aot.step_budget import (
   ONE_DEVICE,
   Costs,
@@ -82,7 +83,7 @@ metadata={op_name="jit(train_step)/mlp/neg"}
 
 
 def test_parts_add_up():
-  costs = step_costs(HLO, 4096)
+  costs = step_costs(read_program(HLO), 4096)
   activations, weight = 4 * 4096 * 512 * 2, 512 * 512 * 2
   assert list(costs) == ["MLP products", "SwiGLU", "total"]
   assert costs["SwiGLU"].gigabytes == pytest.approx(2 * activations / 1e9)

@@ -5,18 +5,21 @@ import dataclasses
 import pytest
 
 from gdn2_jax.aot import ptxas, topology, train_step
+from gdn2_jax.aot.hlo_text import read_program
 from gdn2_jax.aot.step_budget import ONE_DEVICE, Costs
 from tests.aot import recorded
 
 HLO = """\
-%p = bf16[8]{0} custom-call(%a), custom_call_target="mosaic_gpu_v2"
-%q = bf16[8]{0} custom-call(%p), custom_call_target="mosaic_gpu_v2"
-%r = (s8[4]{0}, f32[]) custom-call(%q), custom_call_target="__cudnn$fmha"
-%all-gather-start = (f32[1]{0}, f32[8]{0}) all-gather-start(%q), dims={0}
-%all-gather-done = f32[8]{0} all-gather-done(%all-gather-start)
-%all-reduce.45 = f32[] all-reduce(%copy.330), to_apply=%add
-%reduce-scatter.1 = f32[1]{0} reduce-scatter(%all-gather-done), dims={0}
-%fusion = f32[] fusion(%all-reduce.45), metadata={op_name="all-to-all"}
+ENTRY %main (a: bf16[8]) -> f32[] {
+  %p = bf16[8]{0} custom-call(%a), custom_call_target="mosaic_gpu_v2"
+  %q = bf16[8]{0} custom-call(%p), custom_call_target="mosaic_gpu_v2"
+  %r = (s8[4]{0}, f32[]) custom-call(%q), custom_call_target="__cudnn$fmha"
+  %all-gather-start = (f32[1]{0}, f32[8]{0}) all-gather-start(%q), dims={0}
+  %all-gather-done = f32[8]{0} all-gather-done(%all-gather-start)
+  %all-reduce.45 = f32[] all-reduce(%copy.330), to_apply=%add
+  %reduce-scatter.1 = f32[1]{0} reduce-scatter(%all-gather-done), dims={0}
+  %fusion = f32[] fusion(%all-reduce.45), metadata={op_name="all-to-all"}
+}
 """
 
 REPORT = train_step.StepReport(
@@ -38,7 +41,7 @@ REPORT = train_step.StepReport(
 
 
 def test_a_collective_counts_once_and_its_users_do_not():
-  collectives, calls = train_step.count_instructions(HLO)
+  collectives, calls = train_step.count_instructions(read_program(HLO))
   assert collectives == {"all-gather": 1, "all-reduce": 1, "reduce-scatter": 1}
   assert calls == {"__cudnn$fmha": 1, "mosaic_gpu_v2": 2}
 

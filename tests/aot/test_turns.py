@@ -1,5 +1,7 @@
 """Sums across warps out of turn are found, in modules lowered without a GPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -179,16 +181,20 @@ def test_a_module_that_cannot_be_read_does_not_pass():
 CASES = cases.find_cases("")[0]
 
 
+_SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+# `make aot` checks every kernel.
 @pytest.mark.parametrize(
   "name",
   [
-    "intra",
-    "intra, A given",
-    "intra, gates",
+    _SLOW("intra"),
+    _SLOW("intra, A given"),
+    _SLOW("intra, gates"),
     "scan, states saved",
     "scan, gates",
     "scan_grad",
-    "intra_grad, gates",
+    _SLOW("intra_grad, gates"),
   ],
 )
 def test_kernels_of_two_warpgroups_take_turns(name):

@@ -1,19 +1,19 @@
-"""Compiles every kernel for GPUs that need not be there.
+"""Compilation of the Triton kernels, without a GPU.
 
-Needs triton; no GPU, no driver and no JAX with CUDA. The arguments are
-described to Triton as jax_triton does: pointers are aligned to 16 bytes, and T
-is a number that is known when the program runs.
+Needs triton. The arguments are described to it as jax_triton does: pointers are
+aligned to 16 bytes, and T is a number that is known when the program runs.
 """
 
 import pathlib
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-_TOOLKIT_PTXAS = "/usr/local/cuda/bin/ptxas"
+from gdn2_jax.aot import ptxas
+from gdn2_jax.aot.topology import find_ptxas
+
 _HEADS = 16
 _SHAPES = ((128, 128), (256, 256), (64, 64), (48, 40))  # K, V
 _DTYPES = ("bf16", "fp32")
@@ -23,20 +23,11 @@ _INPUTS = ("q", "k", "v", "g", "b", "w")
 def compile_all(
   targets: Sequence[int] = (80, 89, 120),
 ) -> list[dict[str, Any]]:
-  """Compiles the kernels for compute capabilities.
+  """Rows of every kernel, shape and compute capability (80 for 8.0).
 
-  Args:
-    targets: Compute capabilities without the dot.
-
-  Returns:
-    One dict for each kernel, shape and target: `kernel`, `arch`, and of what
-    was compiled `ptx_version`, `registers` of a thread, `spill_bytes` of a
-    thread (stores and loads), `stack_bytes`, `shared_bytes` of a program and
-    `num_warps`. `failures` says in sentences what is wrong: a kernel that
-    does not compile, that spills, or that has a stack.
-
-  Raises:
-    ImportError: triton is not installed.
+  Bytes of spills (stores and loads) and stack are a thread's, those of shared
+  memory a program's. `failures` are sentences: a kernel that does not compile,
+  that spills, or that has a stack.
   """
   from triton.backends.compiler import GPUTarget
 
@@ -117,40 +108,24 @@ def _compile(num_warps, source, target):
     "ptx_version": re.search(r"\.version (\S+)", ptx)[1],
     "shared_bytes": compiled.metadata.shared,
     "num_warps": num_warps,
-    **_assemble(ptx, target.arch),
+    **_assemble(ptx),
   }
 
 
-def _assemble(ptx: str, arch: int) -> dict[str, int]:
+def _assemble(ptx: str) -> dict[str, int]:
   """Registers, spills and stack of a kernel, as ptxas counts them."""
   target = re.search(r"\.target (\w+)", ptx)[1]
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "kernel.ptx"
     path.write_text(ptx)
-    command = [_ptxas(arch), "-v", f"-arch={target}", str(path)]
+    command = [str(find_ptxas()), "-v", f"-arch={target}", str(path)]
     command += ["-o", str(path.with_suffix(".cubin"))]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
   if run.returncode:
     raise RuntimeError(f"ptxas: {run.stderr.strip()}")
-  stack, stores, loads = re.search(
-    r"(\d+) bytes stack frame, (\d+) bytes spill stores,"
-    r" (\d+) bytes spill loads",
-    run.stderr,
-  ).groups()
+  registers, stack, stores, loads = ptxas.counts(run.stderr)
   return {
-    "registers": int(re.search(r"Used (\d+) registers", run.stderr)[1]),
-    "spill_bytes": int(stores) + int(loads),
-    "stack_bytes": int(stack),
+    "registers": registers,
+    "spill_bytes": stores + loads,
+    "stack_bytes": stack,
   }
-
-
-def _ptxas(arch: int) -> str:
-  """The assembler of a CUDA toolkit, as JAX would take; else Triton's own."""
-  found = shutil.which("ptxas")
-  if found is None and pathlib.Path(_TOOLKIT_PTXAS).exists():
-    found = _TOOLKIT_PTXAS
-  if found is None:
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    found = get_ptxas(arch).path
-  return found
