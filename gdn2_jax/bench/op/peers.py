@@ -1,12 +1,12 @@
 """fla's naive recurrence in torch, where it is installed."""
 
+import functools
 import importlib
-import statistics
-import time
 from typing import Any
 
 import numpy as np
 
+from gdn2_jax.bench import timing
 from gdn2_jax.kernels.errors import relative_rms
 from gdn2_jax.ops.gdn2 import arg_specs
 from gdn2_jax.ops.gdn2.api import gdn2
@@ -33,10 +33,7 @@ def run(spec: arg_specs.ArgSpec, rounds: int = 3) -> dict[str, Any]:
   error = relative_rms(o.astype(np.float64), exact.astype(np.float64))
   if not error <= BOUND:
     return row | {"note": f"fails its error check ({error:.1e}): not timed"}
-  times = []
-  for _ in range(rounds):
-    start = time.process_time()
-    recurrence(q, k, v, g, b, w)
-    times.append(time.process_time() - start)
-  milliseconds = 1e3 * statistics.median(times)
+  call = functools.partial(recurrence, q, k, v, g, b, w)
+  measure = functools.partial(timing.mean_seconds, call)
+  milliseconds = 1e3 * timing.race({"fla": measure}, rounds)["fla"]
   return row | {"note": f"forward {milliseconds:.1f} ms, error {error:.1e}"}
