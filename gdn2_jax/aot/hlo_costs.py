@@ -22,19 +22,9 @@ from gdn2_jax.aot.hlo_text import (
   shape_of,
 )
 
-_VIEWS = frozenset(
-  (
-    "add-dependency",
-    "after-all",
-    "bitcast",
-    "constant",
-    "get-tuple-element",
-    "opt-barrier",
-    "parameter",
-    "partition-id",
-    "replica-id",
-    "tuple",
-  )
+_VIEWS = (
+  *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
+  *("opt-barrier", "add-dependency", "after-all", "partition-id", "replica-id"),
 )
 _SLICES = {"dynamic-slice", "slice"}
 _IN_PLACE = "dynamic-update-slice"

@@ -13,10 +13,15 @@ from gdn2_jax.bench import timing
 from gdn2_jax.ops.gdn2.api import select_implementation
 
 
+def date() -> str:
+  """Date and time in UTC, to the second."""
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
 def environment() -> dict[str, Any]:
   """Date, device, clock and versions, as every result file has them."""
   return {
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "date": date(),
     "device": jax.devices()[0].device_kind,
     "cpu": _cpu_name(),
     "clock": "one core, CPU time" if timing.is_one_core() else "wall time",

@@ -7,7 +7,6 @@ rows are kept, and a part that ended early is started again after the row that
 ended it.
 """
 
-import datetime
 import importlib
 import importlib.metadata
 import json
@@ -27,7 +26,7 @@ from absl import flags
 from gdn2_jax.bench.gpu import table as gpu_table
 from gdn2_jax.bench.gpu.names import NO_GPU, PARTS
 from gdn2_jax.bench.gpu.part import Recorder, Row, environment
-from gdn2_jax.bench.results import write_json
+from gdn2_jax.bench.results import date, write_json
 from gdn2_jax.kernels import target
 
 # End of each part, as a share of all the time.
@@ -98,7 +97,7 @@ def measure(
   """Yields the result so far after each part."""
   start = time.time()
   result = {
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "date": date(),
     "rehearsal": rehearse,
     "driver": _driver(),
     "packages": _versions(),

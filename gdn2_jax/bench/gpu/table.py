@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from gdn2_jax.bench.gpu.names import COLUMNS, OURS, PARTS
+from gdn2_jax.bench.gpu.part import Row
 
 BEGIN = "<!-- gpu: begin (written by make gpu) -->"
 END = "<!-- gpu: end -->"
-
-Row = dict[str, Any]
 
 
 def tables(result: dict[str, Any]) -> str:
