@@ -1,11 +1,11 @@
-"""Cross-entropy of a linear head without the [B, T, VOCAB] logits.
+"""Cross-entropy of a linear head that never stores all logits.
 
 For a token with hidden vector x and target y, z = head^T x:
 
     nll = logsumexp(z) - z_y  (+ z_loss * logsumexp(z)^2)
     d nll / d z = softmax(z) * (1 + 2 * z_loss * logsumexp(z)) - onehot(y)
 
-Logits exist for one chunk of time at a time, forward and backward.
+Only the logits of one chunk of tokens are in memory, forward and backward.
 """
 
 import functools
@@ -19,7 +19,7 @@ from gdn2_jax.ops.attention.xla import product
 
 
 def _check(hidden, head, targets, chunk, z_loss):
-  """Refuses what does not fit, before any compute."""
+  """Raises ValueError for wrong shapes, dtypes and numbers."""
   if hidden.ndim != 3 or not jnp.issubdtype(hidden.dtype, jnp.floating):
     raise ValueError(
       f"hidden: expected floating [B, T, D], got {hidden.dtype} of shape "
@@ -67,8 +67,8 @@ def _logits(hidden, head):
 
 
 def _is_target(targets, logits):
-  # A comparison, not a gather: it fuses, and a vocabulary split over devices
-  # needs no exchange of logits.
+  # A comparison instead of a gather: XLA fuses it, and with the vocabulary
+  # split over devices no logits are exchanged.
   return targets[:, :, None] == lax.broadcasted_iota(
     targets.dtype, logits.shape, 2
   )
@@ -122,7 +122,7 @@ def _backward(chunk, z_loss, residuals, d_nll):
     lse,
     _split_time(d_nll, chunk),
   )
-  # zeros_like, so that under shard_map the carry varies as its updates do.
+  # zeros_like: under shard_map the carry must vary over its updates' axes.
   d_head = jnp.zeros_like(lse, shape=head.shape)
   d_head, d_hidden = lax.scan(body, d_head, xs)
   d_hidden = _join_time(d_hidden, hidden.shape[1])
@@ -147,26 +147,26 @@ def cross_entropy(
   logsumexp and sums the gradient of the head in float32.
 
   Args:
-    hidden: [B, T, D].
-    head: [D, VOCAB]; cast to hidden.dtype for the products, its gradient
-      comes back in its own dtype.
-    targets: [B, T] in 0 .. VOCAB-1. Not checked on the device: a target
-      outside the range matches no logit, so its loss is logsumexp alone;
-      callers validate on the host.
-    chunk: tokens of each sequence whose logits exist at a time.
-    z_loss: coefficient of the squared logsumexp.
+    hidden: Activations [B, T, D].
+    head: Matrix [D, VOCAB]; cast to hidden.dtype for the products. Its gradient
+      has the dtype of head.
+    targets: Token ids [B, T] in 0 .. VOCAB-1. Not checked on the device: a
+      target outside the range matches no logit and its loss is logsumexp
+      alone. Callers validate on the host.
+    chunk: Tokens of each sequence whose logits are in memory at a time.
+    z_loss: Coefficient of the squared logsumexp.
 
   Returns:
-    [B, T] float32 (float64 for float64 hidden). Padding is not masked:
+    Losses [B, T], float32 (float64 for float64 hidden). Padding is not masked:
     multiply by the loss mask.
 
   Raises:
-    ValueError: a shape, a dtype, chunk or z_loss does not fit.
+    ValueError: An argument has a wrong shape, dtype or value; it is named.
   """
   _check(hidden, head, targets, chunk, z_loss)
   chunk = min(chunk, max(1, hidden.shape[1]))
-  # Under shard_map over sequences the head is the same on every device and
-  # hidden is not: adding a zero that varies as hidden does lets the backward
-  # pass sum the gradient of the head over devices. XLA drops the addition.
+  # Under shard_map over sequences, hidden varies over devices and head does
+  # not. Adding a zero that varies makes the backward pass sum the gradient of
+  # the head over devices. XLA removes the addition.
   head = head + jnp.zeros_like(hidden, head.dtype, shape=(1, 1))
   return _cross_entropy(hidden, head, targets, chunk, float(z_loss))

@@ -1,4 +1,4 @@
-"""Normalisations over the last axis, float32 inside, result in x.dtype.
+"""Normalisations over the last axis, in float32, with results in x.dtype.
 
 l2_norm        x / sqrt(sum x^2 + eps)
 rms_norm       x / sqrt(mean x^2 + eps) * weight
@@ -16,7 +16,7 @@ from gdn2_jax.kernels import choice
 
 
 def _compute_dtype(x):
-  """float32, or float64 where x is float64."""
+  """float32, or float64 if x is float64."""
   return jnp.promote_types(x.dtype, jnp.float32)
 
 
@@ -51,7 +51,7 @@ def l2_norm(x: Float[Array, "*axes K"], eps: float = 1e-6) -> Array:
 
 
 def _rms_norm(x, weight, eps):
-  """rms_norm in the compute dtype, before the cast back to x.dtype."""
+  """rms_norm before the cast back to x.dtype."""
   wide = x.astype(_compute_dtype(x))
   mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
   weight = weight.astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
@@ -78,12 +78,26 @@ def gated_rms_norm(
   eps: float = 1e-5,
   implementation: str | None = None,
 ) -> Array:
-  """x / sqrt(mean x^2 + eps) * weight * act(gate + bias), of section 3.5.
+  """x / sqrt(mean x^2 + eps) * weight * act(gate + bias) (section 3.5).
 
-  Norm, activation and product are one float32 chain. bias has the shape of the
-  last axes of gate, V at least; None is zero. "mosaic_gpu" names kernels for
-  Hopper that read and write every array once, for x [B, T, H, V] of 16 bits;
-  None chooses as gdn2.
+  All steps are float32; only the result is rounded.
+
+  Args:
+    x: [..., V].
+    gate: [..., V], of the shape of x.
+    weight: [V].
+    bias: Of the shape of gate's last axes, V at least; None means zero.
+    activation: "silu" or "sigmoid".
+    eps: Added to the mean of squares, > 0.
+    implementation: "xla"; "mosaic_gpu", kernels for Hopper that read and write
+      every array once, for x [B, T, H, V] of 16 bits; None chooses as gdn2.
+
+  Returns:
+    An array like x.
+
+  Raises:
+    ValueError: An argument has a wrong shape, dtype or value; it is named.
+    NotImplementedError: The named implementation cannot run this call.
   """
   _check_float("x", x)
   if gate.shape != x.shape:

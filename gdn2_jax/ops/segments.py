@@ -1,10 +1,9 @@
-"""Packed rows: where state restarts, and where a token stands in its segment.
+"""Segments of packed rows: restarts of the state and positions of tokens.
 
-A row of segment_ids holds one id per token. 0 is padding, transparent to the
-recurrence wherever it stands. A token whose id differs from that of the last
-token before it that is not padding starts from a zero state, also where an
-earlier segment had the same id. The first segment of a row continues the
-incoming state.
+A row of segment_ids has one id per token. 0 is padding, which the recurrence
+skips. A token starts from a zero state if its id differs from that of the last
+token before it that is not padding, even if an earlier segment had the same id.
+The first segment of a row continues the initial state.
 """
 
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def segment_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-  """True where the state restarts from zero before the token is read."""
+  """True at tokens before which the state restarts from zero."""
   T = segment_ids.shape[1]
   valid_BT = segment_ids != 0
   index_BT = jnp.where(valid_BT, jnp.arange(T)[None], -1)
@@ -37,14 +36,8 @@ def segment_positions(
 ) -> Int[Array, "B T"]:
   """Position of each token in its segment, padding not counted.
 
-  Args:
-    segment_ids: Segments, 0 for padding.
-    first: Position of the first token of the first segment: the number of
-      tokens that the incoming state has already seen.
-
-  Returns:
-    Positions from 0 (from `first` in the first segment); padding repeats the
-    position before it.
+  Positions start from 0, and from `first` in the first segment: the number of
+  tokens that the initial state has read. Padding repeats the position before.
   """
   starts_BT = segment_starts(segment_ids)
   count_BT = jnp.cumsum(segment_ids != 0, axis=1, dtype=jnp.int32)
@@ -57,6 +50,6 @@ def segment_positions(
 def drop_padding(
   segment_ids: Int[Array, "B T"], *arrays: Float[Array, "B T _ _"]
 ) -> tuple[Float[Array, "B T _ _"], ...]:
-  """Zeroes every array at padding tokens, whatever stood there (also NaN)."""
+  """Sets every array to zero at padding tokens, which may hold NaN."""
   valid = (segment_ids != 0)[:, :, None, None]
   return tuple(jnp.where(valid, x, jnp.zeros((), x.dtype)) for x in arrays)

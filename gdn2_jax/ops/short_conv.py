@@ -1,9 +1,9 @@
-"""Causal depthwise convolution over time, a few taps wide.
+"""Causal depthwise convolution over time, with a few taps.
 
     y_t = bias + sum_i kernel[W-1-i] * x_{t-i},   i = 0 .. W-1
 
-with x_{t-i} taken from the carried state where t - i < 0 and as zero where it
-belongs to another segment; silu(y) if asked for.
+x_{t-i} comes from the state if t - i < 0, and is zero if it belongs to another
+segment. silu(y) is optional.
 """
 
 import functools
@@ -27,7 +27,7 @@ ACTIVATIONS = (None, "silu")
 
 
 def _check(x, kernel, bias, activation, state, segment_ids):
-  """Refuses what does not fit, before any compute."""
+  """Raises ValueError for wrong shapes and dtypes."""
   if activation not in ACTIVATIONS:
     raise ValueError(
       f"activation: expected one of {ACTIVATIONS}, got {activation!r}"
@@ -63,28 +63,29 @@ def _check(x, kernel, bias, activation, state, segment_ids):
     )
 
 
-# Residuals are the inputs: autodiff alone would keep W widened copies of x.
+# checkpoint keeps only the inputs as residuals: automatic differentiation alone
+# would keep W float32 copies of x.
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(4,))
 def _taps(past_x, kernel, bias, ids, activation):
-  """The W shifted products of [B, W-1+T, C], oldest first, in x.dtype."""
+  """Sums the W shifted products of [B, W-1+T, C], the oldest input first."""
   width, channels = kernel.shape
   time = past_x.shape[1] - width + 1
   dtype = jnp.promote_types(past_x.dtype, jnp.float32)
   taps = kernel.astype(dtype).reshape((width, 1, 1, channels))
-  # Every product meets a running sum, never another product: compilers fuse
-  # it into one multiply-add, and which of two products they would fuse
-  # depends on T. Hence the sum starts at a zero that they cannot fold.
+  # Every product is added to a running sum, never to another product: compilers
+  # fuse a product and a sum into one multiply-add, and which of two products
+  # they fuse depends on T. So the sum starts at a zero that they cannot fold.
   start = taps[0] - taps[0]
   if bias is not None:
     start = bias.astype(dtype).reshape((1, 1, channels))
   reach = None if ids is None else _reach(ids, width)
   y = jnp.broadcast_to(start, (past_x.shape[0], time, channels))
-  # Widened before it is shifted, so that its gradient sums in float32 too.
+  # Widened before it is shifted, so that its gradient is summed in float32.
   wide_x = past_x.astype(dtype)
   for tap in range(width):
     x = wide_x[:, tap : tap + time]
     if reach is not None:
-      # The input is masked, not the product: padding may hold NaN.
+      # Mask the input, not the product: padding may hold NaN.
       x = jnp.where(reach[width - 1 - tap][:, :, None], x, 0)
     y = y + taps[tap] * x
   if reach is not None:
@@ -95,10 +96,10 @@ def _taps(past_x, kernel, bias, ids, activation):
 
 
 def _reach(ids, width):
-  """reach[i][b, t]: x_{t-i} lies in the unbroken segment of x_t.
+  """Masks reach[i][b, t]: True if x_{t-i} is in the same segment as x_t.
 
-  Neighbours are compared one step at a time, so an id that comes back after
-  another segment or after padding does not join the two.
+  Neighbours are compared one step at a time, so two segments with the same id
+  stay apart if another segment or padding is between them.
   """
   time = ids.shape[1] - width + 1
   now = lax.slice_in_dim(ids, width - 1, width - 1 + time, axis=1)
@@ -111,13 +112,13 @@ def _reach(ids, width):
 
 
 def _last_inputs(past_x, ids, width):
-  """The W-1 inputs that end at each row's last token that is not padding."""
+  """The W-1 inputs of each row that end at its last token, padding aside."""
   if ids is None or width == 1:
     return past_x[:, past_x.shape[1] - width + 1 :]
   length = ids.shape[1]
   index = jnp.arange(length, dtype=jnp.int32).reshape((1, length))
   is_token = (ids != 0) & (index >= width - 1)
-  # A row of padding ends at the incoming state itself and keeps it.
+  # A row of padding alone ends at the initial state and returns it.
   last = jnp.max(jnp.where(is_token, index, width - 2), axis=1, keepdims=True)
   steps = jnp.arange(width - 1, dtype=jnp.int32).reshape((1, width - 1))
   slots = last - (width - 2) + steps
@@ -127,7 +128,7 @@ def _last_inputs(past_x, ids, width):
 
 
 def _keep_unbroken(inputs, is_same):
-  """The inputs after the last one of another segment; zeros up to it."""
+  """Zeros the inputs up to and including the last one of another segment."""
   is_same = jnp.flip(is_same, axis=1).astype(jnp.int32)
   unbroken = jnp.flip(jnp.cumprod(is_same, axis=1), axis=1)
   return jnp.where(unbroken[:, :, None] == 1, inputs, 0)
@@ -144,48 +145,48 @@ def short_conv(
   implementation: str | None = None,
   axis_name: str | None = None,
 ) -> tuple[Float[Array, "B T C"], Float[Array, "B W-1 C"]]:
-  """Causal depthwise convolution with carried inputs and segment resets.
+  """Causal depthwise convolution with a state and resets at segments.
 
-  Taps never cross the border of a segment. The first segment of a call
-  continues `state`; running a sequence in pieces and carrying the state sums
-  the same terms in the same order, so it gives the same bits as running it
-  whole (measured on CPU from 8 channels up; fewer may differ by a rounding).
+  Taps never reach into another segment. The first segment of a call continues
+  `state`. A sequence in several calls that pass the state on gives the same
+  bits as one call, because it sums the same terms in the same order (measured
+  on a CPU from 8 channels up; fewer may differ by one rounding).
 
-  Padding (id 0) may stand between segments or at the end of a row; its output
-  is 0 and it enters no state. Padding inside a segment cuts it in two, and
-  padding at the start of a row cuts the row off from the incoming state.
+  Padding (id 0) belongs between segments or at the end of a row; its output is
+  0 and it does not enter the state. Padding inside a segment splits it in two,
+  and padding at the start of a row separates the row from the initial state.
 
   Args:
-    x: [B, T, C], T >= 1.
+    x: Inputs [B, T, C], T >= 1.
     kernel: [W, C]; tap W-1 multiplies x_t.
     bias: [C] or None.
     activation: "silu", applied in float32 before y is rounded, or None.
-    segment_ids: [B, T] or None for one segment per row.
-    state: [B, W-1, C] in x.dtype, the inputs before the call, oldest first;
-      None for zeros.
+    segment_ids: [B, T] integers, or None for one segment per row.
+    state: Inputs before the call [B, W-1, C] in x.dtype, oldest first; None
+      means zeros.
     implementation: "xla"; "mosaic_gpu", kernels for Hopper that read and write
       every array once, for "silu" and 16 bits; None chooses as gdn2.
-    axis_name: Mesh axis that the sequence is split over, for a call under
-      jax.shard_map: x and segment_ids are then this device's shard, T >= W - 1,
-      and both states are those of the whole sequence, the same on all
-      devices. None: the sequence is whole.
+    axis_name: Mesh axis that the tokens are split over, for a call under
+      jax.shard_map. x and segment_ids are then this device's shard, T >= W - 1,
+      and both states belong to the whole sequence and are the same on all
+      devices. None: the sequence is on one device.
 
   Returns:
-    y: [B, T, C] in x.dtype, accumulated in float32.
-    state: [B, W-1, C], the last W-1 inputs of the last segment, zeros where
-      it is shorter; a row of padding returns its state unchanged.
+    y [B, T, C] in x.dtype, accumulated in float32, and the state [B, W-1, C]:
+    the last W-1 inputs of the last segment, zeros where it is shorter. A row of
+    padding alone returns its state unchanged.
 
   Raises:
-    ValueError: a shape or dtype does not fit.
-    NotImplementedError: the kernels cannot run this call.
+    ValueError: An argument has a wrong shape, dtype or value; it is named.
+    NotImplementedError: The named implementation cannot run this call.
   """
   _check(x, kernel, bias, activation, state, segment_ids)
   batch, _, channels = x.shape
   width = kernel.shape[0]
   if axis_name is not None:
     check_axis(axis_name)
-    # The kernel before it meets x: its gradient is then summed over devices as
-    # [W, C], and not where the two have met.
+    # Marking the kernel here makes its gradient [W, C] the array that is summed
+    # over devices, instead of larger products with x.
     x, kernel, bias, segment_ids, state = vary_together(
       (vary(x, axis_name), kernel, bias, segment_ids, state)
     )
@@ -213,10 +214,10 @@ def short_conv(
 
 
 def _inputs_before(x, taps, state, segment_ids, axis_name):
-  """The inputs before this shard [B, W-1, C]; `state` is the sequence's."""
+  """Inputs before this shard [B, W-1, C], given those before the sequence."""
   if x.shape[1] < taps:
     raise ValueError(
-      f"x: expected [B, T, C] with T >= {taps} tokens to a device for a kernel"
+      f"x: expected [B, T, C] with T >= {taps} tokens per device for a kernel"
       f" of {taps + 1} taps, got {x.shape}"
     )
   halo = left_halo(x, taps, axis_name=axis_name)
@@ -229,7 +230,7 @@ def _inputs_before(x, taps, state, segment_ids, axis_name):
 
 
 def _end_of_sequence(end, segment_ids, axis_name):
-  """The last inputs of the last shard with a token, on all devices."""
+  """Broadcasts the last inputs of the last shard that has a token."""
   last = lax.axis_size(axis_name) - 1
   if segment_ids is not None:
     # Padding at the end of a row may fill whole shards.
@@ -243,7 +244,7 @@ def _kernel_reason(x, kernel, bias, activation):
   from gdn2_jax.pallas.short_conv import unsupported_reason
 
   if bias is not None or activation != "silu":
-    return "the kernels take no bias, and activation 'silu'"
+    return "the kernels take no bias, and only activation 'silu'"
   return unsupported_reason(x, kernel)
 
 
@@ -252,7 +253,7 @@ def _run_kernels(x, kernel, state, ids):
 
   reach = None
   if ids is not None:
-    # Ids of the state's inputs lead.
+    # ids starts with those of the state's W-1 inputs.
     reach = sum(r.astype(jnp.int32) for r in _reach(ids, len(kernel))) - 1
   return short_conv_silu_mosaic_gpu(x, kernel, state, reach)
 
@@ -273,7 +274,7 @@ def _kernels_are_right(x):
 
 
 def _with_state_ids(ids, width):
-  """Ids of the state's inputs, which belong to the first token, and ids."""
+  """Prepends the first token's id for each input of the state."""
   first = jnp.broadcast_to(ids[:, :1], (ids.shape[0], width - 1))
   return jnp.concatenate([first, ids], axis=1)
 

@@ -1,4 +1,4 @@
-"""Softmax attention: windowed or full, over sequences or a cache."""
+"""Softmax attention, windowed or full, over sequences or a cache."""
 
 from gdn2_jax.ops.attention.api import sliding_window_attention
 

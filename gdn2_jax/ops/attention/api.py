@@ -1,10 +1,10 @@
-"""Causal attention over a sliding window, in memory linear in T.
+"""Causal attention over a sliding window, with memory linear in T.
 
     o_i = sum_j p_ij v_j,  p_i = softmax_j(scale * q_i . k_j)
 
-over the keys j that query i may see: not later than i, fewer than `window`
-tokens back, in the same segment. Scores exist for one block of queries at a
-time, forward and backward.
+over the keys j that query i sees: not later than i, fewer than `window` tokens
+before it, in the same segment. Only one block of queries has its scores in
+memory at a time, forward and backward.
 """
 
 import ctypes.util
@@ -23,7 +23,7 @@ IMPLEMENTATIONS = ("xla", "cudnn", "mosaic_gpu")
 
 
 def _check_qkv(q, k, v, scale):
-  """Refuses shapes and dtypes that do not fit, before any compute."""
+  """Raises ValueError for wrong shapes and dtypes."""
   if q.ndim != 4 or not jnp.issubdtype(q.dtype, jnp.floating):
     raise ValueError(
       f"q: expected floating [B, T, HQ, D], got {q.dtype} of shape {q.shape}"
@@ -54,7 +54,7 @@ def _check_options(q, k, window, implementation):
   time, keys = q.shape[1], k.shape[1]
   if time < 1 or keys < time:
     raise ValueError(
-      f"k: expected S >= T >= 1 (queries stand at the end of the keys), got "
+      f"k: expected S >= T >= 1 (queries are the last T tokens), got "
       f"S = {keys}, T = {time}"
     )
   if window is not None and window < 1:
@@ -95,13 +95,13 @@ def _cudnn_found():
 
 
 def cudnn_unsupported_reason(q, k, segment_ids=None) -> str | None:
-  """Why "cudnn" cannot run this call, None if it can."""
+  """Reason that "cudnn" cannot run a call, or None if it can."""
   if jax.default_backend() != "gpu":
     return f"needs a GPU, the backend is {jax.default_backend()}"
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     return f"needs bfloat16 or float16, got {q.dtype}"
   if segment_ids is not None:
-    return "has no segment ids"
+    return "does not support segment ids"
   if q.shape[1] != k.shape[1]:
     return f"needs S == T, got S = {k.shape[1]}, T = {q.shape[1]}"
   if q.shape[-1] > 128 or q.shape[-1] % 8:
@@ -115,11 +115,11 @@ def cudnn_unsupported_reason(q, k, segment_ids=None) -> str | None:
 
 
 def _attend_in_parts(q, k, v, q_ids, kv_ids, window, scale):
-  """Blockwise attention, queries in four parts that read no later key.
+  """Blockwise attention, with the queries in four parts if there is no window.
 
-  A block's span of keys has a fixed length: the window, or without a window
-  all keys of the call, half of which are later than the average query. Parts
-  cut that half to an eighth.
+  Every block of queries reads a span of keys of fixed length: the window, or
+  without one all keys of the call, on average half of them later than the
+  query. A part reads no key after its last query, so only an eighth is wasted.
   """
   time, context = q.shape[1], k.shape[1] - q.shape[1]
   parts = 4 if window is None and time >= 512 else 1
@@ -152,41 +152,42 @@ def sliding_window_attention(
 ) -> Float[Array, "B T HQ D"]:
   """Causal attention in which a query sees its last `window` keys.
 
-  The queries stand at the end of the keys: query i at key index c + i,
-  c = S - T, and the first c keys are context. Query i sees key j if
-  j <= c + i, c + i - j < window and both carry the same nonzero segment id.
-  A query that sees no key gives exactly 0 and takes and sends no gradient.
+  The queries are the last T of the S tokens: query i has key index c + i with
+  c = S - T. Query i sees key j if j <= c + i, c + i - j < window, and both
+  have the same nonzero segment id. The output of a query that sees no key is
+  exactly 0, and so are its gradients.
 
-  Distances count tokens of the row, so padding (id 0) may stand between
-  segments or at the end of a row, and segments of a row need distinct ids.
+  Distances count tokens of the row. Padding (id 0) is therefore allowed only
+  between segments and at the end of a row, and the segments of a row need
+  distinct ids.
 
   Args:
-    q: [B, T, HQ, D], HQ a multiple of HKV; query head h reads key head
+    q: Queries [B, T, HQ, D], HQ a multiple of HKV; query head h reads key head
       h // (HQ // HKV).
-    k: [B, S, HKV, D], S >= T.
-    v: [B, S, HKV, D].
-    window: number of keys a query sees, itself included; None for all.
-    q_segment_ids: [B, T] or None.
-    kv_segment_ids: [B, S], given if and only if q_segment_ids is.
-    scale: multiplies the scores; None for D^-0.5.
-    implementation: "xla" takes every call; "cudnn" on a GPU, bfloat16 or
-      float16, S == T, no segment ids; "mosaic_gpu", kernels for Hopper,
-      bfloat16 or float16, S == T, D 64 or 128, the same ids for queries and
-      keys. None takes "cudnn" where it can run, else "mosaic_gpu" where it can
-      run and has proved right, else "xla".
-    axis_name: Mesh axis that the rows are split over, for a call under
-      jax.shard_map: every array is then this device's shard, S == T, and
-      segment ids are distinct along the whole row
-      (context.borders.runs_and_positions makes them). A window beyond T + 1
-      takes a message for each shard that it reaches. None: rows are whole.
+    k: Keys [B, S, HKV, D], S >= T.
+    v: Values [B, S, HKV, D].
+    window: Number of keys that a query sees, its own included; None for all.
+    q_segment_ids: [B, T] integers, or None.
+    kv_segment_ids: [B, S] integers; required if q_segment_ids is given.
+    scale: Factor on the scores; None means D^-0.5.
+    implementation: "xla" supports every call; "cudnn" needs a GPU, bfloat16 or
+      float16, S == T and no segment ids; "mosaic_gpu", kernels for Hopper,
+      needs bfloat16 or float16, S == T, D 64 or 128 and the same ids for
+      queries and keys. None takes "cudnn" if it supports the call, else
+      "mosaic_gpu" if it does and passed its self-check, else "xla".
+    axis_name: Mesh axis that the tokens are split over, for a call under
+      jax.shard_map. Every array is then this device's shard, S == T, and
+      segment ids are distinct along the whole row, as made by
+      context.borders.runs_and_positions. A window beyond T + 1 needs one
+      message per shard that it reaches. None: the rows are on one device.
 
   Returns:
     [B, T, HQ, D] in q.dtype; scores and softmax are float32 (float64 for
     float64 inputs).
 
   Raises:
-    ValueError: a shape, dtype or number does not fit.
-    NotImplementedError: the named implementation cannot run this call.
+    ValueError: An argument has a wrong shape, dtype or value; it is named.
+    NotImplementedError: The named implementation cannot run this call.
   """
   _check_qkv(q, k, v, scale)
   _check_options(q, k, window, implementation)
@@ -222,7 +223,7 @@ def sliding_window_attention(
 
 
 def _keys_before(k, v, q_ids, kv_ids, window, axis_name, T):
-  """k, v and both ids, with those of the shards before that a window sees."""
+  """Prepends the keys, values and ids of earlier shards within the window."""
   devices = check_axis(axis_name)
   if k.shape[1] != T:
     raise ValueError(f"k: expected S = T = {T} with axis_name, got {k.shape}")
@@ -230,7 +231,7 @@ def _keys_before(k, v, q_ids, kv_ids, window, axis_name, T):
   if window is not None:
     before = min(window - 1, before)
   if q_ids is None and devices > 1:
-    # The first shard has no tokens before it, though it has a halo.
+    # Ids mark the halo of the first shard, which no token fills, as padding.
     q_ids = kv_ids = vary(jnp.ones(k.shape[:2], jnp.int32), axis_name)
   if before:
     k, v, kv_ids = (

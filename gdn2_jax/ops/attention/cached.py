@@ -1,8 +1,8 @@
-"""Causal attention of new tokens over a cache of keys and over themselves.
+"""Causal attention of new tokens to a key-value cache and to each other.
 
-The caches of all layers are one array; a layer reads its part where it lies,
-block by block, and stores its new keys and values in place. With scores s_j of
-the keys of a block, the running sums of a query are, from m = -inf on,
+The caches of all layers are one array; a layer reads its part block by block
+without a copy, and stores its new keys and values in place. With scores s_j of
+the keys of a block, the running sums of a query are, starting from m = -inf,
 
     m' = max(m, max_j s_j),  r = exp(m - m')
     l' = r l + sum_j exp(s_j - m'),  a' = r a + sum_j exp(s_j - m') v_j
@@ -22,11 +22,10 @@ from jaxtyping import Array, Float, Int
 from gdn2_jax.kernels.target import backend
 from gdn2_jax.ops.attention.xla import attention_and_logsumexp, product
 
-# Elements of a block of keys, and of its scores. Measured on a CPU: there a
-# block is copied once, which is cheap while the copy stays in the second-level
-# cache, and slots of the last block are read that hold nothing yet. A GPU waits
-# for the host after each block, so that a block should take longer than that;
-# not measured.
+# Elements of a block of keys, and of its scores. On a CPU, as measured: a block
+# is copied once, which is cheap while the copy fits the second-level cache, and
+# larger blocks read more empty slots. On a GPU, not measured: the loop waits
+# for the host after each block, so a block should take longer than that.
 _CPU_BLOCK, _CPU_SCORES = 1 << 18, 1 << 19
 _GPU_BLOCK, _GPU_SCORES = 1 << 26, 1 << 27
 _SMALLEST_BLOCK = 128
@@ -52,31 +51,30 @@ def cached_attention(
   Float[Array, "N B HKV S D"],
   Float[Array, "N B HKV S D"],
 ]:
-  """Attends to the cache and to the new tokens, then stores these.
+  """Attends to the cache and to the new tokens, then stores the new tokens.
 
-  A query of the first segment sees the keys that the cache holds, a query of
-  any segment the new keys of its own segment up to itself, and none of them a
-  key `window` or more positions before it. Time is in proportion to the slots
-  up to the last one in use, in any row, not to S. Not differentiable in
-  reverse: training has no cache.
+  Queries of the first segment see the cached keys. Queries of every segment see
+  the new keys of their segment up to their own. No query sees a key `window` or
+  more positions before it. Time is proportional to the last slot in use in any
+  row, not to S. No reverse-mode gradient: training has no cache.
 
   Args:
-    q: [B, T, HQ, D] rotated queries; head h reads key head h // (HQ // HKV).
-    k: [B, T, HKV, D] rotated keys.
-    v: [B, T, HKV, D].
-    k_cache: [N, B, HKV, S, D] of all layers, finite in every slot.
-    v_cache: [N, B, HKV, S, D].
-    layer: which of the N.
-    held: [B, S] position of the token in each slot, before all new ones; -1
-      where there is none.
-    positions: [B, T] of the new tokens.
-    slots: [B, T] where to store each new key, distinct in a row; nowhere if
-      not below S.
-    window: number of keys a query sees, itself included; None for all.
-    segment_ids: [B, T], distinct for distinct segments, 1 the first one's and
-      0 of padding, whose output is 0; None for one segment.
-    scale: multiplies the scores; None for D^-0.5.
-    block: slots that are read at a time; None for what suits the device.
+    q: Rotated queries [B, T, HQ, D]; head h reads key head h // (HQ // HKV).
+    k: Rotated keys [B, T, HKV, D].
+    v: Values [B, T, HKV, D].
+    k_cache: Keys of all layers [N, B, HKV, S, D], finite in every slot.
+    v_cache: Values of all layers [N, B, HKV, S, D].
+    layer: Index of the layer, below N.
+    held: Position of the token in each slot before the call [B, S], -1 if the
+      slot is empty.
+    positions: Positions of the new tokens [B, T].
+    slots: Slot for each new key [B, T], distinct within a row; a token whose
+      slot is S or above is not stored.
+    window: Number of keys that a query sees, its own included; None for all.
+    segment_ids: [B, T], 1 for the first segment, distinct ids for later ones,
+      0 for padding, whose output is 0; None for one segment.
+    scale: Factor on the scores; None means D^-0.5.
+    block: Slots read at a time; None chooses by device.
 
   Returns:
     o [B, T, HQ, D] in q.dtype, and both caches.
@@ -108,7 +106,7 @@ def cached_attention(
     used = jnp.where(held >= 0, jnp.arange(1, S + 1, dtype=jnp.int32)[None], 0)
     blocks = (jnp.max(used) + block - 1) // block
     seen = lax.fori_loop(0, blocks, see, seen)
-  # XLA would copy the caches for a write that could come before the reads.
+  # Order the writes after the reads: otherwise XLA copies the caches.
   k_cache, v_cache, seen = lax.optimization_barrier((k_cache, v_cache, seen))
   _, total, out = seen
   o = _tokens_first(out / total[..., None]).astype(q.dtype)
@@ -126,10 +124,10 @@ def cached_attention(
 
 
 def _block_size(q, k):
-  """Keys of a block: a power of two."""
+  """Keys per block, a power of two."""
   B, T, heads, D = q.shape
   if export.is_symbolic_dim(B):
-    B = 1  # a program for any number of rows serves one well
+    B = 1  # a program exported for any batch size is tuned for one row
   on_cpu = backend() == "cpu"
   elements = _CPU_BLOCK if on_cpu else _GPU_BLOCK
   scores = _CPU_SCORES if on_cpu else _GPU_SCORES
@@ -151,7 +149,7 @@ def _tokens_first(x_BHGTD):
 
 
 def _see_the_new(q, k, v, segment_ids, window, scale):
-  """m, l [B, HK, G, T] and a [B, HK, G, T, D] of the new tokens alone."""
+  """Running sums m, l [B, HK, G, T], a [B, HK, G, T, D] over the new tokens."""
   key_heads = k.shape[2]
   if q.shape[1] == 1:
     q_BHGTD, k_BHGTD = _heads_first(q, key_heads), _heads_first(k, key_heads)
@@ -167,7 +165,7 @@ def _see_the_new(q, k, v, segment_ids, window, scale):
 
 
 def _take(cache, *, layer, start, size):
-  """[B, HK, L, D] of one layer's slots."""
+  """Slice [B, HK, L, D] of one layer's slots."""
   _, B, heads, _, D = cache.shape
   part = lax.dynamic_slice(
     cache, (layer, 0, 0, start, 0), (1, B, heads, size, D)
@@ -176,11 +174,11 @@ def _take(cache, *, layer, start, size):
 
 
 def _scores(q_BHGTD, k_BHLD):
-  """[B, HK, G, T, L]."""
+  """Scores [B, HK, G, T, L]."""
   if q_BHGTD.shape[3] > 1:
     return product("bhgtd,bhld->bhgtl", q_BHGTD, k_BHLD)
-  # On a CPU the second operand of a product is transposed, element by element:
-  # let it be the query.
+  # On a CPU XLA transposes the second operand element by element, so the query,
+  # which is the smaller one, comes second.
   dtype = jnp.promote_types(q_BHGTD.dtype, jnp.float32)
   scores_BHLG = lax.dot_general(
     k_BHLD,
@@ -193,7 +191,7 @@ def _scores(q_BHGTD, k_BHLD):
 
 
 def _add(seen, scores, v_BHLD):
-  """The running sums with one more block; every m is finite from the start."""
+  """Adds a block to the running sums; m is finite after the new tokens."""
   top, total, out = seen
   new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
   weights = jnp.exp(scores - new_top[..., None])

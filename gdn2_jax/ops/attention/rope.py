@@ -1,7 +1,7 @@
-"""Rotary position embedding, half-split, over the full head.
+"""Rotary position embedding over the full head, in the half-split layout.
 
-Channel i of the first half and channel i of the second half are the two
-coordinates that turn by position * base^(-2 i / D).
+Channel i of the first half and channel i of the second half form a pair that is
+rotated by position * base^(-2 i / D).
 """
 
 import jax.numpy as jnp
@@ -24,15 +24,15 @@ def apply_rope(
   position and a frequency, so its error grows as position * 2^-24 radians.
 
   Args:
-    x: [B, T, H, D], D even.
+    x: Queries or keys [B, T, H, D], D even.
     positions: [B, T] integers, below 2^24 (exact in float32).
-    base: the slowest pair turns by about 1/base radians per token.
+    base: The slowest pair rotates by about 1/base radians per token.
 
   Returns:
     [B, T, H, D] in x.dtype.
 
   Raises:
-    ValueError: D is odd, a shape or dtype does not fit, or base <= 1.
+    ValueError: D is odd, a shape or dtype is wrong, or base <= 1.
   """
   if x.ndim != 4 or x.shape[-1] % 2:
     raise ValueError(f"x: expected [B, T, H, D] with even D, got {x.shape}")

@@ -1,7 +1,7 @@
 """Blockwise causal attention in XLA, with a hand-written backward pass.
 
-A scan over blocks of queries; every block reads the one span of keys that its
-queries may see. With weights P = softmax(scale Q K^T) of a block,
+A scan over blocks of queries; every block reads the span of keys that its
+queries see. With weights P = softmax(scale Q K^T) of a block,
 
     O = P V
     dP = dO V^T,  dS = scale * P * (dP - rowsum(P * dP))
@@ -20,13 +20,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Each query computes block + window - 1 scores. On CPU 128 was within 15% of
-# the best size for windows from 256 up; 256 cost 1.4 to 2 times as much.
+# Queries per block. Each query computes block + window - 1 scores. On a CPU 128
+# was within 15% of the best size for windows from 256 up; 256 took 1.4 to 2
+# times as long. Not measured on a GPU.
 _MAX_BLOCK = 128
 
 
 class _Plan:
-  """The static geometry of a call: which span of keys each block reads."""
+  """Static geometry of a call: blocks of queries and their spans of keys."""
 
   def __init__(self, q, k, window, block):
     time, keys = q.shape[1], k.shape[1]
@@ -39,12 +40,12 @@ class _Plan:
     self.span = min(self.keys, self.block + self.window - 1)
 
   def start(self, index):
-    """First key that block `index` reads."""
+    """Index of the first key that block `index` reads."""
     end = self.context + (index + 1) * self.block
     return jnp.maximum(end - self.span, 0)
 
   def mask(self, index, q_ids, kv_ids):
-    """[B or 1, 1, 1, C, L]: may the query see the key."""
+    """Mask [B or 1, 1, 1, C, L], True where the query sees the key."""
     row = jnp.arange(self.block, dtype=jnp.int32).reshape((-1, 1))
     column = jnp.arange(self.span, dtype=jnp.int32).reshape((1, -1))
     distance = self.context + index * self.block - self.start(index)
@@ -56,16 +57,16 @@ class _Plan:
     return allowed[:, None, None]
 
   def take(self, x, index):
-    """The span of block `index`, of [B, S, ...]."""
+    """Slices the span of block `index` from [B, S, ...]."""
     return lax.dynamic_slice_in_dim(x, self.start(index), self.span, axis=1)
 
   def add(self, total, x, index):
-    """Adds x to the span of block `index`; in place inside a loop."""
+    """Adds x to the span of block `index`, in place inside a loop."""
     x = self.take(total, index) + x
     return lax.dynamic_update_slice_in_dim(total, x, self.start(index), axis=1)
 
   def blocks_first(self, x, key_heads=None):
-    """[B, T, ...] to [N, B, C, ...], HQ as HK, G where key_heads is given."""
+    """[B, T, ...] to [N, B, C, ...]; key_heads splits HQ into HK, G."""
     x = _pad_time(x, self.time)
     tail = x.shape[2:]
     if key_heads is not None:
@@ -75,7 +76,7 @@ class _Plan:
 
 
 def _block_size(time, window):
-  """A power of two, no larger than the window or than T needs."""
+  """Queries per block: a power of two, no more than T or the window needs."""
   block = 1
   while block < min(time, window, _MAX_BLOCK):
     block *= 2
@@ -96,10 +97,10 @@ def _join_blocks(x_NBCHGD, time):
 
 
 def _layout(plan, q, k, v, q_ids, kv_ids):
-  """Queries and their ids by block; keys, values and their ids padded."""
+  """Queries and their ids in blocks; keys, values and their ids padded."""
   key_heads = k.shape[2]
   if q_ids is not None:
-    # A weight of zero does not silence a NaN or inf left in padding.
+    # Padding may hold NaN or inf, and 0 * NaN is NaN: mask the inputs, too.
     q = jnp.where((q_ids != 0)[:, :, None, None], q, 0)
     k = jnp.where((kv_ids != 0)[:, :, None, None], k, 0)
     v = jnp.where((kv_ids != 0)[:, :, None, None], v, 0)
@@ -116,7 +117,7 @@ def _layout(plan, q, k, v, q_ids, kv_ids):
 
 
 def product(equation, x, y):
-  """An einsum accumulated in float32, with float32 inputs never rounded."""
+  """Einsum with float32 accumulation that never rounds float32 inputs."""
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   precision = lax.Precision.HIGHEST if x.dtype == dtype else None
   return jnp.einsum(
@@ -125,7 +126,7 @@ def product(equation, x, y):
 
 
 def _scores(plan, index, q_BCHGD, k_BLHD, q_ids, kv_ids, scale):
-  """Scores [B, HK, G, C, L], -inf where the query may not look."""
+  """Scores [B, HK, G, C, L], -inf where the query does not see the key."""
   scores = product("bchgd,blhd->bhgcl", q_BCHGD, k_BLHD) * scale
   kv_ids = None if q_ids is None else plan.take(kv_ids, index)
   return jnp.where(plan.mask(index, q_ids, kv_ids), scores, -jnp.inf)
@@ -133,10 +134,7 @@ def _scores(plan, index, q_BCHGD, k_BLHD, q_ids, kv_ids, scale):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def blockwise_attention(q, k, v, q_ids, kv_ids, window, scale, block=None):
-  """`sliding_window_attention` with checked arguments.
-
-  `block` is the queries of a block; None for a power of two up to 128.
-  """
+  """sliding_window_attention by XLA, with `block` queries at a time."""
   return _forward(q, k, v, q_ids, kv_ids, window, scale, block)[0]
 
 
@@ -147,8 +145,8 @@ def _forward(q, k, v, q_ids, kv_ids, window, scale, block):
   )
 
   def body(_, xs):
-    # The mask depends on no layer: left alone JAX computes those of all blocks
-    # in front of a scan over layers, keeps them, and every layer reads them.
+    # The masks are the same in all layers. Without the barrier JAX computes the
+    # masks of all blocks before a scan over layers, and keeps them in memory.
     index, q_BCHGD, ids = lax.optimization_barrier(xs)
     k_BLHD, v_BLHD = plan.take(k_all, index), plan.take(v_all, index)
     scores = _scores(plan, index, q_BCHGD, k_BLHD, ids, kv_all, scale)
@@ -180,8 +178,8 @@ def _backward(window, scale, block, residuals, d_out):
     scores = _scores(plan, index, q_BCHGD, k_BLHD, ids, kv_all, scale)
     weights = jnp.exp(scores - lse_BHGC1)
     d_weights = product("bchgd,blhd->bhgcl", d_out_BCHGD, v_BLHD)
-    # Not rowsum(dO * O): with peaked weights the bfloat16 rounding of a saved
-    # O makes dQ and dK four times as wrong as rounding dQ and dK does.
+    # Not rowsum(dO * O): with peaked weights, a saved O that was rounded to
+    # bfloat16 makes errors in dQ and dK four times those of rounding them.
     inner_BHGC1 = jnp.sum(weights * d_weights, axis=-1, keepdims=True)
     d_scores = weights * (d_weights - inner_BHGC1) * scale
     d_scores, weights = d_scores.astype(q.dtype), weights.astype(q.dtype)
@@ -199,7 +197,7 @@ def _backward(window, scale, block, residuals, d_out):
     lse_NBHGC1,
     plan.blocks_first(d_out, k.shape[2]),
   )
-  # zeros_like, so that under shard_map the carry varies as its updates do.
+  # zeros_like: under shard_map the carry must vary over its updates' axes.
   zeros = jnp.zeros_like(k_all, lse_NBHGC1.dtype)
   (d_k, d_v), d_q = lax.scan(body, (zeros, zeros), xs)
   d_q = _join_blocks(d_q, q.shape[1])
@@ -217,9 +215,9 @@ blockwise_attention.defvjp(_forward, _backward)
 
 
 def attention_and_logsumexp(q, k, v, q_ids, kv_ids, window, scale):
-  """`blockwise_attention`, and log sum_j exp(s_j) [B, T, HQ] of every query.
+  """Attention, and log sum_j exp(s_j) [B, T, HQ]; no reverse-mode gradient.
 
-  Both are 0 for a query that sees no key. Not differentiable in reverse.
+  Both are 0 for a query that sees no key.
   """
   out, residuals = _forward(q, k, v, q_ids, kv_ids, window, scale, None)
   lse_NBCHG1 = jnp.moveaxis(residuals[-1], 4, 2)

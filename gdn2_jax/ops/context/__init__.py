@@ -1,1 +1,1 @@
-"""Exchanges between devices that hold shards of the tokens."""
+"""Exchanges between devices that hold different tokens of a sequence."""

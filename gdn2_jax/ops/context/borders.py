@@ -1,8 +1,8 @@
-"""Rows split over devices: what a shard knows of the shards before it.
+"""Exchanges across the borders of rows that are split over devices.
 
-The segment rules are those of segments.py for the whole row: whether a document
-continues across a border is decided by the ids on its two sides, padding left
-out.
+Segment rules are those of segments.py, applied to the whole row: a document
+continues across a border if the nearest ids on its two sides that are not
+padding are equal.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from gdn2_jax.ops.segments import segment_starts
 
 
 def check_axis(axis_name: str) -> int:
-  """The number of devices along a mesh axis; ValueError outside shard_map."""
+  """Number of devices along a mesh axis; ValueError outside shard_map."""
   try:
     return lax.axis_size(axis_name)
   except NameError:
@@ -27,9 +27,9 @@ def check_axis(axis_name: str) -> int:
 
 
 def left_halo(x: Array, length: int, *, axis_name: str) -> Array:
-  """The `length` tokens left of this shard, zeros before the first one.
+  """The `length` tokens before this shard; zeros before the first shard.
 
-  Beyond the T tokens of a shard it takes a message for every shard.
+  More tokens than a shard holds need one message per shard.
   """
   T, devices = x.shape[1], lax.axis_size(axis_name)
   parts, missing = [], length
@@ -39,7 +39,7 @@ def left_halo(x: Array, length: int, *, axis_name: str) -> Array:
     size = min(missing, T)
     missing -= size
     pairs = [(r, r + distance) for r in range(devices - distance)]
-    # Devices that nobody sends to receive zeros.
+    # A device that is no target of ppermute receives zeros.
     part = lax.ppermute(x[:, T - size :], axis_name, pairs)
     parts.insert(0, part)
   if missing:
@@ -50,7 +50,7 @@ def left_halo(x: Array, length: int, *, axis_name: str) -> Array:
 
 
 class _Shards(NamedTuple):
-  """Summary of every shard, known to all of them, [B, P]."""
+  """Summary [B, P] of all P shards, the same on every device."""
 
   restarts: Bool[Array, "B P"]
   tokens: Int[Array, "B P"]
@@ -59,14 +59,14 @@ class _Shards(NamedTuple):
 
 
 def _gather_shards(segment_ids, starts, axis):
-  """Five numbers per row and shard: whatever the length of the row."""
+  """Gathers five integers per row and shard, for rows of any length."""
   T = segment_ids.shape[1]
   valid = segment_ids != 0
   index = jnp.arange(T, dtype=jnp.int32)[None]
   first = jnp.where(valid, index, T - 1).min(axis=1, keepdims=True)
   last = jnp.where(valid, index, 0).max(axis=1, keepdims=True)
   count = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
-  # Padding only: both ends are 0, and no shard sees a border here.
+  # Both ends of a shard with nothing but padding are 0, which is no border.
   ends = [jnp.take_along_axis(segment_ids, at, axis=1) for at in (first, last)]
   numbers = [
     *(jnp.where(valid.any(axis=1, keepdims=True), x, 0) for x in ends),
@@ -83,7 +83,7 @@ def _gather_shards(segment_ids, starts, axis):
     restarts,
     tokens,
     starts + restarts,
-    # The first token of a shard is its token 0.
+    # A restart at the border is at token 0 of the shard, unless one follows.
     jnp.where(restarts & (last_start < 0), 0, last_start),
   )
 
@@ -91,10 +91,10 @@ def _gather_shards(segment_ids, starts, axis):
 def continues(
   segment_ids: Int[Array, "B T"], *, axis_name: str
 ) -> Bool[Array, "B"]:
-  """Whether the first token here continues the document of the shards before.
+  """True where this shard's first token continues an earlier document.
 
   False where the state restarts at the shard's first token; True in rows
-  without a token before, or without one here. Padding is looked through.
+  without an earlier token or without a token here. Padding is skipped.
   """
   starts = jnp.zeros_like(segment_ids, bool)
   shards = _gather_shards(segment_ids, starts, axis_name)
@@ -109,9 +109,9 @@ def _own(x_BP, axis):
 def runs_and_positions(
   segment_ids: Int[Array, "B T"], *, axis_name: str
 ) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-  """Segments numbered along the whole row from 1, 0 of padding; positions.
+  """Segment numbers along the whole row, from 1 (padding 0), and positions.
 
-  Positions are those of segments.segment_positions from position 0.
+  Positions are those of segments.segment_positions with first = 0.
   """
   valid = segment_ids != 0
   local = segment_starts(segment_ids)
@@ -135,24 +135,24 @@ def runs_and_positions(
 
 
 def from_rank(x: Array, rank: int | Array, *, axis_name: str) -> Array:
-  """The value of one device, on all of them; `rank` is one, or [B]."""
+  """Broadcasts the value of device `rank` (one, or [B]) to all devices."""
   is_it = jnp.asarray(lax.axis_index(axis_name) == rank)
   is_it = is_it.reshape(is_it.shape + (1,) * (x.ndim - is_it.ndim))
   return lax.psum(jnp.where(is_it, x, jnp.zeros_like(x)), axis_name)
 
 
 def vary(x: jax.Array | None, axis_name: str) -> jax.Array | None:
-  """Marks an array that is the same on all devices as one that may differ."""
+  """Marks a replicated array as varying over a mesh axis."""
   if x is None or axis_name in jax.typeof(x).manual_axis_type.varying:
     return x
   return lax.pcast(x, axis_name, to="varying")
 
 
 def vary_together(arrays):
-  """Under shard_map, marks all arrays as varying over the same mesh axes.
+  """Marks all arrays as varying over the union of their mesh axes.
 
-  A loop carries its state, and a gradient its cotangent, with the axes of all
-  inputs together; zeros made here, or an input that is replicated, have fewer.
+  Under shard_map, loop carries and cotangents vary over the axes of all inputs
+  together. Replicated inputs, and zeros made here, vary over fewer.
   """
 
   def varying(x):

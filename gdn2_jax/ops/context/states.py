@@ -1,13 +1,13 @@
 """Start states of the shards of a sequence that is split over devices.
 
-Eq. 10 is affine in the state, so the tokens of shard r take it through
+Eq. 10 is affine in the state, so the tokens of shard r map it as
 
   S -> M_r S + U_r,      M_r [K, K],  U_r [K, V]
 
 and the shard starts from S_r, with S_0 given and S_{r+1} = M_r S_r + U_r. This
-file finds the S_r from the (M_r, U_r). What is sent does not depend on the
-length of the sequence. With P devices a device receives, in units of one state
-(U, and M where V = K):
+module computes S_r from all (M_r, U_r). The size of its messages does not
+depend on the length of the sequence. With P devices, a device receives, in
+units of one state (the size of U, and of M if V = K):
 
   ring         1, but after P - 1 messages that wait for each other
   all_to_all   3 (P-1)/P in two messages: a device gets the maps of all shards
@@ -30,12 +30,11 @@ SCHEMES = ("ring", "all_to_all", "doubling")
 
 
 def choose_scheme(scheme: str | None, devices: int, rows: int) -> Scheme:
-  """The scheme that waits least for messages, or the one that is named.
+  """Checks a named scheme, or chooses the cheapest one for None.
 
-  For two devices a ring is one message of one state. Beyond that all_to_all
-  receives the least, whatever the number of devices, but every device needs
-  rows (batch rows times key heads) to chain: it must divide them. doubling
-  needs no rows.
+  With two devices "ring" sends one state in one message. With more,
+  "all_to_all" sends the least, but needs a number of rows (batch rows times key
+  heads) that is a multiple of the devices. "doubling" has no such condition.
   """
   if scheme is None:
     if devices <= 2:
@@ -62,18 +61,18 @@ def start_states(
   scheme: Scheme,
   reverse: bool = False,
 ) -> Float[Array, "B H K V"]:
-  """The state S_r from which this device's shard starts, under shard_map.
+  """Start state S_r of this device's shard, under shard_map.
 
-  `state` is S_0, read on the first device alone. With reverse the chain goes
-  from the last shard to the first, S_{r-1} = M_r S_r + U_r, from the last
-  device's state.
+  `state` is S_0, and only the first device's is used. With `reverse` the chain
+  runs from the last shard to the first, S_{r-1} = M_r S_r + U_r, starting with
+  the last device's `state`.
   """
   run = {"ring": _ring, "all_to_all": _all_to_all, "doubling": _doubling}
   return run[scheme](M, U, state, _Chain(axis_name, reverse))
 
 
 class _Chain(NamedTuple):
-  """Devices in the order of the chain: place 0 holds the first map."""
+  """Order of the devices along the chain; place 0 has the first map."""
 
   axis: str
   reverse: bool
@@ -84,16 +83,16 @@ class _Chain(NamedTuple):
 
   @property
   def place(self):
-    """Of this device."""
+    """Place of this device."""
     rank = lax.axis_index(self.axis)
     return self.devices - 1 - rank if self.reverse else rank
 
   def by_device(self, x):
-    """A list by place as one by device, or the other way round."""
+    """Reorders a list from places to devices, or back."""
     return x[::-1] if self.reverse else x
 
   def send(self, x, distance, places=None):
-    """x from places (all) to the places after; zeros where nothing arrives."""
+    """Sends x from `places` (None: all) `distance` ahead; zeros elsewhere."""
     device = self.by_device(list(range(self.devices)))
     places = range(self.devices - distance) if places is None else places
     pairs = [(device[p], device[p + distance]) for p in places]
@@ -105,7 +104,7 @@ def _compose(M, X):
 
 
 def _ring(M, U, state, chain):
-  """Place p sends S_{p+1} on as soon as it has S_p."""
+  """Place p sends S_{p+1} to the next one as soon as it has S_p."""
   start = state
   for sender in range(chain.devices - 1):
     received = chain.send(_compose(M, start) + U, 1, [sender])
@@ -114,12 +113,12 @@ def _ring(M, U, state, chain):
 
 
 def _first_as_state(M, U, state, chain):
-  """U, that of place 0 the state after it: S_1."""
+  """U, with place 0's replaced by the state after its shard, S_1."""
   return jnp.where(chain.place == 0, _compose(M, state) + U, U)
 
 
 def _all_to_all(M, U, state, chain):
-  """Device i chains the maps of all shards for the i-th part of the rows."""
+  """Every device chains the maps of all shards for its part of the rows."""
   devices, (K, V) = chain.devices, U.shape[-2:]
   rows = M.shape[0] * M.shape[1]
 
@@ -139,7 +138,7 @@ def _all_to_all(M, U, state, chain):
 
 def _doubling(M, U, state, chain):
   """Composes the maps of 1, 2, 4, ... shards up to this one."""
-  # The first map takes any state to S_1: its M is zero.
+  # The first map must give S_1 for any state, so its M is zero.
   U = _first_as_state(M, U, state, chain)
   M = jnp.where(chain.place == 0, jnp.zeros_like(M), M)
   distance = 1

@@ -1,13 +1,13 @@
-"""The public op: Gated DeltaNet-2 over a sequence, and over one token.
+"""Public Gated DeltaNet-2 op, over a sequence and over one token.
 
-Equivalent, for every batch row and head, to (Eq. 10)
+For every batch row and head it computes (Eq. 10)
 
   S = exp(g_t)[:, None] * S
   S = S + outer(k_t, w_t * v_t - S.T @ (b_t * k_t))
   o_t = scale * S.T @ q_t
 
-inputs.py validates; dispatch.py chooses an implementation. The mathematics is
-in reference.py (tokens) and xla.py (chunks).
+inputs.py validates the arguments and dispatch.py chooses an implementation. The
+equations are derived in reference.py (token by token) and xla.py (chunks).
 """
 
 from typing import no_type_check
@@ -44,8 +44,8 @@ __all__ = [
 ]
 
 
-# The annotations are for the reader: a wrong shape must reach check_inputs,
-# which names the argument, and not a type checker.
+# Excluded from type checking at run time: a wrong shape must reach
+# check_inputs, whose error names the argument.
 @no_type_check
 def gdn2(
   q: Float[Array, "B T H K"],
@@ -65,41 +65,44 @@ def gdn2(
   """Gated DeltaNet-2 (Eq. 10) over a sequence.
 
   Value head j reads key head j // (HV // H). All arithmetic is float32
-  (float64 where an input is float64).
+  (float64 if an input is float64). Time comes before heads: arrays in the
+  layout [B, H, T, *] are read as T heads of H tokens, which no check can find.
 
   Args:
     q: Queries [B, T, H, K], bfloat16, float16, float32 or float64.
     k: Keys [B, T, H, K].
     v: Values [B, T, HV, V], HV a multiple of H.
-    g: Log-decay [B, T, H, K], <= 0, taken in float32. A positive entry raises
-      where values can be seen; under jit it is outside the contract.
+    g: Log-decay [B, T, H, K], <= 0, used in float32. A positive entry raises
+      ValueError outside jit; under jit, where values are not known, the result
+      is undefined.
     b: Erase gate [B, T, H, K], in [0, 1], or [0, 2] for negative eigenvalues.
     w: Write gate [B, T, HV, V], in [0, 1].
-    scale: Factor on the output; None is K**-0.5.
-    state: Incoming state [B, HV, K, V], float32; None is zeros.
+    scale: Factor on the output; None means K**-0.5.
+    state: Initial state [B, HV, K, V], float32; None means zeros.
     segment_ids: [B, T] integers. The state restarts from zero where the id
       changes; 0 is padding, which neither reads nor changes the state and
-      whose output is 0. The first segment continues `state`.
+      whose output is 0. The first segment starts from `state`.
     implementation: "reference" (token by token) or "xla" (chunkwise), both
       compiled by XLA (its TPU compiler fails on the gradient of "xla" for
       v5e, docs/scale.md), "mosaic_gpu" (kernels for an NVIDIA GPU of compute
-      capability 9.0) or "triton" (forward of a short sequence on other NVIDIA
-      GPUs); a named one runs or raises, unsupported_reason says why. None
-      lets select_implementation choose.
-    axis_name: Mesh axis that the sequence is split over, for a call under
-      jax.shard_map: every array with a T axis is then this device's shard,
-      and both states are those of the whole sequence, the same on all
-      devices. A named implementation must also take V + K value channels.
-      None: the sequence is whole.
-    scheme: How states pass between shards: "ring", "all_to_all" or "doubling"
-      (docs/scale.md); None chooses. Only with axis_name.
+      capability 9.0) or "triton" (forward pass of a short sequence on other
+      NVIDIA GPUs). A named implementation runs or raises NotImplementedError;
+      unsupported_reason gives the reason in advance. None takes
+      select_implementation's choice.
+    axis_name: Mesh axis that the tokens are split over, for a call under
+      jax.shard_map. Every array with a T axis is then this device's shard,
+      and both states belong to the whole sequence and are the same on all
+      devices. A named implementation must also support V + K value channels.
+      None: the sequence is on one device.
+    scheme: Exchange of states between shards: "ring", "all_to_all" or
+      "doubling" (docs/scale.md); None chooses. Only with axis_name.
 
   Returns:
     o [B, T, HV, V] in the dtype of v, and the final state [B, HV, K, V].
 
   Raises:
-    ValueError: naming the argument whose shape, dtype or value is wrong.
-    NotImplementedError: the named implementation cannot run this call.
+    ValueError: An argument has a wrong shape, dtype or value; it is named.
+    NotImplementedError: The named implementation cannot run this call.
   """
   inputs = check_inputs(q, k, v, g, b, w, time_axis=True)
   q, _, v, *_ = inputs
@@ -143,16 +146,16 @@ def gdn2_step(
     g: Log-decay [B, H, K], <= 0.
     b: Erase gate [B, H, K].
     w: Write gate [B, HV, V].
-    state: [B, HV, K, V], float32.
-    scale: Factor on the output; None is K**-0.5.
+    state: State before the token [B, HV, K, V], float32.
+    scale: Factor on the output; None means K**-0.5.
     implementation: As in gdn2.
 
   Returns:
     o [B, HV, V] in the dtype of v, and the new state [B, HV, K, V].
 
   Raises:
-    ValueError: naming the argument whose shape, dtype or value is wrong.
-    NotImplementedError: the named implementation cannot run this call.
+    ValueError: An argument has a wrong shape, dtype or value; it is named.
+    NotImplementedError: The named implementation cannot run this call.
   """
   q, k, v, g, b, w = check_inputs(q, k, v, g, b, w, time_axis=False)
   name = dispatch.resolve(implementation, q, k, v, g, b, w, step=True)

@@ -1,4 +1,4 @@
-"""Named shapes of the op: what is tested is what is benchmarked."""
+"""Named shapes of the op, shared by tests and benchmarks."""
 
 import dataclasses
 
@@ -8,22 +8,22 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArgSpec:
-  """One call of gdn2.
+  """Shapes of one call of gdn2.
 
   Attributes:
-    name: What --spec selects.
+    name: Name for --spec.
     B: Batch rows.
     T: Tokens.
     H: Key heads.
     K: Key channels of a head.
     V: Value channels of a head.
     value_heads: Value heads per key head.
-    g_min: Least log-decay; g is uniform in [g_min, g_max].
-    g_max: Greatest log-decay.
+    g_min: Lower bound of the log-decay; g is uniform in [g_min, g_max].
+    g_max: Upper bound of the log-decay.
     segments: Documents packed into a row; 1 means no segment_ids.
-    dtype: Of q, k, v, b and w; g is float32.
-    tags: "cpu" where a CPU core is enough, "gpu" where it is not, "train"
-      where the token scan can be differentiated in a few GB.
+    dtype: Dtype of q, k, v, b and w; g is float32.
+    tags: "cpu": feasible on one CPU core; "gpu": needs a GPU; "train": the
+      token scan can be differentiated in a few GB.
   """
 
   name: str
@@ -41,7 +41,7 @@ class ArgSpec:
 
   @property
   def token_heads(self) -> int:
-    """B * T * H: the unit in which memory is stated."""
+    """B * T * H, the unit of memory per token and head."""
     return self.B * self.T * self.H
 
 
@@ -75,7 +75,7 @@ ARG_SPECS = (
 
 
 def get_spec(name: str) -> ArgSpec:
-  """The spec of that name; ValueError if there is none."""
+  """Returns the spec of that name; raises ValueError if there is none."""
   for spec in ARG_SPECS:
     if spec.name == name:
       return spec
@@ -86,7 +86,7 @@ def get_spec(name: str) -> ArgSpec:
 def make_inputs(
   spec: ArgSpec, seed: int = 0
 ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-  """Random q, k (unit), v, g, b, w of a spec, and its segment_ids."""
+  """Random (q, k, v, g, b, w) with unit q and k, and the segment_ids."""
   keys = jax.random.split(jax.random.key(seed), 6)
   qk_shape = (spec.B, spec.T, spec.H, spec.K)
   vw_shape = (spec.B, spec.T, spec.H * spec.value_heads, spec.V)

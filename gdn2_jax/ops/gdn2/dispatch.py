@@ -1,4 +1,4 @@
-"""Choice of the op's implementation for a call, and how each is called."""
+"""Implementations of the op, and the choice among them."""
 
 import functools
 from collections.abc import Callable
@@ -16,8 +16,8 @@ Implementation = Literal["reference", "xla", "mosaic_gpu", "triton"]
 
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "triton")
 
-# Kernels that None tries before "xla". The Triton kernel of a sequence
-# goes token by token and has no backward pass: it must be named.
+# Kernels that implementation=None tries before "xla". The Triton kernel of a
+# sequence goes token by token and has no backward pass, so it must be named.
 _SEQUENCE_KERNELS = ("mosaic_gpu",)
 _STEP_KERNELS = ("mosaic_gpu", "triton")
 
@@ -33,21 +33,21 @@ def unsupported_reason(
   *,
   step: bool = False,
 ) -> str | None:
-  """Why an implementation cannot run a call, or None if it can.
+  """Reason that an implementation cannot run a call, or None if it can.
 
   Args:
-    implementation: Its name.
-    q: Query of the call, or anything with its shape and dtype, as the others:
-      [B, T, H, K], or [B, H, K] for a step.
-    k: Key.
+    implementation: One of IMPLEMENTATIONS.
+    q: Query [B, T, H, K], or [B, H, K] for a step. For this and the other
+      inputs, an array or any object with its shape and dtype.
+    k: Key, shaped as q.
     v: Value, [B, T, HV, V] or [B, HV, V].
-    g: Log-decay.
-    b: Erase gate.
-    w: Write gate.
-    step: Whether the call is gdn2_step.
+    g: Log-decay, shaped as q.
+    b: Erase gate, shaped as q.
+    w: Write gate, shaped as v.
+    step: True for a call of gdn2_step.
 
   Returns:
-    The reason, to be read after the implementation's name.
+    The end of a sentence that starts with the implementation's name, or None.
   """
   if implementation in ("reference", "xla"):
     return None
@@ -72,22 +72,22 @@ def unsupported_reason(
 
 
 def select_implementation(*inputs: Any, step: bool = False) -> str:
-  """The name that `implementation=None` runs.
+  """Name of the implementation that `implementation=None` runs.
 
-  mosaic_gpu where it can run the call: on a GPU of compute capability 9.0, for
-  16-bit inputs (float32 ones are "xla": tensor cores multiply 16-bit operands,
-  which is not what a caller who passes float32 asks for). gdn2_step also takes
-  "triton", on other NVIDIA GPUs where its package works; gdn2 never does so by
-  itself. Else "xla". On first use on a device, kernels are compared with "xla"
-  (gdn2_jax.kernels.self_check) and passed over if they are wrong there.
+  "mosaic_gpu" if it supports the call: on a GPU of compute capability 9.0, with
+  16-bit inputs. (float32 inputs run "xla": tensor cores would round them to 16
+  bits.) gdn2_step also tries "triton", on other NVIDIA GPUs with the package
+  installed; gdn2 does not. Otherwise "xla". On first use on a device, a
+  kernel's results are compared with those of "xla"
+  (gdn2_jax.kernels.self_check); if they differ, it is not used.
 
   Args:
-    *inputs: q, k, v, g, b and w of the call, or anything with their shapes and
-      dtypes. Without them the answer is that for a call that any kernel takes.
-    step: Whether the call is gdn2_step.
+    *inputs: q, k, v, g, b and w of the call, or objects with their shapes and
+      dtypes. Without them, the answer for inputs that every kernel supports.
+    step: True for a call of gdn2_step.
 
   Returns:
-    The name.
+    One of IMPLEMENTATIONS.
   """
   if not inputs:
     head = (1, 1, 128) if step else (1, 1, 1, 128)
@@ -101,12 +101,7 @@ def select_implementation(*inputs: Any, step: bool = False) -> str:
 
 
 def resolve(implementation: str | None, *inputs: Any, step: bool) -> str:
-  """The name that runs a call of q, k, v, g, b and w.
-
-  Raises:
-    ValueError: there is no such implementation.
-    NotImplementedError: it cannot run this call.
-  """
+  """Checks a named implementation, or chooses one for None."""
   if implementation is None:
     return select_implementation(*inputs, step=step)
   if implementation not in IMPLEMENTATIONS:
@@ -122,7 +117,7 @@ def resolve(implementation: str | None, *inputs: Any, step: bool) -> str:
 
 
 def sequence_of(name: str) -> Callable[..., Any]:
-  """f(q, k, v, g, b, w, state, segment_ids, scale) -> (o, state).
+  """Implementation f(q, k, v, g, b, w, state, segment_ids, scale) -> o, state.
 
   Value heads are folded: v, w [B, T, H, V'], state [B, H, K, V'].
   """
@@ -135,7 +130,7 @@ def sequence_of(name: str) -> Callable[..., Any]:
 
 
 def run_sequence(name, inputs, state, segment_ids, scale):
-  """The op by that implementation, value heads as the caller has them."""
+  """Runs an implementation on value heads that are not folded."""
   q, k, v, g, b, w = inputs
   H, run = q.shape[2], sequence_of(name)
   v_HV, w_HV = fold_values(v, H), fold_values(w, H)
@@ -145,9 +140,9 @@ def run_sequence(name, inputs, state, segment_ids, scale):
 
 
 def step_of(name: str) -> Callable[..., Any]:
-  """f(q, k, v, g, b, w, state, scale) -> (o, state).
+  """Implementation f(q, k, v, g, b, w, state, scale) -> o, state of one token.
 
-  Value heads are as the caller has them: v, w [B, HV, V], state [B, HV, K, V].
+  Value heads are not folded: v, w [B, HV, V], state [B, HV, K, V].
   """
   return {
     "reference": functools.partial(_folded_step, reference.gdn2_step_reference),
@@ -157,9 +152,9 @@ def step_of(name: str) -> Callable[..., Any]:
   }[name]
 
 
-# The value heads that share a key head see the same keys, decays and erases:
-# they are one head with wider values. Folding them is a free reshape of v and
-# w, and nothing with a key axis is ever repeated.
+# Value heads that share a key head have the same keys, decays and erase gates,
+# so they are computed as one head with wider values. Folding reshapes v and w
+# without a copy, and no array with a key axis is repeated.
 def fold_values(x: jax.Array, H: int) -> jax.Array:
   """[..., HV, V] as [..., H, HV // H * V]."""
   return x.reshape(*x.shape[:-2], H, -1)
@@ -198,7 +193,7 @@ def _is_right(name, step, q):
 
 
 def token_kinds(segment_ids):
-  """0 padding, 1 a token, 2 a token that the state restarts at."""
+  """Kind of each token: 0 padding, 1 ordinary, 2 restart of the state."""
   if segment_ids is None:
     return None
   is_token = (segment_ids != 0).astype(jnp.int32)
@@ -221,7 +216,7 @@ def _mosaic_gpu_step(q, k, v, g, b, w, state, scale):
 def _triton_reason(q, k, v, g, b, w):
   from gdn2_jax.triton import support
 
-  # The kernels see the value heads of a key head as one wide head.
+  # The kernels get the value heads of a key head folded into one.
   (*lead, H, K), V = q.shape, v.shape[-1] * v.shape[-2] // q.shape[-2]
   v, w = (jax.ShapeDtypeStruct((*lead, H, V), x.dtype) for x in (v, w))
   state = jax.ShapeDtypeStruct((lead[0], H, K, V), jnp.float32)
@@ -284,7 +279,7 @@ def _folded_step(run, q, k, v, g, b, w, state, scale):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 8))
 def _kernel_step(run, q, k, v, g, b, w, state, scale):
-  """A step by a kernel, its gradient by XLA: nobody trains step by step."""
+  """Runs a step kernel; "xla" computes its gradient, which is rarely needed."""
   return run(q, k, v, g, b, w, state, scale)
 
 

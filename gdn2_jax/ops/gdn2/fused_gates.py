@@ -3,8 +3,8 @@
   q / |q|, k / |k|      b = erase_scale sigmoid(b)      w = sigmoid(w)
   g = -exp(A_log) softplus(f + dt_bias), float32            (section 3.5)
 
-The kernels for Hopper compute these while they load, so that normalised keys,
-gates and decays are never in memory; elsewhere they are arrays like any other.
+The kernels for Hopper compute these as they load the inputs, so normalised
+keys, gates and decays are never stored. Other implementations store them.
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from gdn2_jax.ops.norm import l2_norm
 
 
 class Projections(NamedTuple):
-  """Outputs of the linear maps, before the norms and gates of the layer.
+  """Inputs of the layer's norms and gates.
 
   Attributes:
     q: [B, T, H, K], before the norm.
@@ -45,7 +45,7 @@ class Projections(NamedTuple):
 
 
 def activate(p: Projections, *, erase_scale: float = 1.0) -> tuple[Any, ...]:
-  """q, k, v, g, b and w of the op; g in float32, the others in their dtypes."""
+  """Computes q, k, v, g (float32), b and w of the op from projections."""
   b, w = jax.nn.sigmoid(p.b), jax.nn.sigmoid(p.w)
   if erase_scale != 1:
     b = erase_scale * b
@@ -62,7 +62,7 @@ def gdn2_fused_gates(
   segment_ids: Any = None,
   implementation: str | None = None,
 ) -> tuple[Any, Any]:
-  """gdn2(*activate(p)), in the kernels where they can; arguments as gdn2."""
+  """Computes gdn2(*activate(p), ...), fused where the kernels support it."""
   if not _in_kernels(p, implementation):
     return gdn2(
       *activate(p, erase_scale=erase_scale),
@@ -82,13 +82,13 @@ def gdn2_fused_gates(
 
 
 def _in_kernels(p, implementation):
-  """Whether the kernels run this call and compute norms and gates as well."""
+  """True if the kernels run this call including norms and gates."""
   inputs = jax.eval_shape(activate, p)
   name = dispatch.resolve(implementation, *inputs, step=False)
-  # The kernels load all six in one dtype.
+  # The kernels load all six inputs in one dtype.
   if name != "mosaic_gpu" or p.f.dtype != p.q.dtype:
     return False
-  # None chooses what has proved right; a named implementation is not checked.
+  # Only the choice for None depends on the self-check.
   return implementation is not None or choice.is_right_here(
     "mosaic_gpu gates",
     _check_kernels,
@@ -122,10 +122,10 @@ def _run_kernels(p, state, segment_ids, erase_scale, scale=None):
 def as_projections(
   q: Any, k: Any, v: Any, g: Any, b: Any, w: Any, state: Any
 ) -> Projections:
-  """Inputs of gdn2 taken for projections, to try kernels on.
+  """Builds projections from inputs of gdn2, to test kernels.
 
-  A_log and dt_bias are parts of the state, whose gradient then shows theirs.
-  f is rounded to what any dtype of q holds.
+  A_log and dt_bias are slices of the state, so that the state's gradient
+  includes theirs. f is rounded to bfloat16, which every dtype of q represents.
   """
   f = g.astype(jnp.bfloat16).astype(q.dtype)
   a_log, dt_bias = 0.1 * state[0, :, 0, 0], state[0, :, :, 0]

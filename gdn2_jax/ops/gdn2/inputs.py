@@ -1,4 +1,4 @@
-"""Checks of the op's inputs before anything is computed."""
+"""Validation of the op's arguments before anything is computed."""
 
 import math
 import numbers
@@ -16,7 +16,7 @@ def _bad(name, got, expected):
 
 
 def check_inputs(q, k, v, g, b, w, *, time_axis):
-  """Returns the six inputs as arrays, or raises naming the wrong one."""
+  """Returns the six inputs as arrays; raises ValueError naming a wrong one."""
   arrays = {"q": q, "k": k, "v": v, "g": g, "b": b, "w": w}
   rank = 4 if time_axis else 3
   axes = "B, T, " if time_axis else "B, "
@@ -57,7 +57,7 @@ def check_inputs(q, k, v, g, b, w, *, time_axis):
 
 
 def check_scale(scale, K):
-  """The factor on the output; raises ValueError if it is not a number."""
+  """Returns the factor on the output; raises ValueError if it is no number."""
   if scale is None:
     return K**-0.5
   if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
@@ -66,13 +66,13 @@ def check_scale(scale, K):
 
 
 def dtype_of(*arrays):
-  """Dtype of the arithmetic: float64 if an input is, else float32."""
+  """Dtype of the arithmetic: float64 if an input is float64, else float32."""
   float64 = any(x.dtype == jnp.float64 for x in arrays)
   return jnp.dtype(jnp.float64 if float64 else jnp.float32)
 
 
 def check_state(state, q, v, dtype):
-  """The incoming state, zeros for None; raises ValueError if it is wrong."""
+  """Returns the initial state, zeros for None; raises ValueError if wrong."""
   shape = (q.shape[0], v.shape[-2], q.shape[-1], v.shape[-1])
   if state is None:
     return jnp.zeros(shape, dtype)
@@ -85,7 +85,7 @@ def check_state(state, q, v, dtype):
 
 
 def check_segment_ids(segment_ids, shape):
-  """The segment ids as an array; raises ValueError if they are wrong."""
+  """Returns the segment ids as an array; raises ValueError if wrong."""
   if segment_ids is None:
     return None
   expected = f"integers [B, T] = {shape}"

@@ -1,12 +1,12 @@
-"""Gated DeltaNet-2, token by token: Eq. 10 and nothing else.
+"""Gated DeltaNet-2 token by token, exactly as in Eq. 10.
 
 Legend (one head): q, k, g, b [K]; v, w [V]; S [K, V].
 
   S_t = (I - k_t (b_t*k_t)^T) Diag(exp(g_t)) S_{t-1} + k_t (w_t*v_t)^T
   o_t = scale * S_t^T q_t
 
-Every other implementation is compared with this one, and this one with float64
-vectors. Gradients are autodiff's.
+Tests compare this implementation with recorded float64 results, and every other
+implementation with this one. Gradients come from automatic differentiation.
 """
 
 import functools
@@ -50,8 +50,8 @@ def gdn2_reference(
   out_dtype = v.dtype
   q, k, v, g, b, w = (x.astype(state.dtype) for x in (q, k, v, g, b, w))
   if segment_ids is not None:
-    # A padding token (all zero, g = 0) leaves S alone and reads zero; a decay
-    # of exp(-inf) = 0 is a restart.
+    # A padding token (all zero, g = 0) does not change S and reads zero; a
+    # decay of exp(-inf) = 0 restarts the state.
     q, k, v, g, b, w = drop_padding(segment_ids, q, k, v, g, b, w)
     starts = segment_starts(segment_ids)[:, :, None, None]
     g = jnp.where(starts, -jnp.inf, g)

@@ -1,11 +1,11 @@
 """Gated DeltaNet-2 over a sequence that is split over devices.
 
-Under shard_map every device holds the tokens [B, T, ...] of one shard, the
-shards in the order of the mesh axis. The op runs twice: once with the values
-[v | 0] from the state [0 | I], whose final state is the shard's affine map
-[U | M], and once from the state that the maps of the shards before give. A
-document that begins in the shard makes M exactly zero, and so does one that
-begins at its border. Backward runs once.
+Under shard_map every device holds the tokens [B, T, ...] of one shard; shards
+are ordered along the mesh axis. The op runs twice. The first run has the values
+[v | 0] and starts from the state [0 | I], so that its final state is the
+shard's affine map [U | M]. The second run starts from the state that the maps
+of all earlier shards give. If a document begins in the shard or at its first
+token, M is exactly zero. The backward pass of the op runs once.
 """
 
 import functools
@@ -23,15 +23,15 @@ from gdn2_jax.ops.gdn2.inputs import dtype_of
 
 
 class Options(NamedTuple):
-  """Arguments of a call over shards that are no arrays.
+  """Static arguments of a call over shards.
 
   Attributes:
-    axis_name: of the mesh axis that the tokens are split over.
-    scale: factor on the output.
-    name: implementation that runs the op.
-    implementation: as given by the caller; it must also take the V + K value
-      channels of the map.
-    scheme: as given by the caller.
+    axis_name: Mesh axis that the tokens are split over.
+    scale: Factor on the output.
+    name: Implementation that runs the op.
+    implementation: The caller's argument, also used for the map with its V + K
+      value channels.
+    scheme: The caller's argument; then the scheme that was chosen.
   """
 
   axis_name: str
@@ -42,7 +42,7 @@ class Options(NamedTuple):
 
 
 def gdn2_on_shards(inputs, state, segment_ids, options):
-  """o of this shard, and the state after the whole sequence on all devices."""
+  """Output of this shard, and the state after the whole sequence."""
   q, axis_name = inputs[0], options.axis_name
   devices = lax.axis_size(axis_name)
   scheme = choose_scheme(options.scheme, devices, q.shape[0] * q.shape[2])
@@ -58,14 +58,14 @@ def gdn2_on_shards(inputs, state, segment_ids, options):
 
 
 def _shard(inputs, start, segment_ids, options):
-  """The op over this shard from its start state."""
+  """Runs the op over this shard from its start state."""
   return dispatch.run_sequence(
     options.name, inputs, start, segment_ids, options.scale
   )
 
 
 def _start(inputs, state, segment_ids, keep, options):
-  """The start state of this shard; M and reads of its map, for the backward."""
+  """Start state of this shard, and what its backward pass needs of the map."""
   M, U, reads = affine_map(
     *inputs, segment_ids=segment_ids, implementation=options.implementation
   )
@@ -85,11 +85,11 @@ def _mask(keep, x):
   return x if keep is None else jnp.where(keep, x, 0)
 
 
-# Differentiated as the op is, shard by shard. The gradient of a shard's start
-# state is affine in that of its end state,
+# A hand-written gradient, because the gradient of a shard's start state is
+# affine in that of its end state,
 #   dS_r = M_r^T dS_{r+1} + D_r,   D_r = scale * sum_t reads_t do_t^T,
-# so it goes from shard to shard as the state does, the other way. Then one
-# backward pass of the op has all it needs: none goes through the maps.
+# and passes from shard to shard as the state does, in the other direction. One
+# backward pass of the op follows; the maps need none.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _chained(inputs, state, segment_ids, keep, options):
   start, _, _ = _start(inputs, state, segment_ids, keep, options)
@@ -108,7 +108,7 @@ def _chained_fwd(inputs, state, segment_ids, keep, options):
 
 def _chained_bwd(options, residuals, cotangents):
   pullback, M, reads, keep = residuals
-  do, dend = cotangents  # dend is zero but on the last device
+  do, dend = cotangents  # dend is zero except on the last device
   D = options.scale * jnp.einsum(
     "bthk,bthv->bhkv",
     reads,
@@ -147,13 +147,13 @@ def affine_map(
 ) -> tuple[
   Float[Array, "B H K K"], Float[Array, "B H K VH"], Float[Array, "B T H K"]
 ]:
-  """The affine map of these tokens on a state, and what they read of it.
+  """Affine map (M, U) of these tokens on a state S, and its reads.
 
-    S -> M S + U,   q_t^T S_t = reads_t^T S + (what they read without it)
+    S -> M S + U,   q_t^T S_t = reads_t^T S + terms without S
 
-  U has the value heads of a key head side by side, VH = HV // H * V. All are
-  float32 (float64 where an input is), but reads by kernels in the dtype of v.
-  Not differentiated: `_chained` does without.
+  U has the value heads of a key head folded, VH = HV // H * V. All results are
+  float32 (float64 if an input is); kernels return reads in the dtype of v. The
+  gradient in `_chained` does not differentiate this function.
   """
   B, _, H, K = q.shape
   dtype = dtype_of(q, k, v, g, b, w)
@@ -164,8 +164,8 @@ def affine_map(
   state = jnp.broadcast_to(zeros_and_one, (B, H, K, V + K))
   name = dispatch.resolve(implementation, q, k, v, g, b, w, step=False)
   if name in ("reference", "xla"):
-    # They return reads in the dtype of v, and rounding it would cost accuracy
-    # in the gradients of everything before. Kernels take 16 bits only.
+    # They return reads in the dtype of v; rounded reads would make the
+    # gradients of all earlier shards less accurate. Kernels take 16 bits only.
     v, w = v.astype(dtype), w.astype(dtype)
   *inputs, state = vary_together((q, k, v, g, b, w, state))
   run = dispatch.sequence_of(name)

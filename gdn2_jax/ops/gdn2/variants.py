@@ -1,8 +1,8 @@
-"""Other linear recurrences as gate patterns of gdn2 (Eq. 10).
+"""Other linear recurrences, expressed as gate patterns of gdn2 (Eq. 10).
 
 Shapes are those of gdn2: q, k [B, T, H, K]; v [B, T, HV, V]; state
-[B, HV, K, V]. A scalar per head is [B, T, H]. Each returns what gdn2 returns
-and takes its keyword arguments (scale, state, segment_ids, implementation).
+[B, HV, K, V]. A scalar per head is [B, T, H]. Every function returns what gdn2
+returns and accepts its keyword arguments (scale, state, segment_ids, ...).
 """
 
 from typing import Any, no_type_check
@@ -16,7 +16,8 @@ from gdn2_jax.ops.segments import segment_starts
 Scalar = Float[Array, "B T H"]
 
 
-# As in gdn2, a wrong shape must reach the checks that name the argument.
+# Excluded from type checking at run time, as gdn2 is: a wrong shape must reach
+# the checks that name the argument.
 @no_type_check
 def kda(
   q: Float[Array, "B T H K"],
@@ -43,7 +44,7 @@ def gated_deltanet(
   beta: Scalar,
   **options: Any,
 ) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV K V"]]:
-  """Gated DeltaNet: KDA with one decay for all the channels of a head."""
+  """Gated DeltaNet: KDA with one decay for all channels of a head."""
   g = _per_channel("g", g, k, k.shape[-1])
   return kda(q, k, v, g=g, beta=beta, **options)
 
@@ -74,7 +75,8 @@ def mamba2(
 ) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV K V"]]:
   """Mamba-2 (SSD): nothing is erased, b = 0, and w = dt.
 
-  q is C, k is B, v is x and g = A * dt; the output is not scaled by default.
+  In Mamba's symbols q is C, k is B, v is x and g is A * dt. The default scale
+  is 1.
   """
   options = {"scale": 1.0} | options
   g = _per_channel("g", g, k, k.shape[-1])
@@ -94,28 +96,32 @@ def mamba3(
   previous: tuple[Float[Array, "B H K"], Float[Array, "B HV V"]] | None = None,
   **options: Any,
 ) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV K V"]]:
-  """Mamba-3, one input and one output (Eq. 16): the trapezoidal rule.
+  """Mamba-3 with one input and one output (Eq. 16), by the trapezoidal rule.
 
     S_t = alpha_t S_{t-1} + (1 - lam_t) dt_t alpha_t k_{t-1} v_{t-1}^T
           + lam_t dt_t k_t v_t^T
 
-  It is linear in its writes: the sum of two recurrences with b = 0, of which
-  the second writes the previous token. Rotate q and k before the call.
+  The recurrence is linear in its writes, so it is computed as the sum of two
+  recurrences with b = 0; the second one writes the previous token. Rotate q
+  and k before the call.
 
   Args:
-    q: C, rotated.
-    k: B, rotated.
-    v: x.
+    q: C of Mamba, rotated.
+    k: B of Mamba, rotated.
+    v: x of Mamba.
     g: log(alpha) = A * dt, per head.
     dt: Step size, per head.
     lam: Weight of the current token, in [0, 1], per head.
-    previous: k and v of the token before the first one; None is zeros.
-    **options: Of gdn2. With segment_ids, padding may only stand between
-      segments or at the end of a row.
+    previous: k and v of the token before the first one; None means zeros.
+    **options: Keyword arguments of gdn2 except axis_name. With segment_ids,
+      padding is allowed only between segments and at the end of a row.
 
   Returns:
-    o and the final state, as gdn2. The next call's `previous` is k[:, -1] and
-    v[:, -1].
+    o and the final state, as gdn2 does. Pass (k[:, -1], v[:, -1]) as `previous`
+    of the next call.
+
+  Raises:
+    ValueError: axis_name was given, or as in gdn2.
   """
   options = {"scale": 1.0} | options
   if options.get("axis_name") is not None:
@@ -143,7 +149,7 @@ def mamba3(
 
 
 def _per_channel(name, x, k, channels):
-  """A scalar per head as a gate of that many channels."""
+  """Broadcasts a scalar per head over channels."""
   if x.shape != k.shape[:-1]:
     raise ValueError(
       f"variants: {name}: got shape {x.shape}, expected [B, T, H] = "
@@ -153,7 +159,7 @@ def _per_channel(name, x, k, channels):
 
 
 def _per_value(name, x, k, v):
-  """A scalar per key head as a gate on the values that it writes."""
+  """Broadcasts a scalar per key head over the channels of its value heads."""
   B, T, H, _ = k.shape
   if v.shape[2] % H:
     raise ValueError(

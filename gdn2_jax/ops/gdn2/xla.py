@@ -1,4 +1,4 @@
-"""Gated DeltaNet-2, chunk by chunk, with a hand-written backward pass.
+"""Chunkwise Gated DeltaNet-2 with a hand-written backward pass.
 
 Legend: B batch, T time, H key heads, K key channels, V value channels of all
 the value heads of a key head, C tokens of a chunk.
@@ -10,9 +10,9 @@ and the decays prefix and suffix of gdn2_xla_tree.py, e = b*k and z = w*v:
   O = (q*prefix) S + M R
   S' = Diag(prefix_C) S + (k*suffix)^T R
 
-A single loop does whole chunks, slicing them from [B, T, H, *] itself: nothing
-of size T is ever copied or rearranged. Saved for the backward pass are the
-inputs and the states at the chunk starts.
+One loop slices every chunk from the inputs [B, T, H, *] in place: no array of
+size T is copied or transposed. The backward pass keeps the inputs and the
+states at the chunk starts.
 
 Backward (section 3.4; appendix B, rearranged so that neither dA nor A^T dA A^T
 is needed): with dR = M^T dO + (k*suffix) dS' and dz = A^T dR,
@@ -39,12 +39,13 @@ from gdn2_jax.ops.gdn2.xla_tree import (
 )
 from gdn2_jax.ops.segments import segment_starts
 
-# (starts, valid): where the state restarts, and which tokens are not padding.
+# (starts, valid): True where the state restarts, and where a token is no
+# padding.
 Segments = tuple[Bool[Array, "B T"], Bool[Array, "B T"]]
 
 
 def default_chunk_size() -> int:
-  """Tokens of a chunk: 16 on a CPU, as measured; 64 elsewhere, unmeasured."""
+  """Tokens per chunk: 16 on a CPU, as measured; 64 elsewhere, not measured."""
   return 16 if backend() == "cpu" else 64
 
 
@@ -60,30 +61,17 @@ def gdn2_xla(
   scale: float,
   chunk_size: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-  """Chunkwise Eq. 10, computing in the dtype of `state`.
+  """Chunkwise Eq. 10, computed in the dtype of `state`.
 
-  Args:
-    q: Queries; see gdn2 for this and the other inputs.
-    k: Keys.
-    v: Values.
-    g: Log-decay.
-    b: Erase gate.
-    w: Write gate.
-    state: Incoming state.
-    segment_ids: Segments, 0 for padding, or None.
-    scale: Factor on the output.
-    chunk_size: Tokens of a chunk, a power of two; None is the default of the
-      backend. A shorter sequence takes the largest one that fits.
-
-  Returns:
-    o in the dtype of v, and the final state.
+  Arguments are those of gdn2 with folded value heads. chunk_size is a power of
+  two; None is the backend's default, or less for a short sequence.
   """
   C = default_chunk_size() if chunk_size is None else chunk_size
   if C < 1 or C & (C - 1):
     raise ValueError(
       f"gdn2_xla: chunk_size: got {chunk_size}, expected a power of two"
     )
-  C = min(C, 1 << (q.shape[1].bit_length() - 1))  # the last chunk ends at T
+  C = min(C, 1 << (q.shape[1].bit_length() - 1))  # at most T
   segments = None
   if segment_ids is not None:
     starts = segment_starts(segment_ids)
@@ -116,7 +104,7 @@ _sequence.defvjp(_sequence_fwd, _sequence_bwd)
 
 
 def _forward(inputs, state, segments, scale, C, *, keep_states=False):
-  """Runs the chunks; also returns the states at chunk starts if kept."""
+  """Runs the chunks in order; keep_states also returns the start states."""
   v = inputs[2]
 
   def one_chunk(carry, n):
@@ -132,13 +120,13 @@ def _forward(inputs, state, segments, scale, C, *, keep_states=False):
 
 
 def _backward(inputs, states, segments, do, dstate, scale, C):
-  """Runs the chunks backward from the states at their starts."""
+  """Backward pass: runs the chunks in reverse from their start states."""
 
   def one_chunk(carry, xs):
     dS, grads = carry
     n, S = xs
-    # S is also needed transposed; without the barrier XLA gathers it from the
-    # stack of states element by element.
+    # S is also used transposed. Without the barrier XLA fuses the transpose
+    # with the slice of all states and gathers it element by element.
     S = lax.optimization_barrier(S)
     at = _locate(n, do.shape[1], C, segments)
     dO = _read(do, at, S.dtype)
@@ -146,7 +134,7 @@ def _backward(inputs, states, segments, do, dstate, scale, C):
       dS, dO, S, *_read_inputs(inputs, at, scale, S.dtype)
     )
     if segments is not None:
-      # Padding was replaced by zeros on the way in: no gradient passes.
+      # Padding was replaced by zeros when it was read: its gradient is zero.
       dq, *others = (jnp.where(at.valid, x, 0) for x in (dq, *others))
     grads = tuple(
       _write(x, dx, at)
@@ -169,11 +157,11 @@ def _chunk(
   b: Float[Array, "B H C K"],
   w: Float[Array, "B H C V"],
 ) -> tuple[Float[Array, "B H K V"], Float[Array, "B H C V"]]:
-  """One chunk: the state after it and its outputs."""
+  """Final state and outputs of one chunk."""
   C = q.shape[-2]
   e = b * k
   tree = chunk_tree(jnp.exp(g), e, q, k)
-  # One pass over S for what is erased and what is read.
+  # One product with S gives both the erased and the read values.
   eq_S = matmul(rows(e * tree.prefix, q * tree.prefix), S)
   R = matmul(tree.A, w * v - eq_S[..., :C, :])
   o = eq_S[..., C:, :] + matmul(tree.M, R)
@@ -192,7 +180,7 @@ def _chunk_vjp(
   b: Float[Array, "B H C K"],
   w: Float[Array, "B H C V"],
 ) -> tuple[Float[Array, "B H K V"], tuple[Float[Array, "B H C _"], ...]]:
-  """One chunk backward: dS at its start, and dq dk dv dg db dw."""
+  """Gradients of one chunk: dS at its start, and (dq, dk, dv, dg, db, dw)."""
   C = q.shape[-2]
   e = b * k
   tree = chunk_tree(jnp.exp(g), e, q, k)
@@ -234,7 +222,7 @@ def _chunk_vjp(
 
 
 class _Place(NamedTuple):
-  """Layout of a chunk; masks are [B or 1, 1, C, 1], or None if all True."""
+  """Position and masks of a chunk; a mask is [B or 1, 1, C, 1] or None."""
 
   start: Int[Array, ""]
   size: int
@@ -244,11 +232,11 @@ class _Place(NamedTuple):
 
 
 def _locate(n, T, C, segments):
-  """The place of chunk n.
+  """Position and masks of chunk n.
 
-  Where C does not divide T the last chunk ends at T and so overlaps the one
-  before it. The tokens seen before are not fresh: they are read as padding,
-  and not written.
+  If C does not divide T, the last chunk still ends at T and overlaps the one
+  before it. The overlapping tokens are not `fresh`: they are read as padding
+  and their outputs are not written.
   """
   start = jnp.minimum(n * C, T - C)
   fresh = valid = restart = None
@@ -265,14 +253,14 @@ def _locate(n, T, C, segments):
 
 
 def _read(x, at, dtype):
-  """The tokens of a chunk as [B, H, C, *]; zeros for padding."""
+  """Reads the tokens of a chunk as [B, H, C, *], zeros at padding."""
   x = lax.dynamic_slice_in_dim(x, at.start, at.size, axis=1)
   x = jnp.swapaxes(x, 1, 2).astype(dtype)
   return x if at.valid is None else jnp.where(at.valid, x, 0)
 
 
 def _read_inputs(inputs, at, scale, dtype):
-  """The six inputs of a chunk, q scaled, the state restarting by its decay."""
+  """Reads the six inputs of a chunk, q scaled, g = -inf at restarts."""
   q, k, v, g, b, w = (_read(x, at, dtype) for x in inputs)
   if at.restart is not None:
     g = jnp.where(at.valid & at.restart, -jnp.inf, g)

@@ -1,4 +1,4 @@
-"""One token of Gated DeltaNet-2 in a single read of the state.
+"""One token of Gated DeltaNet-2 with a single read of the state.
 
 Legend: B batch, H key heads, K key channels, V value channels of all the value
 heads of a key head.
@@ -13,12 +13,12 @@ from jaxtyping import Array, Float
 from gdn2_jax.kernels.target import backend
 from gdn2_jax.ops.gdn2.xla_tree import matmul
 
-# Measured: from where the states of a call no longer stay in the last-level
-# cache of a CPU, going by groups keeps each state in cache between its read and
-# its update. Below it the products of XLA are faster than sums.
+# Measured on a CPU: once the states of a call exceed the last-level cache,
+# working on groups of heads keeps each state in cache between its read and its
+# update. For smaller states XLA's matrix products are faster than sums.
 _CACHE_BYTES = 1 << 24
-_GROUP = 2  # heads, 128 KiB of states of 128 x 128
-_PIECES = 8  # of the sum over K
+_GROUP = 2  # heads at a time: 128 KiB for states of 128 x 128
+_PIECES = 8  # partial sums over K
 
 
 def gdn2_step_xla(
@@ -31,10 +31,10 @@ def gdn2_step_xla(
   state: Float[Array, "B H K V"],
   scale: float,
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
-  """One token of Eq. 10 that reads the state once for erase and output.
+  """One token of Eq. 10, reading the state once for erase and output.
 
   With alpha = exp(g) and e = b*k, S'^T q = S^T (alpha*q) + (q.k) u where
-  u = w*v - S^T (alpha*e), so that both products come from the old state.
+  u = w*v - S^T (alpha*e), so both products use the old state.
   """
   out_dtype = v.dtype
   q, k, v, g, b, w = (x.astype(state.dtype) for x in (q, k, v, g, b, w))
@@ -44,18 +44,18 @@ def gdn2_step_xla(
 
 
 def _by_groups(state):
-  # A program for any batch size has to choose without knowing the size.
+  # A program exported for any batch size cannot compare sizes.
   if backend() != "cpu" or export.is_symbolic_dim(state.shape[0]):
     return False
   return state.nbytes >= _CACHE_BYTES
 
 
 def _step_by_groups(token, state):
-  """The step of `_step`, a few heads at a time, each updated in place.
+  """Computes `_step` for a few heads at a time, each updated in place.
 
-  XLA copies a slice of the carried state for a dot. Elementwise code reads it
-  where it lies, so that S^T e and S^T q are written as sums: first over
-  matching rows of the pieces of K, then over the rows of what is left.
+  XLA copies a slice of the carried state before a dot; elementwise code reads
+  it in place. So S^T e and S^T q are written as sums: first over the pieces of
+  K, then over the rows of a piece.
   """
   q, k, v, g, b, w = token
   B, H, K, V = state.shape
@@ -73,14 +73,14 @@ def _step_by_groups(token, state):
       piece = piece.reshape(size, 1, rows, V)
       return eq[:, :, start : start + rows, None] * piece
 
-    # Without the barriers each use of a sum could compute it again.
+    # Without the barriers XLA could recompute a sum for each of its uses.
     sums = sum(product(start) for start in range(0, K, rows))
     sums = lax.optimization_barrier(sums)
     eq_S = sum(sums[:, :, row] for row in range(rows))
     eq_S = lax.optimization_barrier(eq_S)
     u = wv - eq_S[:, 0]
     o = eq_S[:, 1] + qk * u
-    # Its axis of one stays: a slice that is reshaped is copied here too.
+    # The leading axis of size one stays: XLA copies a slice that is reshaped.
     S = lax.dynamic_slice_in_dim(states, n, 1)
     S = alpha[None, ..., None] * S + (k[..., None] * u[:, None, :])[None]
     return lax.dynamic_update_slice_in_dim(states, S, n, axis=0), o

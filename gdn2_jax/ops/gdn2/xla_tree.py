@@ -1,4 +1,4 @@
-"""Inside a chunk: decayed scores, the inverse of I + T, and their adjoint.
+"""Decayed scores within a chunk, the inverse of I + T, and their gradients.
 
 Legend: B batch, H heads, C tokens of a chunk (a power of two), K key channels;
 n blocks of h tokens, n * h = C. alpha = exp(g), e = b*k, and for r >= s
@@ -8,19 +8,19 @@ n blocks of h tokens, n * h = C. alpha = exp(g), e = b*k, and for r >= s
   M_rs     = sum_K q_r decay_rs k_s        (r >= s)
   A        = (I + T)^-1
 
-One binary tree does all of it, from single tokens up. A pair r > s is separated
-at exactly one level, where s lies in an even block and r in the odd block after
-it. There the decay splits at the border between the two,
+One binary tree over the tokens computes all of them, from single tokens up.
+Every pair r > s belongs to exactly one level, where s is in an even block and r
+in the odd block after it. There the decay splits at the border between the two,
 
   decay_rs = prefix_r * suffix_s,   prefix_r = product from the border to r,
                                     suffix_s = product from s to the border,
 
-so the scores of a block pair are one matmul. Every exponent is <= 0 because
-only g itself is exponentiated, the border never lies after r, so that nothing
-depends on the future, and no large cumulative sums are subtracted. A restart
-is alpha = 0, which makes the products across it exact zeros.
+so the scores of a block pair are one matmul. Only g itself is exponentiated, so
+every exponent is <= 0, and no large cumulative sums are subtracted. The border
+never comes after r, so no result depends on later tokens. A restart is
+alpha = 0, which makes the products across it exactly zero.
 
-The same tree inverts I + T exactly, by blocks (appendix D.4),
+The same tree inverts I + T by blocks, without approximation (appendix D.4),
 
   [[I + T_ee, 0], [T_oe, I + T_oo]]^-1 = [[A_e, 0], [-A_o T_oe A_e, A_o]].
 """
@@ -32,7 +32,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-# float32 means float32: TF32 would cost ten bits, most of all in the inverse.
+# Full float32 products: TF32 would lose about ten bits, which the inverse
+# amplifies.
 matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
@@ -47,9 +48,9 @@ def rows(*xs: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 class Level(NamedTuple):
-  """Residuals of the pairs separated at one level, for the adjoint."""
+  """Residuals of one level's pairs, for the backward pass."""
 
-  eq: Float[Array, "B H n h2 K"]  # odd e, then odd q, times prefix
+  eq: Float[Array, "B H n h2 K"]  # rows of odd e, then of odd q, times prefix
   k: Float[Array, "B H n h K"]  # even k times suffix
   prefix: Float[Array, "B H n h K"]  # of the odd blocks
   suffix: Float[Array, "B H n h K"]  # of the even blocks
@@ -71,7 +72,7 @@ def chunk_tree(
   q: Float[Array, "B H C K"],
   k: Float[Array, "B H C K"],
 ) -> Tree:
-  """Builds A, M and the decays to both ends of the chunk, from tokens up."""
+  """Builds A, M and the decays to both ends of the chunk."""
   C = alpha.shape[-2]
   e, q, k, prefix = (x[..., None, :] for x in (e, q, k, alpha))
   suffix = jnp.ones_like(prefix)
@@ -92,8 +93,9 @@ def chunk_tree(
       T_oe = matmul(_odd(A), matmul(T_oe, _even(A)))
     A = _lower(_even(A), -T_oe, _odd(A))
     M = _lower(_even(M), M_oe, _odd(M))
-    # Longer products: an odd block reaches back through the even one before
-    # it, an even block forward through the odd one after it.
+    # Extend the products over the merged block: prefixes of an odd block go
+    # back through the even block before it, suffixes of an even block forward
+    # through the odd block after it.
     even_total, odd_total = _last(_even(prefix)), _last(_odd(prefix))
     prefix = rows(_even(prefix), _odd(prefix) * even_total)
     suffix = rows(_even(suffix) * odd_total, _odd(suffix))
@@ -114,24 +116,24 @@ def chunk_tree_vjp(
   dlog_suffix: Float[Array, "B H C K"],
   deqk: tuple[Float[Array, "B H C K"], ...],
 ) -> tuple[Float[Array, "B H C K"], ...]:
-  """Adjoint of chunk_tree, from the whole chunk down to tokens.
+  """Backward pass of chunk_tree, from the whole chunk down to single tokens.
 
-  The gradient of a log-decay is the product of a decayed quantity and its own
-  cotangent, and reaches g by sums alone; the pairs r = s, which no decay
-  touches, are not among the terms.
+  The gradient of a log-decay is the product of a decayed quantity and its
+  cotangent, and dg is a sum of such products. The pairs r = s have no decay and
+  contribute nothing.
 
   Args:
-    levels: Of chunk_tree.
+    levels: Residuals of chunk_tree.
     q: Scaled queries.
     k: Keys.
     dT: Cotangent of T; entries on and above the diagonal are not read.
     dM: Cotangent of M; entries above the diagonal are not read.
-    dlog_prefix: Cotangent of log(prefix) from the state path.
-    dlog_suffix: Cotangent of log(suffix) from the state path.
-    deqk: Cotangents of e, q and k from the state path.
+    dlog_prefix: Cotangent of log(prefix) from the products with the state.
+    dlog_suffix: Cotangent of log(suffix) from the products with the state.
+    deqk: Cotangents of e, q and k from the products with the state.
 
   Returns:
-    The whole de, dq, dk and dg, state path included.
+    de, dq, dk and dg, including the terms given in deqk.
   """
   dT, dM, dlog_prefix, dlog_suffix, de, dq, dk = (
     x[..., None, :, :] for x in (dT, dM, dlog_prefix, dlog_suffix, *deqk)
@@ -185,18 +187,18 @@ def _halves(x):
 
 
 def _split(x):
-  """Every block of 2h tokens as two of h."""
+  """Splits every block of 2h tokens into two blocks of h."""
   *batch, n, h2, d = x.shape
   return x.reshape(*batch, 2 * n, h2 // 2, d)
 
 
 def _interleave(even, odd):
-  """Blocks in token order from the even and the odd ones."""
+  """Merges even and odd blocks into token order."""
   return _split(rows(even, odd))
 
 
 def _lower(even, oe, odd):
-  """The block matrix [[even, 0], [oe, odd]]."""
+  """Block matrix [[even, 0], [oe, odd]]."""
   top = jnp.concatenate([even, jnp.zeros_like(even)], axis=-1)
   return rows(top, jnp.concatenate([oe, odd], axis=-1))
 
