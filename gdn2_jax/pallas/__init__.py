@@ -1,1 +1,1 @@
-"""Pallas (Mosaic GPU) kernels for NVIDIA Hopper; README.md derives them."""
+"""Pallas (Mosaic GPU) kernels for NVIDIA Hopper, derived in README.md."""

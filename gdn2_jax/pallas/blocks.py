@@ -1,8 +1,8 @@
-"""Building blocks that the chunk kernels share.
+"""Building blocks shared by the kernels that work on chunks.
 
-C = 64 tokens are a chunk: the rows of one wgmma. A warpgroup works on tiles of
-64 channels. Legend: r, s rows (tokens) of a chunk, i a token whose log-decay
-is summed.
+A chunk is C = 64 tokens, the number of rows of one wgmma (the matrix product of
+a warpgroup, which is 128 threads). A warpgroup works on tiles of 64 channels.
+Legend: r, s rows (tokens) of a chunk, i a token whose log-decay is summed.
 """
 
 import contextlib
@@ -23,17 +23,17 @@ TILE = 64  # channels of a tile: one 128-byte row of 16-bit numbers
 LEVELS = 6  # log2(C)
 ROWS = plgpu.Layout.WGMMA
 
-# exp of anything below is exactly 0 in float32, and so is that of every sum
-# it is part of (all terms are <= 0). Sums are formed by matrix products, in
-# which -inf would give 0 * inf.
+# Log-decay of a restart. exp of it is exactly 0 in float32, and so is exp of
+# every sum that includes it, because all terms are <= 0. Not -inf: sums are
+# matrix products, in which 0 * -inf would give NaN.
 LOG_ZERO = -1e4
 
-# Kinds of token.
+# Kinds of tokens; the state restarts before a RESTART token.
 PADDING, TOKEN, RESTART = 0, 1, 2
 
 
 def smem(shape: tuple[int, ...], dtype: Any) -> Any:
-  """Shared memory that TMA and wgmma read: 8 rows by 128 bytes, swizzled."""
+  """Shared memory for TMA and wgmma: 8 rows by 128 bytes, swizzled."""
   columns = 128 // jnp.dtype(dtype).itemsize
   return plgpu.SMEM(
     shape,
@@ -46,17 +46,17 @@ def smem(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def load(ref: Any) -> Any:
-  """A tile of 64 rows into registers, in the layout of wgmma's results."""
+  """Loads a tile of 64 rows into registers, in the layout of wgmma results."""
   return plgpu.load(ref, layout=ROWS)
 
 
 def load_global(ref: Any) -> Any:
-  """A tile from global memory into registers, for what is read once."""
+  """Loads a tile that is read only once from global memory into registers."""
   return plgpu.load(ref, layout=ROWS, optimized=False)
 
 
 def store_global(ref: Any, x: Any) -> None:
-  """A tile from registers into global memory, for what is written once."""
+  """Stores a tile from registers in global memory."""
   if hasattr(plgpu, "store"):
     plgpu.store(ref, x, optimized=False)
   else:  # jax 0.11
@@ -64,7 +64,8 @@ def store_global(ref: Any, x: Any) -> None:
 
 
 def meet(barrier: Any, warpgroups: int) -> None:
-  """All warpgroups have come here, and see what the others stored."""
+  """Barrier of all warpgroups; each then sees what the others stored."""
+  # Before the barrier: TMA and wgmma of the others may read these stores.
   plgpu.commit_smem()
   if warpgroups > 1:
     plgpu.barrier_arrive(barrier)
@@ -74,11 +75,11 @@ def meet(barrier: Any, warpgroups: int) -> None:
 def in_turns(
   wg: Any, warpgroups: int, barrier: Any, body: Callable[[], None]
 ) -> None:
-  """Runs `body` in one warpgroup after the other; all meet after each.
+  """Runs `body` in one warpgroup after the other, with `meet` after each.
 
-  For sums over rows. They go from warp to warp through scratch memory, and all
-  warpgroups of a block have the same: at the same time, each would overwrite
-  the parts of the other.
+  Required for sums over rows: they pass from warp to warp through scratch
+  memory, which is the same for all warpgroups of a block. Two warpgroups that
+  reduce at the same time would overwrite each other's partial sums.
   """
   for n in range(warpgroups):
     if warpgroups == 1:
@@ -89,20 +90,22 @@ def in_turns(
 
 
 def in_rows(x: Any) -> Any:
-  """Pins x to the layout of wgmma's results; loops carry nothing else."""
+  """Casts x to the layout of wgmma results, the only one that loops carry."""
   return plgpu.layout_cast(x, ROWS)
 
 
 def transposed(ref: Any) -> Any:
-  """The transposed view of a tile, as an operand of `dot`."""
+  """Transposed view of a tile, as an operand of `dot`."""
   return ref.transpose((1, 0))
 
 
 def dot(acc: Any, *operands: tuple[Any, Any]) -> Any:
-  """acc + sum of a @ b; a in registers or shared memory, b in shared memory.
+  """Computes acc + sum of a @ b, with b in shared memory.
 
-  The interpreter has no wgmma on registers, and what it reads through wgmma
-  is not looked at for races: there, operands are read as ordinary memory.
+  a is in registers or shared memory. The call waits for the products, so the
+  operands' memory is free afterwards. The
+  interpreter has no wgmma with operands in registers and does not check wgmma
+  reads for races, so it reads operands as ordinary memory.
   """
   if target.is_interpreted():
     for a, b in operands:
@@ -117,27 +120,27 @@ def dot(acc: Any, *operands: tuple[Any, Any]) -> Any:
 
 
 def zeros(rows: int = C, columns: int = TILE) -> Any:
-  """An accumulator."""
+  """Accumulator of zeros."""
   return in_rows(jnp.zeros((rows, columns), jnp.float32))
 
 
 def split(x: Any, dtype: Any) -> tuple[Any, Any]:
-  """x as hi + lo of a 16-bit type: with both, products keep ~16 bits."""
+  """Splits x into hi + lo of a 16-bit dtype, which together keep ~16 bits."""
   hi = x.astype(dtype)
   if hi.dtype == jnp.bfloat16:
-    # Opaque, or LLVM rounds number by number for the way back to float32, at a
-    # quarter of the rate of what rounds two at a time.
+    # Without the barrier LLVM combines rounding and widening and rounds one
+    # number at a time, at a quarter of the rate of rounding pairs.
     hi = lax.optimization_barrier(hi)
   return hi, (x - hi.astype(jnp.float32)).astype(dtype)
 
 
 def store_split(x: Any, hi_ref: Any, lo_ref: Any) -> None:
-  """Stores hi and lo of x as operands of `dot`; commit_smem is the caller's."""
+  """Stores hi and lo of x for `dot`; the caller then calls commit_smem."""
   hi_ref[...], lo_ref[...] = split(x, hi_ref.dtype)
 
 
 def split_pairs(a: tuple[Any, ...], b: tuple[Any, ...]) -> list[Any]:
-  """The products of a and b, each (hi, lo) or (hi,), but the smallest."""
+  """Products of a and b, each (hi, lo) or (hi,), without lo times lo."""
   return [(x, y) for n, x in enumerate(a) for y in b[: len(b) - n]]
 
 
@@ -148,12 +151,12 @@ _opaque: contextvars.ContextVar[Any] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def recomputed(kinds_ref: Any) -> Iterator[None]:
-  """Keeps masks and addresses made inside out of the registers of the rest.
+  """Recomputes masks and addresses inside the block, to save registers.
 
-  LLVM computes what it can only once, and what a loop does not change in front
-  of it: here over a hundred registers of masks and matrix descriptors, which
-  then spill. Inside, they depend on a zero that only a load at run time shows:
-  kinds are below 256.
+  LLVM hoists what does not change out of loops and shares it: here masks and
+  matrix descriptors in over a hundred registers, which then spill. Inside this
+  block they depend on a zero that is known only at run time, computed from a
+  loaded kind (all kinds are below 256).
   """
   token = _opaque.set(kinds_ref[0])
   try:
@@ -163,20 +166,20 @@ def recomputed(kinds_ref: Any) -> Iterator[None]:
 
 
 def _zero() -> Any:
-  """A zero; inside `recomputed` one that LLVM cannot know."""
+  """Zero; inside `recomputed`, one that LLVM cannot fold."""
   word = _opaque.get()
   return 0 if word is None else lax.shift_right_logical(word, jnp.int32(8))
 
 
 def tile_slice(n: Any) -> Any:
-  """Rows or channels 64*n to 64*(n+1)."""
+  """Slice of rows or channels 64*n to 64*(n+1)."""
   return pl.ds((n + _zero()) * C, C)
 
 
 def tile_of(ref: Any, n: Any) -> Any:
-  """Rows C*n to C*(n+1) of a buffer of tiles.
+  """Tile n of a buffer: rows C*n to C*(n+1).
 
-  A slice and not an index: wgmma inside pl.run_state refuses constants.
+  A slice, because wgmma inside pl.run_state rejects constant indices.
   """
   return ref.at[tile_slice(n)]
 
@@ -198,21 +201,21 @@ def row_iota() -> Any:
 
 
 def loop(count: int, body: Any, init: Any) -> Any:
-  """lax.fori_loop with an int32 index, whether or not x64 is on."""
+  """lax.fori_loop with an int32 index, also with x64 enabled."""
   return lax.fori_loop(jnp.int32(0), jnp.int32(count), body, init)
 
 
 def level_half(level: Any) -> Any:
-  """Rows of half a block at a level: 32, 16, ..., 1."""
+  """Rows in half a block at a level of the tree: 32, 16, ..., 1."""
   return lax.shift_right_logical(jnp.int32(C // 2), level)
 
 
 def level_span(half: Any, *, transpose: bool = False) -> Any:
-  """M [r, i]: what a row's decay at a level sums, as booleans.
+  """Mask M [r, i], True if row r's decay at a level includes log-decay i.
 
-  A block of 2*half rows is cut at its middle. A row r of the second half sums
+  A block of 2*half rows is split at its middle. A row r of the second half sums
   the log-decays from the middle to r, a row s of the first half those after s
-  up to the middle: exp of the two together is the decay from s to r.
+  up to the middle. The product of both decays is the decay from s to r.
   """
   r, i = iotas()[:: -1 if transpose else 1]
   same_half = (r ^ i) < half
@@ -220,44 +223,40 @@ def level_span(half: Any, *, transpose: bool = False) -> Any:
 
 
 def prefix_span(*, transpose: bool = False) -> Any:
-  """M [r, i] = i <= r: the decay from the start of the chunk to r."""
+  """Mask M [r, i] = i <= r of the decay from the start of the chunk to r."""
   r, i = iotas()[:: -1 if transpose else 1]
   return i <= r
 
 
 def suffix_span(*, transpose: bool = False) -> Any:
-  """M [s, i] = i > s: the decay from s to the end of the chunk."""
+  """Mask M [s, i] = i > s of the decay from s to the end of the chunk."""
   s, i = iotas()[:: -1 if transpose else 1]
   return i > s
 
 
 def chunk_span() -> Any:
-  """M [r, i], all true: the decay of the whole chunk, in every row."""
+  """Mask M [r, i], all True, of the decay of the whole chunk."""
   r, _ = iotas()
   return r >= 0
 
 
 def everywhere(flag: Any) -> Any:
-  """A scalar condition as a [C, C] mask; where() does not broadcast it."""
+  """Broadcasts a scalar condition to a [C, C] mask, which where() cannot."""
   r, _ = iotas()
   return r < jnp.where(flag, C, 0)
 
 
 def level_pairs(half: Any) -> Any:
-  """[r, s] whose decay the level gives: both rows in one block."""
+  """Mask [r, s], True if a level has both rows in one block."""
   r, s = iotas()
   return (r ^ s) < 2 * half
 
 
 def decay(span: Any, g_hi: Any, g_lo: Any) -> Any:
-  """exp of the log-decays summed over `span` [C, C]: in [0, 1].
+  """Decay exp(span @ g) in [0, 1] of log-decays g = g_hi + g_lo [C, TILE].
 
-  Sums of terms of one sign: nothing cancels, nothing overflows.
-
-  Args:
-    span: booleans, or a buffer of zeros and ones in the dtype of g_hi.
-    g_hi: high part of the log-decays [C, TILE].
-    g_lo: low part.
+  `span` [C, C] is a mask, or a buffer of zeros and ones in the dtype of g_hi.
+  All terms of a sum have one sign, so nothing cancels or overflows.
   """
   if span.dtype == jnp.bool_:
     span = jnp.where(span, 1.0, 0.0).astype(g_hi.dtype)
@@ -275,26 +274,19 @@ def of_columns(vector: Any, shape: tuple[int, int] = (C, TILE)) -> Any:
 
 
 def load_kinds(ref: Any) -> Any:
-  """Kinds of a chunk's tokens [C] as a [C, TILE] tile."""
+  """Loads the kinds of a chunk's tokens [C] as a [C, TILE] tile."""
   return of_rows(plgpu.load(ref, layout=ROWS.reduce(1)))
 
 
 def log_decay(g: Any, kinds: Any) -> Any:
-  """g with padding that decays nothing and restarts that decay everything."""
+  """Log-decay g, 0 at padding, LOG_ZERO at restarts, and not below LOG_ZERO."""
   g = jnp.where(kinds == PADDING, 0.0, g)
   g = jnp.where(kinds == RESTART, LOG_ZERO, g)
   return jnp.where(g < LOG_ZERO, LOG_ZERO, g)
 
 
 def call(name: str, body: Any, out_type: Any, **kwargs: Any) -> Any:
-  """plgpu.kernel with what all kernels have in common.
-
-  Args:
-    name: of the kernel, in profiles and reports.
-    body: its function of references.
-    out_type: shapes and dtypes of its results.
-    **kwargs: of plgpu.kernel.
-  """
+  """plgpu.kernel with the name and the options of all kernels here."""
   body.__name__ = name
   return plgpu.kernel(
     body,

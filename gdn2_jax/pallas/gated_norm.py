@@ -1,4 +1,4 @@
-r"""The gated norm of a layer's output, forward and backward, on a GPU.
+r"""Gated norm of a layer's output on a GPU, forward and backward.
 
 With n = x / sqrt(mean x^2 + eps), a = act(gate + bias) (section 3.5):
 
@@ -8,12 +8,13 @@ With n = x / sqrt(mean x^2 + eps), a = act(gate + bias) (section 3.5):
   dweight = sum over tokens and heads of dy * n * a
   dbias   = sum over tokens of dgate
 
-Every array is read once and every result written once; sums are in float32.
-All is bound by memory, so nothing is staged: a thread holds 16 bytes of a row,
-the lanes that hold a row add up by shuffles, and no warp waits for another.
+Every array is read once and every result is written once; sums are float32. The
+kernels are limited by memory bandwidth and use no shared memory: a thread holds
+16 bytes of a row, the lanes of a row sum by shuffles, and no warp waits for
+another.
 
 Legend: B batch, T tokens, H heads, V channels of a head, R rows that a block of
-four warps takes at a time.
+four warps loads at a time.
 """
 
 import functools
@@ -32,21 +33,16 @@ from gdn2_jax.pallas import blocks
 from gdn2_jax.pallas.partition import over_batch_and_heads
 from gdn2_jax.pallas.projected import sigmoids
 
-CHANNELS = (64, 128, 256)  # V / 8 lanes to a row: a power of two, at most 32
+CHANNELS = (64, 128, 256)  # V / 8 lanes per row: a power of two, at most 32
 _DTYPES = ("bfloat16", "float16")
 _VECTOR = 8
 _WARPS, _LANES = 4, 32
-_BLOCKS = (256, 128, 64)  # tokens of a block: many, for few partial sums
+_BLOCKS = (256, 128, 64)  # tokens per block; more mean fewer partial sums
 _AT_A_TIME = 2  # loads of R rows in flight
 
 
 def unsupported_reason(x: Any, gate: Any) -> str | None:
-  """Why the kernels cannot run such a call, or None.
-
-  Args:
-    x: [B, T, H, V], or anything with its shape and dtype.
-    gate: of the shape of x.
-  """
+  """Reason that the kernels cannot run a call with x and gate, or None."""
   if len(x.shape) != 4:
     return f"x has shape {x.shape}, expected [B, T, H, V]"
   if x.shape[1] < _BLOCKS[-1]:
@@ -68,19 +64,7 @@ def gated_rms_norm_mosaic_gpu(
   activation: str,
   eps: float,
 ) -> Float[Array, "B T H V"]:
-  """x / sqrt(mean x^2 + eps) * weight * act(gate + bias), by the kernels.
-
-  Args:
-    x: [B, T, H, V]; see unsupported_reason.
-    gate: [B, T, H, V], in the dtype of x.
-    weight: [V].
-    bias: [H, V].
-    activation: "silu" or "sigmoid".
-    eps: added to the mean of squares, > 0.
-
-  Returns:
-    [B, T, H, V] in the dtype of x.
-  """
+  """Computes ops.norm.gated_rms_norm; see unsupported_reason for the limits."""
   return _forward(x, gate, weight, bias, activation, eps)[0]
 
 
@@ -122,27 +106,27 @@ gated_rms_norm_mosaic_gpu.defvjp(_forward, _backward)
 
 
 def _whole(x):
-  """Padded to whole blocks of tokens; a gradient of zero adds nothing."""
+  """Pads x to whole blocks of tokens; zeros add nothing to any gradient."""
   tokens = -x.shape[1] % _BLOCKS[-1]
   return jnp.pad(x, ((0, 0), (0, tokens), (0, 0), (0, 0))) if tokens else x
 
 
 def _rows(x, vector):
-  """A vector for each row of the batch: what is mapped has a batch axis."""
+  """Repeats a vector per batch row, the axis that a call is split over."""
   return jnp.broadcast_to(
     vector.astype(jnp.float32)[None], (x.shape[0], *vector.shape)
   )
 
 
 def forward(x, gate, weight, bias, *, activation, eps):
-  """y of whole blocks of tokens; weight [B, V], bias [B, H, V], float32."""
+  """Output for whole blocks; weight [B, V] and bias [B, H, V] are float32."""
   body = functools.partial(_forward_body, activation=activation, eps=eps)
   call = _call("gated_norm", body, x, [_like(x)])
   return tuple(call(x, gate, weight, bias))
 
 
 def backward(x, gate, weight, bias, dy, *, activation, eps):
-  """dx, dgate, and [B, blocks, H, R, V] parts of dweight and of dbias."""
+  """dx, dgate, and parts [B, blocks, H, R, V] of dweight and dbias."""
   B, T, H, V = x.shape
   body = functools.partial(_backward_body, activation=activation, eps=eps)
   sums = blocks.struct((B, T // _block(T), H, _rows_of(V), V), jnp.float32)
@@ -236,13 +220,13 @@ def _backward_body(
 
 
 def _for_rows(x_gm, block, rows, carry):
-  """carry = rows(index of R tokens of one head, carry), over a block."""
+  """Loops carry = rows(index of R tokens of a head, carry) over a block."""
   row, head, here = (lax.axis_index(n) for n in ("row", "head", "block"))
   R = _rows_of(x_gm.shape[-1])
   first = here * block
 
   def some(i, carry):
-    # Unrolled, so that the next rows are on their way while these are worked.
+    # Unrolled, so that the next rows load while these are computed.
     for n in range(_AT_A_TIME):
       tokens = pl.ds(first + (i * _AT_A_TIME + n) * R, R)
       carry = rows((row, tokens, head), carry)
@@ -257,7 +241,7 @@ def _load(ref, here):
 
 
 def _load_vector(ref, *axes):
-  """[R, V], the same in every row."""
+  """Loads a vector and repeats it in every row: [R, V]."""
   V = ref.shape[-1]
   here = tuple(lax.axis_index(name) for name in axes)
   vector = plgpu.load(
@@ -267,19 +251,19 @@ def _load_vector(ref, *axes):
 
 
 def _normed(x, eps):
-  """x / sqrt(mean x^2 + eps), and the factor."""
+  """Normalised x, and the factor 1 / sqrt(mean x^2 + eps)."""
   scale = lax.rsqrt(_row_mean(x * x) + eps)
   return x * scale, scale
 
 
 def _row_mean(x):
-  """[R, V], the mean over V in every column."""
+  """Mean over V, repeated in every column: [R, V]."""
   mean = x.sum(axis=1) * (1.0 / x.shape[1])
   return lax.broadcast_in_dim(mean, x.shape, (0,))
 
 
 def _activation(gate, activation):
-  """act(gate) and its derivative."""
+  """Activation of the gate, and its derivative."""
   s, rest = sigmoids(gate)
   slope = s * rest
   if activation == "sigmoid":
@@ -288,14 +272,14 @@ def _activation(gate, activation):
 
 
 def _rows_of(V):
-  """R: rows of 16-byte vectors that four warps load at once."""
+  """R, the number of rows that four warps load at once in 16-byte vectors."""
   return _WARPS * _LANES * _VECTOR // V
 
 
 def _layout(V):
-  """[R, V]: warps over rows; lanes over rows and vectors of a row."""
+  """Register layout [R, V]: warps over rows, lanes over rows and vectors."""
   R = _rows_of(V)
-  # Tiled [4, 1, R / 4, V / 8, 1, 8].
+  # The tiled shape is [4, 1, R / 4, V / 8, 1, 8].
   layout = fragmented_array.TiledLayout(
     fragmented_array.Tiling(((R, V), (R // _WARPS, V), (1, _VECTOR))),
     warp_dims=(-6,),

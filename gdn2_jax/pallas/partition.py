@@ -1,12 +1,13 @@
-"""Kernels under vmap and on many devices.
+"""Kernel calls under vmap and on several devices.
 
-XLA cannot split a kernel call: left alone it gathers every operand on every
-device. Batch rows and heads are independent, so a call that is told so runs on
-the rows and heads that a device holds, and vmap is only more rows.
+XLA cannot split a kernel call; by default it gathers every operand on every
+device. Batch rows and heads are independent, so `over_batch_and_heads` makes
+each device run the kernel on the rows and heads that it holds, and treats vmap
+as more rows.
 
-A layout says where the batch and head axes of an array are: one character for
-each leading axis, "b", "h", or "." for any other; axes after the last character
-are "." too. [B, T, H, K] is "b.h", [B, H, K, V] is "bh", [B, T] is "b".
+A layout gives the batch and head axes of an array, one character per leading
+axis: "b", "h", or "." for any other; further axes are "." too. For example,
+[B, T, H, K] is "b.h", [B, H, K, V] is "bh", and [B, T] is "b".
 """
 
 import functools
@@ -33,7 +34,7 @@ Layouts = tuple[Any, ...]
 
 @functools.cache
 def fingerprint(options: str = "") -> str:
-  """Eight hexadecimal digits: of the source of all kernels, and of options."""
+  """Hash of the source of all kernels and of options, eight hex digits."""
   digest = hashlib.sha256(options.encode())
   package = pathlib.Path(__file__).parent.parent
   for path in sorted(
@@ -49,24 +50,23 @@ def over_batch_and_heads(
   results: Layouts,
   **static: Any,
 ) -> Callable[..., Any]:
-  """fun on local rows and heads, with vmap folded into the rows.
+  """Makes `fun` run on each device's rows and heads, also under vmap.
 
   The result cannot be differentiated: call it from a jax.custom_vjp.
 
   Args:
     fun: A module-level function of trees of arrays that returns a tuple of
-      trees of arrays. Row b and head h of its results depend on row b and head
-      h of the operands only, and it takes any number of rows and heads.
-    operands: The layout of each operand; one string serves all arrays of an
-      operand that is a tree.
-    results: The layout of each result, in the same way.
+      trees of arrays. Row b and head h of its results may depend only on row b
+      and head h of the operands, for any number of rows and heads.
+    operands: Layout of each operand; all arrays of a tree share it.
+    results: Layout of each result, in the same way.
     **static: Hashable keyword arguments of fun.
 
   Returns:
-    A function equal to fun. Over automatic mesh axes it stays split along
-    batch and heads; all other axes are replicated. Under a shard_map over all
-    mesh axes it runs on the block at hand; under one over some of them, the
-    others are replicated. With explicit mesh axes, use shard_map.
+    A function with the results of fun. Automatic mesh axes may split batch and
+    heads; along all others arrays are replicated. Under a shard_map over all
+    mesh axes it runs on the local block; under a shard_map over some axes,
+    arrays are replicated along the rest. Explicit mesh axes need shard_map.
   """
   options = tuple(sorted(static.items()))
 
@@ -106,7 +106,7 @@ def over_batch_and_heads(
 
 
 def _spread(layouts, trees):
-  """One layout for each array of the trees."""
+  """Repeats the layout of each tree for each of its arrays."""
   return tuple(
     layout
     for layout, tree in zip(layouts, trees, strict=True)
@@ -115,23 +115,24 @@ def _spread(layouts, trees):
 
 
 def _to_rows(x, is_batched, size):
-  """[size, B, ...] or an unmapped [B, ...] to [size * B, ...]."""
+  """Folds a mapped axis into rows: [size, B, ...] to [size * B, ...]."""
   if not is_batched:
     x = jax.numpy.broadcast_to(x[None], (size, *x.shape))
   return x.reshape(-1, *x.shape[2:])
 
 
 def _is_splittable():
-  """Whether XLA may split a call traced now."""
+  """True if XLA may split a call traced now."""
   if kernel_target.is_interpreted():
-    return False  # the interpreter is a program for one device
-  # A mesh that is split by hand in part has no name for what is left.
+    return False  # the interpreter runs on one device only
+  # Under a shard_map over all mesh axes a call is local; under one over some of
+  # them, custom_partitioning cannot name the remaining axes.
   types = jax.sharding.get_abstract_mesh().axis_types
   return not any(kind == AxisType.Manual for kind in types)
 
 
 def _vary_like(operands, results):
-  """Kernels do not say over which mesh axes their results vary: all."""
+  """Marks the results of kernels as varying over all axes of the operands."""
 
   def varying(x):
     return jax.typeof(x).manual_axis_type.varying
@@ -144,7 +145,7 @@ def _vary_like(operands, results):
 
 
 class _Local:
-  """fun between flat lists of arrays, and the tree of its results."""
+  """`fun` on flat lists of arrays, and the tree of its results."""
 
   def __init__(self, fun, options, operands, results, tree, target, split):
     self._fun = functools.partial(fun, **dict(options))
@@ -162,9 +163,9 @@ class _Local:
       self._result_layouts = _spread(self._results, results)
       return jax.tree.leaves(results)
 
-    # The program names what the kernels are: one that is found in a cache of
-    # compiled programs was then split by the same callback, though the cache
-    # cannot see into callbacks.
+    # The key of JAX's compilation cache does not include the Python callback
+    # that splits the call. The fingerprint in the program's name does: a cached
+    # program was then split by the callback of the same source.
     function = self._partitioned(flat_fun) if split else flat_fun
 
     def named(*flat):
@@ -174,7 +175,7 @@ class _Local:
     self.function = jax.jit(named)
 
   def tree_of_results(self):
-    """The tree that the flat results belong to, once traced."""
+    """Tree of the flat results; known after tracing."""
     assert self._result_tree is not None
     return self._result_tree
 
@@ -210,7 +211,7 @@ class _Local:
 
 @functools.lru_cache(maxsize=256)
 def _build(fun, options, operands, results, tree, shapes, target, split):
-  """A _Local; the same one for equal calls, so that jit compiles it once."""
+  """Returns the same _Local for equal calls, so that jit compiles it once."""
   del shapes  # part of the key: the tree of results may depend on them
   return _Local(fun, options, operands, results, tree, target, split)
 
@@ -220,7 +221,7 @@ def _pad(layout, rank):
 
 
 def _axes_of(layouts, arguments):
-  """Mesh axes of the batch and of the heads, by the first that has both."""
+  """Mesh axes of batch and heads, from the first operand that has both."""
   for layout, x in zip(layouts, arguments, strict=True):
     if "b" in layout and "h" in layout:
       spec = x.sharding.spec
@@ -229,7 +230,7 @@ def _axes_of(layouts, arguments):
 
 
 def _sharding_rule(operands, results):
-  """Batch and heads pass through; every other axis must be whole."""
+  """Shardy rule: batch and heads stay split, other axes are replicated."""
   whole = []
 
   def mapping(layout, ir_type):

@@ -1,7 +1,7 @@
-r"""SiLU of the short convolution, forward and backward, on a GPU.
+r"""Short convolution with SiLU on a GPU, forward and backward.
 
-With x_{t-i} from the tokens before the call where t - i < 0, and taken for zero
-where i > reach_t (another segment, or padding, which has reach -1):
+x_{t-i} comes from the state if t - i < 0, and is zero if i > reach_t: the token
+is in another segment, or t is padding, which has reach -1.
 
   z_t  = sum_i kernel[W-1-i] x_{t-i},  i = 0 .. W-1
   y_t  = z_t s_t,  s_t = sigmoid(z_t)
@@ -10,11 +10,12 @@ where i > reach_t (another segment, or padding, which has reach -1):
   dx_t = sum_i kernel[W-1-i] dz_{t+i}
   dkernel[W-1-i] = sum_t dz_t x_{t-i}
 
-A block of four warps walks along some tokens of a few hundred channels and
-keeps what the next tokens need in registers: the last W - 1 inputs, and
-backward the gradients of them that are not complete. So each input is read
-once, but for the W - 1 tokens on either side of a block, and a token's reach is
-one number for all threads, not a mask. All is bound by memory.
+A block of four warps goes through its tokens in order, for a few hundred
+channels, and keeps in registers what the next tokens need: the last W - 1
+inputs and, in the backward pass, their unfinished gradients. So each input is
+read once, except W - 1 tokens on either side of a block, and the reach of a
+token is one number for all threads instead of a mask. Both kernels are limited
+by memory bandwidth.
 
 Legend: B batch, T tokens, C channels, W taps, J channels of a block.
 """
@@ -33,22 +34,17 @@ from gdn2_jax.pallas import blocks
 from gdn2_jax.pallas.partition import over_batch_and_heads
 from gdn2_jax.pallas.projected import sigmoid, sigmoids
 
-MAX_TAPS = 4  # the registers of a thread hold the sums for dkernel
-BLOCK = 64  # tokens of a block
-# Channels of a block, 4, 2 or 1 to a thread; backward, which needs more
-# registers for each, at most 2.
+MAX_TAPS = 4  # a thread keeps the sums of dkernel in registers
+BLOCK = 64  # tokens per block
+# Channels per block: 4, 2 or 1 per thread. The backward pass needs more
+# registers per channel, so it takes at most 2.
 _TILES, _GRADIENT_TILES = (512, 256, 128), (256, 128)
 _DTYPES = ("bfloat16", "float16")
 _AT_A_TIME = 4  # tokens whose loads are in flight
 
 
 def unsupported_reason(x: Any, kernel: Any) -> str | None:
-  """Why the kernels cannot run such a call, or None.
-
-  Args:
-    x: [B, T, C], or anything with its shape and dtype.
-    kernel: [W, C].
-  """
+  """Reason that the kernels cannot run a call with x and kernel, or None."""
   T, W = x.shape[1], kernel.shape[0]
   if T < BLOCK:
     return f"T = {T}, expected at least {BLOCK} tokens"
@@ -65,17 +61,11 @@ def short_conv_silu_mosaic_gpu(
   state: Float[Array, "B W-1 C"] | None,
   reach: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T C"]:
-  """silu(conv(x)) by the kernels, differentiable in all but reach.
+  """Computes silu(conv(x)) [B, T, C], differentiable in all but reach.
 
-  Args:
-    x: [B, T, C]; see unsupported_reason.
-    kernel: [W, C]; tap W-1 multiplies x_t.
-    state: [B, W-1, C] in x.dtype, the inputs before the call; None for zeros.
-    reach: [B, T] int32, how many tokens back a token sees, at most W-1; -1 is
-      padding, whose output is 0. None: all see W-1 tokens back.
-
-  Returns:
-    [B, T, C] in x.dtype.
+  Arguments are those of ops.short_conv, except `reach`: the number of earlier
+  tokens that a token sees, at most W-1; -1 is padding, whose output is 0. None
+  means W-1 for all tokens.
   """
   if state is None:
     state = jnp.zeros((x.shape[0], kernel.shape[0] - 1, x.shape[2]), x.dtype)
@@ -99,7 +89,7 @@ def _backward(residuals, dy):
   operands, layouts = _operands(x, kernel, state, reach, dy)
   run = over_batch_and_heads(backward, layouts, ("b.h", "b..h"))
   dx, sums = run(*operands)
-  # Few tokens see the state: none of the kernel's business.
+  # Only the first W - 1 tokens see the state; XLA computes its gradient.
   n = min(x.shape[1], kernel.shape[0] - 1)
   reach = None if reach is None else reach[:, :n]
   _, pullback = jax.vjp(
@@ -117,14 +107,14 @@ _differentiable.defvjp(_forward, _backward)
 
 
 def _operands(x, kernel, state, reach, *more):
-  """Operands of the kernels and their layouts; tokens fill whole blocks."""
+  """Operands of the kernels, padded to whole blocks, and their layouts."""
   tokens = -x.shape[1] % BLOCK
 
   def whole(x):
     widths = ((0, 0), (0, tokens), *(x.ndim - 2) * ((0, 0),))
     return jnp.pad(x, widths) if tokens else x
 
-  # What is mapped over rows has a batch axis.
+  # Every operand of a call that is split over rows has a batch axis.
   kernel = jnp.broadcast_to(kernel[None], (x.shape[0], *kernel.shape))
   operands = [whole(x), kernel, state, *map(whole, more)]
   layouts = len(operands) * ["b.h"]
@@ -135,7 +125,7 @@ def _operands(x, kernel, state, reach, *more):
 
 
 def _first_tokens(x, kernel, state, reach):
-  """y in float32 of the n first tokens, by XLA."""
+  """Output of the first n tokens in float32, by XLA."""
   n, W = x.shape[1], kernel.shape[0]
   inputs = jnp.concatenate([state, x], axis=1).astype(jnp.float32)
   taps = kernel.astype(jnp.float32)[:, None, None]
@@ -149,14 +139,14 @@ def _first_tokens(x, kernel, state, reach):
 
 
 def forward(x, kernel, state, reach=None):
-  """y of whole blocks of tokens; kernel [B, W, C], the others as above."""
+  """Output for whole blocks of tokens; kernel is [B, W, C]."""
   y = blocks.struct(x.shape, x.dtype)
   operands = [x, kernel, state]
   return _call("short_conv", _forward_body, operands, reach, [y], _TILES)
 
 
 def backward(x, kernel, state, dy, reach=None):
-  """dx, and sums [B, blocks, W, C] whose total over both is dkernel."""
+  """Gradient dx, and partial sums [B, blocks, W, C] of dkernel."""
   (B, T, C), W = x.shape, kernel.shape[1]
   dx = blocks.struct(x.shape, x.dtype)
   sums = blocks.struct((B, T // BLOCK, W, C), jnp.float32)
@@ -172,7 +162,7 @@ def backward(x, kernel, state, dy, reach=None):
 
 def _call(name, body, operands, reach, out_type, tiles):
   B, T, C = operands[0].shape
-  # A device may hold any part of the channels.
+  # A device may hold any number of channels.
   if C % tiles[-1]:
     return _call_padded(name, body, operands, reach, out_type, tiles)
   J = next(J for J in tiles if C % J == 0)
@@ -209,7 +199,7 @@ def _call_padded(name, body, operands, reach, out_type, tiles):
 
 
 class _Walk:
-  """Along the tokens of a block, for J channels; vectors are [J], float32."""
+  """Loop over the tokens of a block for J channels, in float32 vectors [J]."""
 
   def __init__(self, x_gm, kernel_gm, state_gm, reach_gm, J):
     self._x, self._state, self._reach = x_gm, state_gm, reach_gm
@@ -219,22 +209,22 @@ class _Walk:
     self.block = lax.axis_index("block")
     self.first = self.block * BLOCK
     self.W, self._J = kernel_gm.shape[1], J
-    # By how many tokens back.
+    # taps[i] multiplies the input i tokens back.
     self.taps = [self.load(kernel_gm, i) for i in reversed(range(self.W))]
 
   def load(self, ref, n):
-    """Token, tap or input n."""
+    """Loads token, tap or input n."""
     ref = ref.at[self._row, n, self._channels]
     x = plgpu.load(ref, layout=self._layout, optimized=False)
     return x.astype(jnp.float32)
 
   def store(self, ref, x, *index):
-    """Stores at token `index`, or at a block and tap."""
+    """Stores x at a token, or at a block and tap."""
     ref = ref.at[(self._row, *index, self._channels)]
     blocks.store_global(ref, x.astype(ref.dtype))
 
   def zeros(self):
-    """A sum to start with."""
+    """Initial value of a sum."""
     return plgpu.layout_cast(jnp.zeros((self._J,), jnp.float32), self._layout)
 
   def past(self):
@@ -244,19 +234,19 @@ class _Walk:
       _select(
         is_first,
         self.load(self._state, self.W - 1 - i),
-        # Of the first block, any.
+        # The first block loads an arbitrary token that is not selected.
         self.load(self._x, jnp.where(is_first, 0, self.first - i)),
       )
       for i in range(1, self.W)
     )
 
   def inputs(self, t, *more):
-    """x and reach of token t, and what `more` arrays hold of it."""
+    """Loads reach and x of token t, and its rows of `more` arrays."""
     reach = None if self._reach is None else self._reach[self._row, t]
     return reach, *(self.load(ref, t) for ref in (self._x, *more))
 
   def along(self, token, carry, *more):
-    """carry = token(t, carry, *inputs(t, *more)) for all tokens."""
+    """Loops carry = token(t, carry, *inputs(t, *more)) over the tokens."""
 
     def some(i, carry):
       tokens = [self.first + i * _AT_A_TIME + n for n in range(_AT_A_TIME)]
@@ -268,17 +258,17 @@ class _Walk:
     return lax.fori_loop(0, BLOCK // _AT_A_TIME, some, carry)
 
   def convolve(self, window):
-    """z of x_t, x_{t-1}, ... as far as they are seen."""
+    """Sum z of the taps times the inputs x_t, x_{t-1}, ..."""
     return sum(tap * x for tap, x in zip(self.taps, window, strict=True))
 
 
 def _seen(x, i, reach):
-  """x of i tokens back, zero out of reach."""
+  """Input x of i tokens back, zero if out of reach."""
   return x if reach is None else _select(reach >= i, x, jnp.zeros_like(x))
 
 
 def _select(condition, x, y):
-  """x or y for one condition; Mosaic GPU wants one for each element."""
+  """jnp.where with a scalar condition, which Mosaic GPU does not broadcast."""
   return jnp.where(lax.broadcast_in_dim(condition, x.shape, ()), x, y)
 
 
@@ -294,7 +284,7 @@ def _forward_body(walk, y_gm):
 
 def _backward_body(walk, dy_gm, dx_gm, sums_gm):
   def gradients(past, pending, reach, x, dy):
-    """dz, the inputs seen, and dx_t, dx_{t-1}, ... as far as known."""
+    """dz, the inputs seen, the next window, and partial dx_t, dx_{t-1}, ..."""
     window = (x, *past)
     seen = [_seen(x, i, reach) for i, x in enumerate(window)]
     z = walk.convolve(seen)
@@ -320,7 +310,7 @@ def _backward_body(walk, dy_gm, dx_gm, sums_gm):
   past, pending, sums = walk.along(token, carry, dy_gm)
   for i, total in enumerate(sums):
     walk.store(sums_gm, total, walk.block, walk.W - 1 - i)
-  # The tokens behind the block complete the gradients of its last ones.
+  # The W - 1 tokens after the block complete the gradients of its last tokens.
   end, T = walk.first + BLOCK, dy_gm.shape[1]
   for t in (end + n for n in range(walk.W - 1)):
     reach, x, dy = walk.inputs(jnp.where(end < T, t, 0), dy_gm)

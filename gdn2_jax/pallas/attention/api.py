@@ -1,4 +1,4 @@
-"""Windowed attention on Hopper: the kernels as one differentiable function."""
+"""Differentiable function of the windowed attention kernels for Hopper."""
 
 from typing import Any
 
@@ -16,12 +16,7 @@ _NOWHERE = 1 << 30  # above any key
 
 
 def unsupported_reason(q: Any, k: Any) -> str | None:
-  """Why the kernels cannot run such a call, or None.
-
-  Args:
-    q: [B, T, HQ, D], or anything with its shape and dtype.
-    k: [B, S, HKV, D].
-  """
+  """Reason that the kernels cannot run a call with q and k, or None."""
   if q.shape[1] != k.shape[1]:
     return f"needs S == T, got S = {k.shape[1]}, T = {q.shape[1]}"
   if q.shape[1] < BLOCK:
@@ -41,24 +36,16 @@ def attention_mosaic_gpu(
   window: int | None,
   scale: float,
 ) -> Float[Array, "B T HQ D"]:
-  """Attention of a row with itself; see sliding_window_attention.
+  """Computes ops.attention.sliding_window_attention for S == T.
 
-  Args:
-    q: [B, T, HQ, D]; see unsupported_reason.
-    k: [B, T, HKV, D], in the dtype of q.
-    v: [B, T, HKV, D], in the dtype of q.
-    segment_ids: [B, T], each id in one run; 0 is padding. None: one segment.
-    window: keys that a query sees, itself included; None for all.
-    scale: factor on the scores.
-
-  Returns:
-    [B, T, HQ, D] in the dtype of q, 0 at padding.
+  All arrays have one dtype; see unsupported_reason. Each id of segment_ids is
+  one run of tokens, and 0 is padding.
   """
   (B, T, _, D), H = q.shape, k.shape[2]
   low = _first_keys(segment_ids, B, T, window)
   if segment_ids is not None:
-    # A weight of zero does not silence what stands in padding, nor do those of
-    # the gradient; where() here masks both, and XLA fuses it.
+    # Padding may hold NaN, and 0 * NaN is NaN, here and in the gradient. XLA
+    # fuses these masks with other operations.
     is_token = (segment_ids != 0)[:, :, None, None]
     q, k, v = (jnp.where(is_token, x, 0) for x in (q, k, v))
   more = -T % BLOCK
@@ -74,7 +61,7 @@ def attention_mosaic_gpu(
 
 
 def _first_keys(segment_ids, B, T, window):
-  """The first key that each query sees, [B, T] int32."""
+  """Index of the first key that each query sees, [B, T] int32."""
   t = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
   low = jnp.zeros_like(t)
   if segment_ids is not None:
@@ -124,7 +111,7 @@ def _attend_bwd(scale, residuals, do):
 
 
 def _row_sums(o, rest, do):
-  """Of do * o over channels, [B, H, G, T]."""
+  """Sums of do * o over channels, [B, H, G, T]."""
   return jnp.moveaxis(jnp.sum((o + rest) * do, axis=-1), 1, 3)
 
 

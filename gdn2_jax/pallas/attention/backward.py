@@ -1,14 +1,14 @@
-r"""The backward pass of attention.py: two kernels.
+r"""Backward pass of forward.py, in two kernels.
 
 With p = exp(s - lse) and delta = sum over channels of do * o,
 
     ds = scale * p * (do v^T - delta)
     dq = ds k        dk = ds^T q        dv = p^T do
 
-One kernel has a block of queries and goes over keys, for dq; the other has a
-block of keys, goes over the queries that see them, all heads of a group after
-each other, and computes everything transposed, so that p^T and ds^T are
-operands as they come.
+For dq, a block of the first kernel has 64 queries and loops over their keys.
+For dk and dv, a block of the second has 64 keys and loops over the queries that
+see them, one query head of the group after the other. It computes transposed
+scores, so that p^T and ds^T are operands of wgmma without a transpose.
 """
 
 import functools
@@ -41,14 +41,14 @@ def attention_grad(q, k, v, low, do, lse, delta, *, scale):
   """Runs the kernels.
 
   Args:
-    q: [B, T, H, G, D], as attention took it, and so k, v and low.
+    q: [B, T, H, G, D]; q, k, v and low as in forward.attention.
     k: [B, T, H, D].
     v: [B, T, H, D].
     low: [B, T] int32.
-    do: gradient of o [B, T, H, G, D], in the dtype of q.
-    lse: [B, H, G, T], float32, from attention.
+    do: Gradient of o [B, T, H, G, D], in the dtype of q.
+    lse: [B, H, G, T], float32, from forward.attention.
     delta: [B, H, G, T], float32.
-    scale: factor on the scores.
+    scale: Factor on the scores.
 
   Returns:
     dq, dk and dv, in the shapes and dtypes of q, k and v.
@@ -92,8 +92,8 @@ def _queries(q, k, v, low, do, lse, delta, scale):
 
     zeros = tuple(blocks.zeros() for _ in range(tiles))
     dq = over_keys(keys_gm, s, (b, h, i), scale, tiles, tile, zeros)
-    _store(dq, s["q"], dq_gm, queries)
-    plgpu.wait_smem_to_gmem(0)
+    _store(dq, s["q"], dq_gm, queries)  # all products with q are done
+    plgpu.wait_smem_to_gmem(0)  # before the block ends
 
   (dq,) = blocks.call(
     "attention_grad_q",
@@ -109,7 +109,7 @@ def _queries(q, k, v, low, do, lse, delta, scale):
 def _store(parts, ref, out_gm, here):
   for n, acc in enumerate(parts):
     blocks.tile_of(ref, n)[...] = acc.astype(ref.dtype)
-  plgpu.commit_smem()
+  plgpu.commit_smem()  # the TMA stores read it
   for n in range(len(parts)):
     plgpu.copy_smem_to_gmem(
       blocks.tile_of(ref, n), out_gm.at[(*here, pl.ds(n * TILE, TILE))]
@@ -167,7 +167,9 @@ def _keys(q, k, v, low, do, lse, delta, scale):
     def tile(n, carry):
       dk, dv = carry[:tiles], carry[tiles:]
       slot = lax.rem(n, STAGES)
-      plgpu.commit_smem()  # what the last tile read may be written
+      # Orders the loads of low, lse and delta of the last tile before the TMA
+      # loads that refill their slot.
+      plgpu.commit_smem()
 
       @pl.when(n + 1 < count)
       def _():
@@ -179,7 +181,7 @@ def _keys(q, k, v, low, do, lse, delta, scale):
         x = plgpu.load(s[name].at[slot], layout=blocks.ROWS.reduce(0))
         return blocks.of_columns(x, (C, C))
 
-      # Registers are short: each thing is made where it is used.
+      # Every value is computed where it is used, to save registers.
       x = scores((s["k"], 0), (s["q"], slot), tiles) * scale
       query = (j + lax.rem(n, blocks_of_queries)) * C + c
       x = jnp.where((key >= per_query("low")) & (key <= query), x, NEVER)
@@ -200,9 +202,10 @@ def _keys(q, k, v, low, do, lse, delta, scale):
 
     zeros = tuple(blocks.zeros() for _ in range(2 * tiles))
     out = lax.fori_loop(jnp.int32(0), count, tile, zeros)
+    # All products with k and v are done: their buffers are free.
     _store(out[:tiles], s["k"], dk_gm, keys)
     _store(out[tiles:], s["v"], dv_gm, keys)
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0)  # before the block ends
 
   return tuple(
     blocks.call(
@@ -217,7 +220,7 @@ def _keys(q, k, v, low, do, lse, delta, scale):
 
 
 def _last(low):
-  """The last block of queries that sees a key of each block, [B, T / C]."""
+  """Last block of queries that sees a key of each block, [B, T / C]."""
   first = first_tiles(low)
   i = jnp.arange(first.shape[1], dtype=jnp.int32)
   sees = (first[:, :, None] <= i[None, None]) & (

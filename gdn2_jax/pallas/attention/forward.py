@@ -1,15 +1,15 @@
-r"""Causal attention of a row with itself, over a window and segments, forward.
+r"""Forward kernel of causal attention with a window and segments.
 
-A query t sees the keys lo_t, ..., t. Blocks of 64 queries go over tiles of 64
-keys and keep, per query, the largest score m so far, the sum l of exp(s - m)
-and o = sum exp(s - m) v; what was summed is scaled by exp(m_old - m_new) when m
-grows. No exponent is above zero.
+Query t sees the keys low_t, ..., t. A block of 64 queries loops over tiles of
+64 keys and keeps, per query, the largest score m so far, the sum l of
+exp(s - m), and o = sum exp(s - m) v. When m grows, both sums are multiplied by
+exp(m_old - m_new). No exponent is above zero.
 
     s = scale * q k^T      o = sum exp(s - m) v / l      lse = m + log l
 
-One warpgroup has a block of queries; keys and values of the next tile are on
-their way while one is worked. With D = 128 two blocks share a multiprocessor,
-and one's products hide the other's exponentials.
+A block is one warpgroup; it loads the keys and values of the next tile while it
+computes one. With D = 128 two blocks fit on a multiprocessor, so that products
+of one can overlap with exponentials of the other.
 
 Legend: B batch, T tokens, H key heads, G query heads of a key head, D channels
 of a head; C = 64 queries or keys.
@@ -30,7 +30,7 @@ from gdn2_jax.pallas.blocks import TILE, C
 
 STAGES = 2
 PER_ROW = blocks.ROWS.reduce(1)
-NEVER = -1e30  # below any score; a sum with it overflows nothing
+NEVER = -1e30  # below any score, and far from overflow in sums
 
 
 def attention(q, k, v, low, *, scale, save):
@@ -41,12 +41,12 @@ def attention(q, k, v, low, *, scale, save):
     k: [B, T, H, D], in the dtype of q.
     v: [B, T, H, D], in the dtype of q.
     low: [B, T] int32, the first key that a query sees, above T for none.
-    scale: factor on the scores.
-    save: whether to return what the backward pass takes.
+    scale: Factor on the scores.
+    save: Return residuals for the backward pass.
 
   Returns:
-    o [B, T, H, G, D] in the dtype of q; with `save` also what rounding took
-    from o, in that dtype, and lse [B, H, G, T], float32.
+    o [B, T, H, G, D] in the dtype of q; with `save` also the rounding error of
+    o, in that dtype, and lse [B, H, G, T], float32.
   """
   B, T, H, G, D = q.shape
   tiles, dtype = D // TILE, q.dtype
@@ -75,7 +75,7 @@ def attention(q, k, v, low, *, scale, save):
     body,
     out_type,
     scratch_types=list(scratch.values()),
-    # Blocks that read the same keys are neighbours.
+    # Neighbouring blocks read the same keys, so they hit the cache.
     grid=(B, H, T // C, G),
     grid_names=("b", "h", "i", "g"),
   )(q, k, v, low, first_tiles(low))
@@ -83,13 +83,13 @@ def attention(q, k, v, low, *, scale, save):
 
 
 def first_tiles(low: Any) -> Any:
-  """The first tile of keys that each block of queries sees, [B, T / C]."""
+  """First tile of keys that each block of queries sees, [B, T / C]."""
   B, T = low.shape
   return low.reshape(B, T // C, C).min(axis=-1) // C
 
 
 def fetch(source_gm, here, ref, slot, barrier, tiles):
-  """Loads 64 tokens, channel tile by channel tile."""
+  """Starts the loads of 64 tokens, one per tile of channels."""
   for n in range(tiles):
     plgpu.copy_gmem_to_smem(
       source_gm.at[(*here, pl.ds(n * TILE, TILE))],
@@ -99,12 +99,12 @@ def fetch(source_gm, here, ref, slot, barrier, tiles):
 
 
 def slot_of(ref, slot, n, tiles):
-  """Channel tile n in a slot of a ring."""
+  """Channel tile n in a slot of a ring buffer."""
   return blocks.tile_of(ref, slot * tiles + n)
 
 
 def scores(a, b, tiles):
-  """a b^T [C, C] over all channels; both are a buffer and a slot."""
+  """Product a b^T [C, C] over all channels; a and b are (buffer, slot)."""
   pairs = [
     (slot_of(*a, n, tiles), blocks.transposed(slot_of(*b, n, tiles)))
     for n in range(tiles)
@@ -113,27 +113,28 @@ def scores(a, b, tiles):
 
 
 def per_row(x: Any, columns: int = C) -> Any:
-  """One number per row as a tile."""
+  """Broadcasts one number per row over columns."""
   return blocks.of_rows(x, (C, columns))
 
 
 def load_rows(ref: Any) -> Any:
-  """One number per row, from global memory."""
+  """Loads one number per row from global memory."""
   return plgpu.load(ref, layout=PER_ROW, optimized=False)
 
 
 def over_keys(keys_gm, s, here, scale, tiles, body, carry):
-  """carry = body(slot, scores, carry) over the tiles of keys a block sees.
+  """Loops carry = body(slot, scores, carry) over the keys of a query block.
 
   Args:
     keys_gm: k, v, low, and the first tile of keys of every block.
-    s: buffers: q, and the rings k and v; barriers own_loaded, of q and
-      whatever else belongs to the block, and loaded, of the rings.
-    here: batch row, key head and block of queries.
-    scale: factor on the scores.
-    tiles: of channels.
-    body: takes scores [C, C] that are NEVER where a query does not look.
-    carry: to begin with.
+    s: Buffers q (one block), k and v (ring buffers), and barriers own_loaded
+      (q and the block's other operands) and loaded (k and v).
+    here: Batch row, key head and block of queries.
+    scale: Factor on the scores.
+    tiles: Number of channel tiles.
+    body: Function of a slot, scores [C, C] and carry; scores are NEVER where a
+      query does not see the key.
+    carry: Initial value.
   """
   k_gm, v_gm, low_gm, first_gm = keys_gm
   b, h, i = here
@@ -151,7 +152,9 @@ def over_keys(keys_gm, s, here, scale, tiles, body, carry):
 
   def tile(j, carry):
     slot = lax.rem(j, STAGES)
-    plgpu.commit_smem()  # what the last tile read may be written
+    # wgmma has finished with the slot that is refilled. The interpreter reads
+    # it by ordinary loads and needs them committed.
+    plgpu.commit_smem()
 
     @pl.when(j < i)
     def _():
@@ -175,7 +178,7 @@ def _body(q_gm, keys_gm, outputs, s, scale, tiles):
     m, total, *o = carry
     new = jnp.maximum(m, x.max(axis=1))
     shift = jnp.exp(m - new)
-    # A row that has seen nothing has new = NEVER: nothing is exp(0) there.
+    # If a row has seen no key, new = NEVER and exp(x - new) would be exp(0).
     p = jnp.where(x > NEVER / 2, jnp.exp(x - per_row(new)), 0.0)
     total = total * shift + p.sum(axis=1)
     p = p.astype(s["v"].dtype)
@@ -203,7 +206,7 @@ def _body(q_gm, keys_gm, outputs, s, scale, tiles):
   some = jnp.where(total > 0, total, 1.0)
   o = [acc / per_row(some, TILE) for acc in o]
   if len(outputs) > 1:
-    # Of a query that sees nothing: all its weights are exp(s - lse) = 0.
+    # For a query without keys, so that all its weights exp(s - lse) are 0.
     lse = jnp.where(total > 0, m + jnp.log(some), -NEVER)
     blocks.store_global(outputs[2].at[b, h, g, pl.ds(i * C, C)], lse)
   parts = [o]
@@ -211,15 +214,17 @@ def _body(q_gm, keys_gm, outputs, s, scale, tiles):
     dtype = s["q"].dtype
     parts.append([acc - acc.astype(dtype).astype(jnp.float32) for acc in o])
   for part, out_gm in zip(parts, outputs, strict=False):
+    # All products with q are done: its buffer is free, after the first part
+    # once the TMA stores have read that.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for n, acc in enumerate(part):
       blocks.tile_of(s["q"], n)[...] = acc.astype(s["q"].dtype)
-    plgpu.commit_smem()
+    plgpu.commit_smem()  # the TMA stores read it
     for n in range(tiles):
       plgpu.copy_smem_to_gmem(
         blocks.tile_of(s["q"], n), out_gm.at[(*queries, pl.ds(n * TILE, TILE))]
       )
-  plgpu.wait_smem_to_gmem(0)
+  plgpu.wait_smem_to_gmem(0)  # before the block ends
 
 
 SHAPES = (
@@ -231,7 +236,7 @@ SHAPES = (
 
 
 def shapes(H: int, G: int, D: int, dtype: str) -> tuple[Any, ...]:
-  """Of q, k (and v), low and lse in the cases to compile."""
+  """Shapes of q, k (and v), low and lse in the cases to compile."""
   B, T, struct = 4, 4096, jax.ShapeDtypeStruct
   q, k = struct((B, T, H, G, D), dtype), struct((B, T, H, D), dtype)
   return q, k, struct((B, T), "int32"), struct((B, H, G, T), "float32")

@@ -1,1 +1,1 @@
-"""Kernels of the GDN-2 op: chunks, scan over chunks, one token."""
+"""Kernels of the GDN-2 op, over chunks and for one token."""

@@ -1,8 +1,8 @@
-"""Gated DeltaNet-2 on Hopper: the kernels as one differentiable function.
+"""Differentiable functions of the GDN-2 kernels for Hopper.
 
-The kernels take whole chunks and whole tiles of channels. A token of kind 0
-leaves the state alone, and a channel of zeros in q, k, g, b or in v, w stays
-zero, so that padding to them changes no result.
+The kernels take whole chunks and whole tiles of channels. Arrays are padded to
+these with tokens of kind 0, which do not change the state, and with channels of
+zeros in q, k, g, b or in v, w, which stay zero; so padding changes no result.
 """
 
 from typing import Any
@@ -22,12 +22,10 @@ _TOKENS = 6 * ("b.h",)  # q k v g b w
 
 
 def unsupported_reason(K: int, V: int, *dtypes: Any) -> str | None:
-  """Why the kernels cannot run such a call, or None.
+  """Reason that the kernels cannot run a call, or None.
 
-  Args:
-    K: Key channels of a head.
-    V: Value channels of all the value heads of a key head.
-    *dtypes: Of q, k, v, b and w.
+  V counts the channels of all value heads of a key head; dtypes are those of q,
+  k, v, b and w.
   """
   names = sorted({jnp.dtype(dtype).name for dtype in dtypes})
   if len(names) > 1:
@@ -40,7 +38,7 @@ def unsupported_reason(K: int, V: int, *dtypes: Any) -> str | None:
   if K % 16 or K > MAX_KEY_DIM:
     return f"K = {K}, expected a multiple of 16 up to {MAX_KEY_DIM}"
   if V % 16:
-    return f"{V} value channels to a key head, expected a multiple of 16"
+    return f"{V} value channels per key head, expected a multiple of 16"
   return None
 
 
@@ -60,36 +58,23 @@ def gdn2_mosaic_gpu(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
   """Chunkwise Eq. 10 by the kernels, differentiable in all but kinds.
 
-  Args:
-    q: Queries, of the dtype of k, v, b and w; see unsupported_reason.
-    k: Keys.
-    v: Values.
-    g: Log-decay, taken in float32.
-    b: Erase gate.
-    w: Write gate.
-    state: Incoming state, float32.
-    kinds: 0 padding, 1 token, 2 token that the state restarts at; None is all
-      1.
-    scale: Factor on the output.
-    rates: -exp(A_log) and dt_bias, float32, if the kernels are to compute
-      norms and gates: the others are then as projected.py takes them, all of
-      one dtype.
+  Arguments are those of gdn2 with folded value heads, except
+    kinds: Kinds of tokens (blocks.PADDING, TOKEN, RESTART); None: all TOKEN.
+    rates: -exp(A_log) and dt_bias, float32, to have the kernels compute norms
+      and gates; q, k, g, b and w are then as in projected.py, in one dtype.
     erase_scale: Factor on the erase gate, with rates.
-
-  Returns:
-    o in the dtype of v, and the final state.
   """
   (B, T, _, K), V = q.shape, v.shape[-1]
   is_token = None
   if kinds is None:
     kinds = jnp.ones((B, T), jnp.int32)
   else:
-    # The kernels mask what has a key axis. What stands in v, w and the gradient
-    # of o at padding (also NaN) goes here, where XLA fuses it with its source.
+    # The kernels mask arrays with a key axis. v, w and the gradient of o, which
+    # may hold NaN at padding, are masked here, where XLA fuses it.
     is_token = (kinds != 0)[:, :, None, None]
   v, w = _zero_unless(is_token, v), _zero_unless(is_token, w)
   tokens = -T % CHUNK
-  # One tile of keys, or two.
+  # The kernels take one or two tiles of key channels.
   keys, values = (64 if K <= 64 else MAX_KEY_DIM) - K, -V % _VALUE_TILE
 
   def pad(x, channels):
@@ -118,7 +103,7 @@ def _zero_unless(is_token, x):
 
 
 def _kernels():
-  # Not at the top: what a call needs can be asked without the kernels.
+  # Imported late: unsupported_reason must work without loading Pallas.
   from gdn2_jax.pallas.gdn2.backward import backward
   from gdn2_jax.pallas.gdn2.forward import forward
 
@@ -181,21 +166,7 @@ def gdn2_step_mosaic_gpu(
   state: Float[Array, "B HV K V"],
   scale: float,
 ) -> tuple[Float[Array, "B HV V"], Float[Array, "B HV K V"]]:
-  """One token of Eq. 10 by the kernel; not differentiable.
-
-  Args:
-    q: Query, as in pallas/gdn2/step.py, whose call this is on many devices.
-    k: Key.
-    v: Value, HV a multiple of H.
-    g: Log-decay.
-    b: Erase gate.
-    w: Write gate.
-    state: Incoming state, float32.
-    scale: Factor on the output.
-
-  Returns:
-    o in the dtype of v, and the new state.
-  """
+  """Kernel of step.py, split over devices; not differentiable."""
   H = q.shape[1]
 
   def grouped(x):
@@ -209,7 +180,7 @@ def gdn2_step_mosaic_gpu(
 
 
 def _step_of_groups(q, k, v, g, b, w, state, *, scale):
-  """The kernel on [B, H, HV // H, ...]: one head axis for all operands."""
+  """Kernel on [B, H, HV // H, ...], where all operands share the head axis."""
   from gdn2_jax.pallas.gdn2.step import gdn2_step_mosaic_gpu as kernel
 
   B, H, G = v.shape[:3]

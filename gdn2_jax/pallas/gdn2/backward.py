@@ -1,4 +1,4 @@
-"""The backward pass: three kernels."""
+"""Backward pass of forward.py, in three kernels."""
 
 from gdn2_jax.pallas.gdn2.intra import intra
 from gdn2_jax.pallas.gdn2.intra_grad import intra_grad
@@ -10,24 +10,11 @@ def backward(
 ):
   """Gradients of forward.forward (section 3.4, appendix B).
 
-  Args:
-    q: [B, T, H, K], as the forward pass took it; so k, v, g, b, w.
-    k: [B, T, H, K].
-    v: [B, T, H, V].
-    g: [B, T, H, K], float32, or with rates in the dtype of q.
-    b: [B, T, H, K].
-    w: [B, T, H, V].
-    rates: [B, H, 2, K], float32, or None.
-    kinds: [B, T] int32.
-    residuals: what the forward pass saved.
-    do: gradient of the output [B, T, H, V], in its dtype, zero at padding.
-    dstate: gradient of the final state [B, H, K, V], float32.
-    scale: factor on the output.
-    erase_scale: of projected.py.
-
-  Returns:
-    dq, dk, dv, dg, db, dw, drates and that of the initial state, in the shapes
-    and dtypes of the inputs.
+  do is the gradient of the output [B, T, H, V], in its dtype and zero at
+  padding, and dstate that of the final state [B, H, K, V], float32; the other
+  arguments are those of the forward pass and its residuals. Returns dq, dk, dv,
+  dg, db, dw, drates and the gradient of the initial state, in the shapes and
+  dtypes of the inputs.
   """
   A, states = residuals
   gates = {"rates": rates, "erase_scale": erase_scale}

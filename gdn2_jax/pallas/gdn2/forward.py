@@ -1,4 +1,4 @@
-"""The forward pass: two kernels, and what the backward pass keeps of them."""
+"""Forward pass: two kernels, and the residuals for the backward pass."""
 
 from gdn2_jax.pallas.gdn2.intra import intra
 from gdn2_jax.pallas.gdn2.scan import scan
@@ -14,13 +14,12 @@ def forward(q, k, v, g, b, w, rates, state, kinds, *, scale, erase_scale, save):
     g: [B, T, H, K], float32, or with rates in the dtype of q.
     b: [B, T, H, K], in the dtype of q.
     w: [B, T, H, V], in the dtype of q.
-    rates: [B, H, 2, K], float32, if the others are as projected.py takes
-      them, else None.
+    rates: [B, H, 2, K], float32, or None; see projected.py.
     state: [B, H, K, V], float32.
     kinds: [B, T] int32, blocks.PADDING, TOKEN or RESTART.
-    scale: factor on the output.
-    erase_scale: of projected.py.
-    save: whether to return residuals.
+    scale: Factor on the output.
+    erase_scale: Factor on the erase gate, with rates.
+    save: Return residuals.
 
   Returns:
     o [B, T, H, V], the final state [B, H, K, V], and the residuals: A

@@ -1,15 +1,15 @@
-"""Products within a chunk that do not need the state.
+"""Kernel for the products within a chunk that do not need the state.
 
-From q, k, b, g of C tokens (Eqs. 20-27 with decays as products over a binary
+From q, k, b, g of C tokens (Eqs. 20-27, with decays as products over a binary
 tree, README.md section 2):
 
   T_rs   = (b_r*k_r) . (exp(G_r - G_s) * k_s), r > s     A = (I + T)^-1
   Aqk_rs = scale q_r . (exp(G_r - G_s) * k_s), r >= s
   Y = A E, E = exp(G)*b*k     Qg = scale exp(G)*q     Kd = exp(G_C - G)*k
 
-One warpgroup per 64 key channels: it sums its share of T and Aqk, and the
-shares are added once, after all levels. The backward pass calls the same
-kernel with A given.
+One warpgroup works on 64 key channels and sums its part of T and Aqk over all
+levels of the tree; then the parts of the warpgroups are added. The backward
+pass runs the same kernel with A given.
 """
 
 from collections.abc import Callable
@@ -34,11 +34,11 @@ def intra(q, k, b, g, kinds, scale, A=None, *, rates=None, erase_scale=1.0):
     b: [B, T, H, K], in the dtype of q.
     g: [B, T, H, K], float32.
     kinds: [B, T] int32, blocks.PADDING, TOKEN or RESTART.
-    scale: factor on q.
-    A: [B, H, NC, C, C] if known: the inverse is then not computed.
-    rates: [B, H, 2, K], float32: the others are as projected.py takes them,
-      and g is in the dtype of q.
-    erase_scale: of projected.py.
+    scale: Factor on q.
+    A: [B, H, NC, C, C], or None to compute it.
+    rates: [B, H, 2, K], float32, or None; see projected.py. With rates, g is in
+      the dtype of q.
+    erase_scale: Factor on the erase gate, with rates.
 
   Returns:
     Y_neg = -Y, Qg, Kd [B, H, NC, C, K], Aqk, A [B, H, NC, C, C], all in the
@@ -59,7 +59,7 @@ def intra(q, k, b, g, kinds, scale, A=None, *, rates=None, erase_scale=1.0):
     "q": blocks.smem(tile, dtype),
     "k": blocks.smem(tile, dtype),
     "b": blocks.smem(tile, dtype),
-    "g": blocks.smem(tile, jnp.float32),  # then the shares of T and Aqk
+    "g": blocks.smem(tile, jnp.float32),  # then parts of T and Aqk
     "kinds": plgpu.SMEM((tiles, C), jnp.int32),
     "g_hi": blocks.smem(tile, dtype),
     "g_lo": blocks.smem(tile, dtype),
@@ -131,7 +131,9 @@ def _body(inputs, outputs, s, *, scale, erase, tiles):
     r, c_ = blocks.iotas()
     Aqk += jnp.where(r == c_, blocks.of_rows(diagonal, (C, C)), 0.0)
 
-  # The last warpgroup finishes Aqk, the first one T.
+  # The last warpgroup completes Aqk, the first one T. The parts to be added go
+  # through the tiles of g, which is in g_hi and g_lo by now; each warpgroup
+  # writes its own tile, which only it has read.
   last = tiles - 1
   if known_A_gm is None:
 
@@ -145,31 +147,35 @@ def _body(inputs, outputs, s, *, scale, erase, tiles):
     def _():
       s["g"].at[0][...] = Aqk
 
+    # Each warpgroup reads the part that the other one stored.
     blocks.meet(s["met"], tiles)
 
   @pl.when(wg == last)
   def _():
     total = Aqk + blocks.load(s["g"].at[0]) if tiles > 1 else Aqk
     s["Aqk_out"][...] = total.astype(s["Aqk_out"].dtype)
-    plgpu.commit_smem()
+    plgpu.commit_smem()  # the TMA store reads Aqk
     plgpu.copy_smem_to_gmem(s["Aqk_out"], Aqk_gm.at[here])
 
   @pl.when(wg == 0)
   def _():
+    # All channels of gamma_C are there: _take_log_decay ends with `meet`.
     plgpu.copy_smem_to_gmem(s["gamma_C"], gamma_gm.at[here])
     if known_A_gm is not None:
       plgpu.copy_gmem_to_smem(known_A_gm.at[here], s["A"], s["A_loaded"])
-      plgpu.barrier_wait(s["A_loaded"])
+      plgpu.barrier_wait(s["A_loaded"])  # for the others: `meet` below
     else:
       if tiles > 1:
         s["g"].at[last][...] = blocks.load(s["g"].at[last]) + T
       s["A"][...] = _inverse(s["g"].at[last], s).astype(s["A"].dtype)
-      plgpu.commit_smem()
+      plgpu.commit_smem()  # the TMA store, and wgmma for Y, read A
       plgpu.copy_smem_to_gmem(s["A"], A_gm[0].at[here])
 
   with blocks.recomputed(s["kinds"].at[wg]):
     gamma = blocks.decay(blocks.prefix_span(), *g_parts)
     Kd = load("k") * blocks.decay(blocks.suffix_span(), *g_parts)
+  # The buffers of k*x, q, k and b are reused for E, Qg, Kd and Y: their values
+  # are in registers or used up, and no other warpgroup reads these tiles.
   E = s["kx_hi"].at[wg]
   E[...] = (gamma * load("b") * load("k")).astype(E.dtype)
   for name, x, out in (
@@ -178,23 +184,24 @@ def _body(inputs, outputs, s, *, scale, erase, tiles):
   ):
     ref = s[name].at[wg]
     ref[...] = x.astype(ref.dtype)
-    plgpu.commit_smem()
+    plgpu.commit_smem()  # the TMA store reads it; wgmma reads E
     plgpu.copy_smem_to_gmem(ref, out.at[(*here, pl.ds(0, C), channels)])
-  blocks.meet(s["met"], tiles)
+  blocks.meet(s["met"], tiles)  # A is there: only the first warpgroup made it
   Y_neg = -blocks.dot(blocks.zeros(), (s["A"], E))
   Y_out = s["b"].at[wg]
   Y_out[...] = Y_neg.astype(Y_out.dtype)
-  plgpu.commit_smem()
+  plgpu.commit_smem()  # the TMA store reads Y
   plgpu.copy_smem_to_gmem(Y_out, Y_gm.at[(*here, pl.ds(0, C), channels)])
-  plgpu.wait_smem_to_gmem(0)
+  plgpu.wait_smem_to_gmem(0)  # all stores, before the block ends
 
 
 def _fetch(keys_gm, rates_gm, s, row, h, c, wg):
-  """Loads a warpgroup's channels of q, k, b, g, and kinds."""
+  """Loads a warpgroup's channels of q, k, b and g, and the kinds."""
   tokens, channels = (row, pl.ds(c * C, C)), pl.ds(wg * TILE, TILE)
   loaded = s["loaded"].at[wg]
   *keys_gm, kinds_gm = keys_gm
-  # What g is made of has 16 bits; its buffer is free until the first level.
+  # f, from which g is computed, has 16 bits, unlike the buffer of g. It goes to
+  # the buffer of k*x, which is free until the first level.
   names = "q", "k", "b", "g" if rates_gm is None else "kx_hi"
   for name, source in zip(names, keys_gm, strict=True):
     plgpu.copy_gmem_to_smem(
@@ -209,7 +216,7 @@ def _fetch(keys_gm, rates_gm, s, row, h, c, wg):
 
 
 def _take_inputs(s, wg, tiles):
-  """Masks padding, splits g."""
+  """Masks q, k and b at padding, and splits g."""
   kinds = blocks.load_kinds(s["kinds"].at[wg])
   _take_log_decay(blocks.load(s["g"].at[wg]), kinds, s, wg, tiles)
   for name in "qkb":
@@ -219,7 +226,7 @@ def _take_inputs(s, wg, tiles):
 
 
 def _take_projections(s, wg, tiles, erase):
-  """The same for what projected.py takes: norms and gates are computed."""
+  """Like _take_inputs, and computes norms and gates (projected.py)."""
   kinds = blocks.load_kinds(s["kinds"].at[wg])
   f = blocks.load(s["kx_hi"].at[wg]).astype(jnp.float32)
   g, _, _ = projected.log_decay(f, s["rates"].at[wg])
@@ -238,7 +245,7 @@ def _take_projections(s, wg, tiles, erase):
   for n, name in enumerate("qk"):
     x = load(name)
     projected.store_share(x * x, s["squares"].at[n], wg)
-  blocks.meet(s["met"], tiles)
+  blocks.meet(s["met"], tiles)  # a norm sums the squares of all warpgroups
   for n, name in enumerate("qk"):
     norm = projected.inverse_norm(s["squares"].at[n], tiles)
     store(name, load(name) * norm)
@@ -256,7 +263,7 @@ def _take_log_decay(g, kinds, s, wg, tiles):
 
 
 def _scores(load, s, g_parts, wg, scale, *, with_T):
-  """This warpgroup's share of T and Aqk below the diagonal, level by level."""
+  """This warpgroup's part of T and Aqk below the diagonal, level by level."""
   kx = s["kx_hi"].at[wg], s["kx_lo"].at[wg]
   dtype = kx[0].dtype
 
@@ -268,8 +275,9 @@ def _scores(load, s, g_parts, wg, scale, *, with_T):
     second = (blocks.row_iota() & half) != 0
     x = blocks.decay(blocks.level_span(half), *g_parts)
     k = load("k") * x
+    # The products of the level before have read the buffer: dot waits.
     blocks.store_split(jnp.where(second, 0.0, k), *kx)
-    plgpu.commit_smem()
+    plgpu.commit_smem()  # wgmma reads k*x
     kx_T = tuple(blocks.transposed(ref) for ref in kx)
     pairs = blocks.level_pairs(half)
 
@@ -289,12 +297,12 @@ def _scores(load, s, g_parts, wg, scale, *, with_T):
 
 
 def _inverse(T_ref, s):
-  """(I + T)^-1 of a strictly lower triangular T, block by block.
+  """Inverse of I + T for a strictly lower triangular T, block by block.
 
-  Blocks of two rows invert exactly: I - T. Two neighbouring inverted blocks
-  X merge into X - X T' X, where T' are the entries below the one and left of
-  the other. Operands are split: entries of A may be large and cancel. T stays
-  in shared memory: registers are short here.
+  The inverse of a block of two rows is exactly I - T. Two neighbouring inverted
+  blocks X merge into X - X T' X, where T' is the block of T below the first and
+  left of the second. Operands are split, because entries of A may be large and
+  cancel. T stays in shared memory to save registers.
   """
   dtype = s["X_hi"].dtype
   X_refs = s["X_hi"], s["X_lo"]
@@ -313,12 +321,12 @@ def _inverse(T_ref, s):
     half = lax.shift_left(jnp.int32(2), n)
     below = ((r ^ c) < 2 * half) & ((r & half) != 0) & ((c & half) == 0)
     blocks.store_split(X, *X_refs)
-    plgpu.commit_smem()
+    plgpu.commit_smem()  # wgmma reads X
     minus_T = jnp.where(below, -blocks.load(T_ref), 0.0)
     minus_T = blocks.split(minus_T, dtype)
     W = blocks.dot(blocks.zeros(C, C), *blocks.split_pairs(minus_T, X_refs))
     blocks.store_split(W, *W_refs)
-    plgpu.commit_smem()
+    plgpu.commit_smem()  # wgmma reads W
     X_parts = blocks.split(X, dtype)
     return blocks.in_rows(blocks.dot(X, *blocks.split_pairs(X_parts, W_refs)))
 

@@ -1,18 +1,18 @@
-"""Gradients of a chunk's inputs, all chunks in parallel.
+"""Kernel for the gradients of a chunk's inputs, all chunks in parallel.
 
-With the state S a chunk starts from and the gradient dS of the one it ends
-with, both saved, everything is local (section 3.4, appendix B; README.md
-section 5 derives it without dA):
+S is the state at the start of a chunk and dS the gradient of the state at its
+end, both saved. Given these, the gradients need nothing from other chunks
+(section 3.4, appendix B; README.md section 5 derives them without dA):
 
   X = Z - E S              R = A X
   dR = Aqk^T dO + Kd dS    dX = A^T dR
   dT = -dX R^T             dAqk = dO R^T              (below the diagonal)
   dE = -dX S^T             dQg = dO S^T               dKd = R dS^T
 
-then dT and dAqk go back through the tree of decays level by level. Every
-decay is exp of a sum of log-decays, dD = (what it multiplies) * (its
-gradient), and dg sums the dD of all sums that g is part of: no difference of
-large numbers is ever formed.
+Then dT and dAqk go back through the tree of decays, level by level. Every decay
+is D = exp(a sum of log-decays). The gradient of that sum, dD, is D times the
+gradient of D, and dg adds the dD of all sums that include g. No difference of
+large numbers occurs.
 """
 
 from collections.abc import Callable
@@ -58,20 +58,20 @@ def intra_grad(
     kinds: [B, T] int32, blocks.PADDING, TOKEN or RESTART.
     v: [B, T, H, V], 16-bit, V a multiple of 64.
     w: [B, T, H, V].
-    do: gradient of the output [B, T, H, V], zero at padding, like v and w;
-      then dq, dk and db are zero there too.
+    do: Gradient of the output [B, T, H, V], zero at padding, as v and w are;
+      so dq, dk and db are zero there, too.
     A: [B, H, NC, C, C], 16-bit.
     Aqk: [B, H, NC, C, C], 16-bit.
-    states: what chunks start from [B, H, NC, K, V], 16-bit.
-    dstates: gradients of what chunks end with [B, H, NC, K, V], 16-bit.
-    scale: factor on q.
-    rates: [B, H, 2, K], float32: the others are as projected.py takes them,
-      and g is in the dtype of q.
-    erase_scale: of projected.py.
+    states: States at the chunk starts [B, H, NC, K, V], 16-bit.
+    dstates: Gradients of the states at the chunk ends [B, H, NC, K, V], 16-bit.
+    scale: Factor on q.
+    rates: [B, H, 2, K], float32, or None; see projected.py. With rates, g is in
+      the dtype of q.
+    erase_scale: Factor on the erase gate, with rates.
 
   Returns:
-    dq, dk, db, dg, dv, dw in the shapes and dtypes of the inputs, and the
-    shares of the chunks in the gradient of rates [B, H, NC, 2, K] or None.
+    dq, dk, db, dg, dv, dw in the shapes and dtypes of the inputs, and each
+    chunk's part of the gradient of rates [B, H, NC, 2, K], or None.
   """
   B, T, H, K = q.shape
   V = v.shape[-1]
@@ -106,7 +106,7 @@ def intra_grad(
     scratch["squares"] = plgpu.SMEM((2, tiles, C), jnp.float32)
     scratch["products"] = plgpu.SMEM((2, tiles, C), jnp.float32)
   names = tuple(scratch)
-  # As constants: made in the kernel, these masks share registers with others.
+  # An operand: masks made in the kernel would stay in registers.
   spans = jnp.stack([jnp.tri(C, dtype=dtype), jnp.tri(C, k=-1, dtype=dtype)])
 
   operands.append(spans)
@@ -131,7 +131,7 @@ def intra_grad(
 
 
 class _Chunk:
-  """One block of the kernel: the references it works on and its steps."""
+  """References and steps of one block of the kernel."""
 
   def __init__(self, inputs, outputs, s, value_tiles, scale, erase_scale):
     self.inputs, self.outputs, self.s = inputs, outputs, s
@@ -156,11 +156,11 @@ class _Chunk:
     return self.s["dgamma_C"].at[self.channels]
 
   def own(self, name):
-    """This warpgroup's tile of a buffer; of S and dS, its channels."""
+    """This warpgroup's tile of a buffer; for S and dS, its key channels."""
     return blocks.tile_of(self.s[name], self.wg)
 
   def slot(self, n):
-    """Slot n of [C, C]."""
+    """Slot n, a [C, C] matrix."""
     return blocks.tile_of(self.s["slots"], n)
 
   def recomputed(self):
@@ -176,7 +176,7 @@ class _Chunk:
     blocks.meet(self.s["met"], self.tiles)
 
   def load(self, name):
-    """q (scaled), k or b of this warpgroup's channels."""
+    """Loads q (scaled), k or b of this warpgroup's channels."""
     x = blocks.load(self.own(name)).astype(jnp.float32)
     return x * self.scale if name == "q" else x
 
@@ -206,15 +206,15 @@ class _Chunk:
       )
 
   def load_keys(self):
-    """Loads the key side and derives -E and Kd."""
+    """Loads the key-side operands and computes -E and Kd."""
     s = self.s
     self.fetch_keys()
     g = self.load_global(3)
     plgpu.barrier_wait(s["keys_loaded"].at[self.wg])
     with self.recomputed():
       self.take_keys(g)
-    plgpu.commit_smem()
-    plgpu.barrier_wait(s["A_loaded"])
+    plgpu.commit_smem()  # wgmma reads g_hi and g_lo
+    plgpu.barrier_wait(s["A_loaded"])  # A, Aqk and the masks
     with self.recomputed():
       E_neg = self.own("E_neg")
       gamma = blocks.decay(self.slot(Slot.PREFIX), *self.g_parts())
@@ -224,10 +224,12 @@ class _Chunk:
       Kd, above = self.own("Kd"), blocks.transposed(self.slot(Slot.BELOW))
       suffix = blocks.decay(above, *self.g_parts())
       Kd[...] = (suffix * self.load("k")).astype(Kd.dtype)
+    # Commits E and Kd, of which R and dX need all channels. The masks have been
+    # read by all warpgroups: R overwrites them.
     self.meet()
 
   def fetch_keys(self):
-    """Starts the loads of all but g, and of the first value tile."""
+    """Starts the loads of everything but g, and of the first value tile."""
     s, loaded = self.s, self.s["keys_loaded"].at[self.wg]
     for n, name in enumerate("qkb"):
       plgpu.copy_gmem_to_smem(self.tile_of_input(n), self.own(name), loaded)
@@ -259,15 +261,15 @@ class _Chunk:
     return self.inputs[n].at[(*self.tokens, self.h, self.channels)]
 
   def load_global(self, n):
-    """The same in registers, float32."""
+    """Loads this warpgroup's channels of input n into registers, float32."""
     return blocks.load_global(self.tile_of_input(n)).astype(jnp.float32)
 
   def at_tokens(self, x):
-    """x, zero at padding."""
+    """Sets x to zero at padding."""
     return jnp.where(self.kinds() == blocks.PADDING, jnp.zeros_like(x), x)
 
   def take_keys(self, g):
-    """Masks padding, splits g; computes norms and gates of projections."""
+    """Masks padding and splits g; with rates, computes norms and gates."""
     if self.is_projected:
       g, _, _ = projected.log_decay(g, self.s["rates"].at[self.wg])
     blocks.store_split(blocks.log_decay(g, self.kinds()), *self.g_parts())
@@ -287,44 +289,45 @@ class _Chunk:
     for n, name in enumerate("qk"):
       x = load(name)
       projected.store_share(x * x, squares.at[n], self.wg)
-    self.meet()
+    self.meet()  # a norm sums the squares of all warpgroups
     for n, name in enumerate("qk"):
       norm = projected.inverse_norm(squares.at[n], self.tiles)
       store(name, load(name) * norm)
 
   def write_key(self, n, x, staging):
-    """Writes a gradient of q, k or b (result n)."""
+    """Writes a gradient of q, k or b (result n) through a free buffer."""
     if self.is_projected:
       x = self.through_gate(x) if n == 2 else self.through_norm(n, x)
     staging[...] = x.astype(staging.dtype)
-    plgpu.commit_smem()
+    plgpu.commit_smem()  # the TMA store reads it
     plgpu.copy_smem_to_gmem(
       staging,
       self.outputs[n].at[(*self.tokens, self.h, self.channels)],
     )
 
   def through_gate(self, db):
-    """From the gradient of b to that of what b is computed from."""
-    # The rounded gate is no use: 1 - b would be 0 long before it is.
+    """Gradient before the sigmoid of b, from that of b."""
+    # Recomputed in float32: 1 - b of a gate rounded to 16 bits may be 0.
     b = projected.sigmoid(self.at_tokens(self.load_global(2)))
     return db * (self.erase_scale * b * (1.0 - b))
 
   def through_norm(self, n, dx):
-    """From the gradient of q or k to that before the norm.
+    """Gradient before the norm of q or k, from that after it.
 
-    With y = x*r: dx = r*(dy - y (y . dy)). The rounded y would leave much of
-    what cancels where dy is along y.
+    With y = x*r: dx = r*(dy - y (y . dy)). The difference cancels where dy is
+    parallel to y, so a y that was rounded to 16 bits is not accurate enough.
     """
     x = self.at_tokens(self.load_global(n))
+    # q and k have a row each: no row is written while it is still read.
     products = self.s["products"].at[n]
     projected.store_share(x * dx, products, self.wg)
-    self.meet()
+    self.meet()  # the product sums the channels of all warpgroups
     norm = projected.inverse_norm(self.s["squares"].at[n], self.tiles)
     x *= projected.load_sum(products, self.tiles) * norm * norm
     return norm * (dx - x)
 
   def write_dg(self, dg):
-    """Writes the gradient of g; padding has none."""
+    """Writes the gradient of g, which is zero at padding."""
     dg = self.at_tokens(dg)
     if self.is_projected:
       dg = self.through_decay(dg)
@@ -334,13 +337,13 @@ class _Chunk:
     )
 
   def through_decay(self, dg):
-    """From the gradient of g to that of f; writes those of the rates."""
+    """Gradient of f, from that of g; writes the gradients of the rates."""
     rates = self.s["rates"].at[self.wg]
     f = self.at_tokens(self.load_global(3))
     _, plus, slope = projected.log_decay(f, rates)
     df = dg * projected.load_rate(rates, 0) * slope
 
-    def sum_over_tokens():
+    def sum_over_tokens():  # in place of the rates, which are in registers
       rates.at[0][...] = (dg * plus).sum(axis=0)
       rates.at[1][...] = df.sum(axis=0)
 

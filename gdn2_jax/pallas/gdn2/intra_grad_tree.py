@@ -1,9 +1,9 @@
 """Gradients through the tree of decays of a chunk (README.md section 5).
 
-The second half of intra_grad.py: from the gradients of T, Aqk, E, Qg, Kd and
-gamma_C to those of q, k, b and g. The tree is walked three times, for b*k, q
-and k in turn: all at once need more registers than there are. What waits for
-its turn is parked in shared memory.
+This is the second half of intra_grad.py: from the gradients of T, Aqk, E, Qg,
+Kd and gamma_C to those of q, k, b and g. Three loops over the levels of the
+tree compute the parts of b*k, q and k, because one loop for all three needs too
+many registers. Meanwhile dq and dk are kept in shared memory ("parked").
 """
 
 import functools
@@ -14,12 +14,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gdn2_jax.pallas import blocks
 
-# Slots of [C, C]: dT and dAqk; then two of each warpgroup.
+# Slots of [C, C]: dT and dAqk, high and low parts; then two per warpgroup.
 _DT, _DAQK, _OWN = 0, 2, 4
 
 
 def through_the_tree(chunk, scores, dE_neg, dQg, dKd):
-  """From the sums over values to dq, dk, db, dg, which it writes."""
+  """Writes dq, dk, db and dg, given the sums over the value channels."""
   with chunk.recomputed():
     _share_scores(chunk, scores)
   for x, parked in ((dKd, _parked_dk), (dQg, _parked_dq)):
@@ -47,7 +47,8 @@ def through_the_tree(chunk, scores, dE_neg, dQg, dKd):
     dq = _load_split(_parked_dq(chunk))
     dq *= blocks.decay(blocks.prefix_span(), *chunk.g_parts())
     dg = _add_dg(chunk, dg, blocks.prefix_span, load_q() * dq)
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # db has left
+  # db was stored from the buffer that _later fills with the low part of k*x.
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
   dq, dg = _walk(chunk, functools.partial(_later, load_q, _DAQK), dq, dg)
   with chunk.recomputed():
     dq += _diagonal(chunk) * chunk.load("k")
@@ -63,34 +64,36 @@ def through_the_tree(chunk, scores, dE_neg, dQg, dKd):
 
 
 def _parked_dk(chunk):
-  """Where dk waits, high and low part; later the masked scores."""
+  """Buffers that keep dk, high and low part; later the masked scores."""
   return tuple(chunk.slot(_OWN + 2 * chunk.wg + n) for n in range(2))
 
 
 def _parked_dq(chunk):
-  """Where dq waits."""
+  """Buffers that keep dq, high and low part."""
   return chunk.own("S"), chunk.own("dS")
 
 
 def _share_scores(chunk, scores):
-  """Stores dT and dAqk where all warpgroups see them."""
+  """Stores dT and dAqk for all warpgroups."""
 
-  # dv and dw may still be leaving from slots that are filled next.
+  # TMA stores of dv and dw, which the last warpgroup started, may still read
+  # the slots that dT and dAqk overwrite. `meet` makes the first one wait, too.
   @pl.when(chunk.last)
   def _():
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   chunk.meet()
-  # One warpgroup has both sums, of two each has one (_Chunk.scores).
+  # One warpgroup has both sums; of two, each has one (see
+  # intra_grad_values._scores).
   own = map(jnp.int32, range(2)) if chunk.tiles == 1 else [chunk.wg]
   for n, x in zip(own, scores, strict=True):
     x = jnp.where(blocks.everywhere(n == 0), -x, x)
     blocks.store_split(x, chunk.slot(2 * n), chunk.slot(2 * n + 1))
-  chunk.meet()
+  chunk.meet()  # each warpgroup reads both dT and dAqk
 
 
 def _dg_of_chunk(chunk):
-  """What the decay of the whole chunk gives every log-decay [C, TILE]."""
+  """Contribution of the decay of the whole chunk to dg [C, TILE]."""
   dgamma_C = plgpu.load(chunk.dgamma_C, layout=blocks.ROWS.reduce(0))
   gamma_C = blocks.decay(blocks.chunk_span(), *chunk.g_parts())
   return blocks.in_rows(gamma_C * blocks.of_columns(dgamma_C))
@@ -101,10 +104,10 @@ def _load_split(refs):
 
 
 def _add_dg(chunk, dg, span, dD):
-  """dg + M^T dD: every log-decay gets dD of the sums it is part of."""
-  dD_ref = chunk.own("E_neg")  # the high part of k*x has been used
+  """dg + M^T dD: adds to every log-decay the dD of the sums that include it."""
+  dD_ref = chunk.own("E_neg")  # the products with k*x, stored here, are done
   dD_ref[...] = dD.astype(dD_ref.dtype)
-  plgpu.commit_smem()
+  plgpu.commit_smem()  # wgmma reads dD
   M_T = jnp.where(span(transpose=True), 1.0, 0.0).astype(dD_ref.dtype)
   return blocks.dot(dg, (M_T, dD_ref))
 
@@ -120,7 +123,7 @@ def _walk(chunk, level, *sums):
 
 
 def _masked(half, ref):
-  """Scores of one level, strictly below the diagonal."""
+  """Loads the scores of one level, strictly below the diagonal."""
   r, c = blocks.iotas()
   d = blocks.load(ref)
   keep = blocks.level_pairs(half) & (r > c)
@@ -132,13 +135,13 @@ def _level_span(half):
 
 
 def _later(load_y, slot, chunk, half, dy, dg):
-  """A level of y = b*k or q, rows of the second halves: dy, dg."""
+  """Adds a level's dy and dg for y = b*k or q, in rows of second halves."""
   with chunk.recomputed():
     kx = chunk.own("E_neg"), chunk.own("Kd")
     x = blocks.decay(blocks.level_span(half), *chunk.g_parts())
     second = (blocks.row_iota() & half) != 0
     blocks.store_split(jnp.where(second, 0.0, chunk.load("k") * x), *kx)
-  plgpu.commit_smem()
+  plgpu.commit_smem()  # wgmma reads k*x
   with chunk.recomputed():
     kx = chunk.own("E_neg"), chunk.own("Kd")
     high = _masked(half, chunk.slot(slot))
@@ -154,9 +157,9 @@ def _later(load_y, slot, chunk, half, dy, dg):
 
 
 def _earlier(chunk, half, dk, dg):
-  """A level of k, rows of the first halves: dk, dg."""
+  """Adds a level's dk and dg, in rows of first halves."""
   with chunk.recomputed():
-    ex = chunk.own("S")
+    ex = chunk.own("S")  # dq, kept here and in dS, was loaded before
     x = blocks.decay(blocks.level_span(half), *chunk.g_parts())
     second = (blocks.row_iota() & half) != 0
     e = chunk.load("b") * chunk.load("k")
@@ -168,7 +171,7 @@ def _earlier(chunk, half, dk, dg):
   for n, slot in enumerate((_DT, _DAQK)):
     with chunk.recomputed():
       _parked_dk(chunk)[n][...] = _masked(half, chunk.slot(slot))
-  plgpu.commit_smem()
+  plgpu.commit_smem()  # wgmma reads e*x, q*x and the masked scores
   with chunk.recomputed():
     ex, qx = chunk.own("S"), chunk.own("dS")
     dT_T, dAqk_T = map(blocks.transposed, _parked_dk(chunk))
@@ -181,7 +184,7 @@ def _earlier(chunk, half, dk, dg):
 
 
 def _diagonal(chunk):
-  """The diagonal of dAqk, one number per row, as a [C, TILE] tile."""
+  """Diagonal of dAqk, one number per row, as a [C, TILE] tile."""
   r, c = blocks.iotas()
   dAqk = _load_split((chunk.slot(_DAQK), chunk.slot(_DAQK + 1)))
   return blocks.of_rows(jnp.where(r == c, dAqk, 0.0).sum(axis=1))

@@ -1,8 +1,8 @@
 """Sums over the value channels of a chunk (README.md section 5).
 
-The first half of intra_grad.py: from R and dX of every tile of value channels
-to the gradients of v and w, which it writes, and to those of T, Aqk, E, Qg and
-Kd, which it sums.
+This is the first half of intra_grad.py. For every tile of value channels it
+computes R and dX, writes the gradients of v and w, and adds the tile's part of
+the gradients of T, Aqk, E, Qg and Kd.
 """
 
 import functools
@@ -16,11 +16,11 @@ from gdn2_jax.pallas.blocks import TILE
 
 
 class Slot:
-  """Parts [C, C] of one buffer; the tree of decays uses them anew."""
+  """Matrices [C, C] in one buffer, which intra_grad_tree.py reuses."""
 
   A, AQK, V, W, DO, R_HI, R_LO, DX_HI, DX_LO = range(9)
   COUNT = 9
-  # Masks of what decays sum, until R is known.
+  # Masks for the decays of E and Kd, until R overwrites them.
   PREFIX, BELOW = R_HI, R_LO
 
 
@@ -28,8 +28,8 @@ def over_values(chunk):
   """Sums over value tiles; writes dv and dw.
 
   Returns:
-    The products of `scores` [C, C], a tuple; then -dE, dQg, dKd [C, TILE]
-    of this warpgroup's channels. dgamma_C is summed in shared memory.
+    A tuple of this warpgroup's sums of -dT and dAqk [C, C] (_scores); then -dE,
+    dQg and dKd [C, TILE] of its channels. dgamma_C is summed in shared memory.
   """
   tile = blocks.zeros()
   sums = ((blocks.zeros(),) * (3 - chunk.tiles), tile, tile, tile)
@@ -47,10 +47,10 @@ def over_values(chunk):
 
 
 def _scores(chunk):
-  """What this warpgroup multiplies with R^T: high and low parts.
+  """Left operands of this warpgroup's products with R^T, high and low parts.
 
-  -dT = dX R^T and dAqk = dO R^T: one warpgroup computes both, of two the
-  first computes -dT and the second dAqk, whose low part is zero.
+  -dT = dX R^T and dAqk = dO R^T. A single warpgroup computes both; of two, the
+  first computes -dT and the second dAqk, whose operand has a low part of zero.
   """
   dX, dO = (chunk.slot(Slot.DX_HI), chunk.slot(Slot.DX_LO)), chunk.slot(Slot.DO)
   if chunk.tiles == 1:
@@ -66,6 +66,8 @@ def _value_tile(chunk, j, sums):
   plgpu.barrier_wait(s["values_loaded"])
   pl.when(chunk.first)(lambda: _recompute_R(chunk))
   pl.when(chunk.last)(lambda: _compute_dX(chunk))
+  # All warpgroups read R and dX; v and w, which the last warpgroup overwrites,
+  # have been read by the first.
   chunk.meet()
   pl.when(chunk.last)(lambda: _write_values(chunk, j))
 
@@ -77,18 +79,21 @@ def _value_tile(chunk, j, sums):
     dgamma_C = chunk.dgamma_C
     sum_before = plgpu.load(dgamma_C, layout=blocks.ROWS.reduce(1))
     dgamma_C[...] = sum_before + S_dS.sum(axis=1)
+  # All warpgroups have finished with S, dS and the slots, which the next tile
+  # or intra_grad_tree.py overwrites; commits their ordinary loads.
   chunk.meet()
 
   @pl.when(chunk.last & (j + 1 < chunk.value_tiles))
   def _():
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dv and dw
+    # The TMA stores of dv and dw read the slots of v and w, which are refilled.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     chunk.fetch_values(j + 1)
 
   return sums
 
 
 def _add_products(chunk, scores, dE_neg, dQg, dKd):
-  """Adds what R, dX, dO, S and dS of a value tile give."""
+  """Adds the products of R, dX, dO, S and dS of a value tile."""
   R = chunk.slot(Slot.R_HI), chunk.slot(Slot.R_LO)
   dX = chunk.slot(Slot.DX_HI), chunk.slot(Slot.DX_LO)
   dO = chunk.slot(Slot.DO)
@@ -106,7 +111,7 @@ def _add_products(chunk, scores, dE_neg, dQg, dKd):
 
 
 def _recompute_R(chunk):
-  """R = A (Z - E S), into the slots of R."""
+  """Computes R = A (Z - E S) into the slots of R."""
   with chunk.recomputed():
     R = chunk.slot(Slot.R_HI), chunk.slot(Slot.R_LO)
     A = chunk.slot(Slot.A)
@@ -115,18 +120,18 @@ def _recompute_R(chunk):
       for n in range(chunk.tiles)
     ]
     X = blocks.dot(blocks.zeros(), *E)
-    # Not before the products: they leave no registers for v and w.
+    # After the products, which leave no registers for v and w.
     v = blocks.load(chunk.slot(Slot.V)).astype(jnp.float32)
     X += v * _load_w(chunk)
-    blocks.store_split(X, *R)
-    plgpu.commit_smem()
+    blocks.store_split(X, *R)  # X, until R replaces it
+    plgpu.commit_smem()  # wgmma reads X
     X_to_R = blocks.dot(blocks.zeros(), (A, R[0]), (A, R[1]))
     blocks.store_split(X_to_R, *R)
-    plgpu.commit_smem()
+    plgpu.commit_smem()  # wgmma reads R
 
 
 def _compute_dX(chunk):
-  """dX = A^T (Aqk^T dO + Kd dS), into the slots of dX."""
+  """Computes dX = A^T (Aqk^T dO + Kd dS) into the slots of dX."""
   with chunk.recomputed():
     dX = chunk.slot(Slot.DX_HI), chunk.slot(Slot.DX_LO)
     A_T = blocks.transposed(chunk.slot(Slot.A))
@@ -136,17 +141,17 @@ def _compute_dX(chunk):
       for n in range(chunk.tiles)
     ]
     dR = blocks.dot(blocks.zeros(), (Aqk_T, chunk.slot(Slot.DO)), *Kd)
-    blocks.store_split(dR, *dX)
-    plgpu.commit_smem()
+    blocks.store_split(dR, *dX)  # dR, until dX replaces it
+    plgpu.commit_smem()  # wgmma reads dR
     dR_to_dX = blocks.dot(blocks.zeros(), (A_T, dX[0]), (A_T, dX[1]))
     blocks.store_split(dR_to_dX, *dX)
-    plgpu.commit_smem()
+    plgpu.commit_smem()  # wgmma reads dX
 
 
 def _write_values(chunk, j):
-  """dv = w*dX, dw = v*dX; they take the place of v and w."""
+  """Writes dv = w*dX and dw = v*dX through the slots of v and w."""
   values = pl.ds(j * TILE, TILE)
-  # dX is loaded twice: with both gradients in registers there are too few.
+  # dX is loaded twice to save registers.
   with chunk.recomputed():
     dv = (_load_dX(chunk) * _load_w(chunk)).astype(chunk.slot(Slot.V).dtype)
   with chunk.recomputed():
@@ -156,7 +161,7 @@ def _write_values(chunk, j):
       dw *= w * (1.0 - w)
     chunk.slot(Slot.W)[...] = dw.astype(chunk.slot(Slot.W).dtype)
     chunk.slot(Slot.V)[...] = dv
-  plgpu.commit_smem()
+  plgpu.commit_smem()  # the TMA stores read dv and dw
   for n, slot in ((4, Slot.V), (5, Slot.W)):
     plgpu.copy_smem_to_gmem(
       chunk.slot(slot),
@@ -165,12 +170,12 @@ def _write_values(chunk, j):
 
 
 def _load_w(chunk):
-  """The write gate of the value tile."""
+  """Loads the write gate of the value tile."""
   w = blocks.load(chunk.slot(Slot.W)).astype(jnp.float32)
   return projected.sigmoid(w) if chunk.is_projected else w
 
 
 def _load_dX(chunk):
-  """dX of the value tile."""
+  """Loads dX of the value tile."""
   high, low = (blocks.load(chunk.slot(n)) for n in (Slot.DX_HI, Slot.DX_LO))
   return high.astype(jnp.float32) + low.astype(jnp.float32)

@@ -1,10 +1,10 @@
-"""The pass over chunks that carries the state, forward.
+"""Forward kernel that carries the state from chunk to chunk.
 
   R = A Z - Y S,  Z = w*v        O = Qg S + Aqk R        S <- gamma_C S + Kd^T R
 
-with what intra.py gives for the keys. One warpgroup holds a [K, 64] slice of
-a head's state in registers for the whole sequence; two of them share a block
-and its key-side operands where there are enough heads to fill the GPU.
+Y, Qg, Kd, Aqk, A and gamma_C come from intra.py. One warpgroup holds a [K, 64]
+slice of a head's state in registers for the whole sequence. Two warpgroups
+share a block and the key-side operands if enough blocks remain to fill the GPU.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,11 @@ from gdn2_jax.pallas import blocks, projected
 from gdn2_jax.pallas.blocks import TILE, C
 
 _MULTIPROCESSORS = 132  # of an H100
-_STAGES = 2
+_STAGES = 2  # buffers of key-side operands
 
 
 def tiles_per_block(B: int, H: int, V: int) -> int:
-  """Value tiles, hence warpgroups, of one block."""
+  """Value tiles of one block, one per warpgroup."""
   tiles = V // TILE
   enough = B * H * tiles >= 2 * _MULTIPROCESSORS * 3 // 4
   return 2 if tiles % 2 == 0 and enough else 1
@@ -45,8 +45,8 @@ def scan(
     v: [B, T, H, V], in the dtype of Y_neg; V a multiple of 64.
     w: [B, T, H, V], in the dtype of v.
     state: [B, H, K, V], float32.
-    save: whether to return the states that chunks start from.
-    is_projected: whether w is as projected.py takes it.
+    save: Return the states at the chunk starts.
+    is_projected: w is before the sigmoid (projected.py).
 
   Returns:
     o [B, T, H, V] in the dtype of v, the final state [B, H, K, V], and the
@@ -137,10 +137,13 @@ def _body(inputs, outputs, s, chunks, tiles, is_projected):
 
   def chunk(c, S):
     slot = lax.rem(c, _STAGES)
-    # The output of the last chunk has left the buffer of S.
+    # S overwrites the output of the last chunk, which its TMA store must have
+    # read.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     S_ref[...] = S.astype(S_ref.dtype)
-    blocks.meet(s["met"], tiles)  # nobody reads the other slot any more
+    # Commits S, and ensures that all warpgroups have finished the last chunk,
+    # whose slot the next fetch refills.
+    blocks.meet(s["met"], tiles)
 
     @pl.when((wg == 0) & (c + 1 < chunks))
     def _():
@@ -154,15 +157,16 @@ def _body(inputs, outputs, s, chunks, tiles, is_projected):
     v, w = (blocks.load(ref).astype(jnp.float32) for ref in Z)
     if is_projected:
       w = projected.sigmoid(w)
-    blocks.store_split(w * v, *Z)
-    plgpu.commit_smem()
+    blocks.store_split(w * v, *Z)  # in place of v and w
+    plgpu.commit_smem()  # wgmma reads Z
     plgpu.barrier_wait(s["keys_loaded"].at[slot])
     A, Aqk, Kd = (s[name].at[slot] for name in ("A", "Aqk", "Kd"))
     Y, Qg = s["Y"].at[slot], s["Qg"].at[slot]
     R = blocks.dot(blocks.zeros(), (A, Z[0]), (A, Z[1]), (Y, S_ref))
     blocks.store_split(R, *R_refs)
-    plgpu.commit_smem()
+    plgpu.commit_smem()  # wgmma reads R
 
+    # Z has been read, and the loads of v and w were committed: refill.
     @pl.when(c + 1 < chunks)
     def _():
       fetch_values(c + 1)
@@ -170,9 +174,10 @@ def _body(inputs, outputs, s, chunks, tiles, is_projected):
     o = blocks.dot(
       blocks.zeros(), (Qg, S_ref), (Aqk, R_refs[0]), (Aqk, R_refs[1])
     )
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the saved S
+    # O overwrites S: the TMA store that saves S must have read it.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     O_ref[...] = o.astype(O_ref.dtype)
-    plgpu.commit_smem()
+    plgpu.commit_smem()  # the TMA store reads O
     plgpu.copy_smem_to_gmem(O_ref, o_gm.at[row, pl.ds(c * C, C), h, values])
     gamma_C = plgpu.load(s["gamma_C"].at[slot], layout=blocks.ROWS.reduce(1))
     S = S * blocks.of_rows(gamma_C, (K, TILE))
@@ -182,7 +187,7 @@ def _body(inputs, outputs, s, chunks, tiles, is_projected):
   here = (row, h, pl.ds(0, K), values)
   S = blocks.loop(chunks, chunk, blocks.load_global(state_gm.at[here]))
   blocks.store_global(final_gm.at[here], S)
-  plgpu.wait_smem_to_gmem(0)
+  plgpu.wait_smem_to_gmem(0)  # all stores, before the block ends
 
 
 def aot_cases() -> list[tuple[str, Callable, list[Any], dict[str, int]]]:

@@ -1,10 +1,10 @@
-"""The pass over chunks that carries the gradient of the state, in reverse.
+"""Backward kernel that carries the gradient of the state, in reverse order.
 
   dR = Aqk^T dO + Kd dS        dS <- gamma_C dS + Qg^T dO - Y^T dR
 
-It is the forward pass (scan.py) with the roles of its operands exchanged, and
-blocks are laid out the same way. What it leaves behind are the gradients of
-the states that chunks end with; intra_grad.py does the rest in parallel.
+This is scan.py with the roles of its operands exchanged, and with the same
+blocks. It stores the gradients of the states at the chunk ends; from these
+intra_grad.py computes all other gradients, for all chunks in parallel.
 """
 
 from collections.abc import Callable
@@ -33,11 +33,11 @@ def scan_grad(Y_neg, Qg, Kd, Aqk, gamma_C, do, dstate):
     Aqk: [B, H, NC, C, C].
     gamma_C: [B, H, NC, K], float32.
     do: [B, T, H, V], 16-bit, V a multiple of 64.
-    dstate: gradient of the final state [B, H, K, V], float32.
+    dstate: Gradient of the final state [B, H, K, V], float32.
 
   Returns:
-    The gradients of the states that chunks end with [B, H, NC, K, V] in the
-    dtype of do, and that of the initial state [B, H, K, V], float32.
+    Gradients of the states at the chunk ends [B, H, NC, K, V] in the dtype of
+    do, and of the initial state [B, H, K, V], float32.
   """
   B, _, H, V = do.shape
   chunks, K = Y_neg.shape[2], Y_neg.shape[-1]
@@ -116,9 +116,12 @@ def _body(inputs, outputs, s, *, chunks, tiles):
 
   def chunk(n, dS):
     slot = lax.rem(n, _STAGES)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dS of the chunk after
+    # The TMA store of the last dS must have read the buffer.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     dS_ref[...] = dS.astype(dS_ref.dtype)
-    blocks.meet(s["met"], tiles)  # nobody reads the other slot any more
+    # Commits dS, and ensures that all warpgroups have finished the last chunk,
+    # whose slots the next fetches refill.
+    blocks.meet(s["met"], tiles)
     plgpu.copy_smem_to_gmem(
       dS_ref, dstates_gm.at[row, h, chunks - 1 - n, pl.ds(0, K), values]
     )
@@ -137,7 +140,7 @@ def _body(inputs, outputs, s, *, chunks, tiles):
     dO = s["dO"].at[slot, wg]
     dR = blocks.dot(blocks.zeros(), (blocks.transposed(Aqk), dO), (Kd, dS_ref))
     blocks.store_split(dR, *dR_refs)
-    plgpu.commit_smem()
+    plgpu.commit_smem()  # wgmma reads dR
     gamma_C = plgpu.load(s["gamma_C"].at[slot], layout=blocks.ROWS.reduce(1))
     dS = dS * blocks.of_rows(gamma_C, (K, TILE))
     Y_T = blocks.transposed(Y)
@@ -153,7 +156,7 @@ def _body(inputs, outputs, s, *, chunks, tiles):
   here = (row, h, pl.ds(0, K), values)
   dS = blocks.loop(chunks, chunk, blocks.load_global(dfinal_gm.at[here]))
   blocks.store_global(dinitial_gm.at[here], dS)
-  plgpu.wait_smem_to_gmem(0)
+  plgpu.wait_smem_to_gmem(0)  # all stores, before the block ends
 
 
 def aot_cases() -> list[tuple[str, Callable, list[Any], dict[str, int]]]:

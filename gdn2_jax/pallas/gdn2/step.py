@@ -1,4 +1,4 @@
-"""One token of Gated DeltaNet-2 on a GPU, the state updated in place.
+"""Kernel for one token of Gated DeltaNet-2 that updates the state in place.
 
 With alpha = exp(g), e = b*k and S the old state, Eq. 10 is
 
@@ -6,14 +6,14 @@ With alpha = exp(g), e = b*k and S the old state, Eq. 10 is
   o  = scale * (S^T (alpha*q) + (q.k) u)
   S' = alpha S + k u^T
 
-so that erase and output both come from one read of the old state. The state is
-all that counts: K * V float32 numbers per head are read once and written once,
-and there is nothing for tensor cores to do.
+so both erase and output use one read of the old state. Reading and writing the
+state, K * V float32 numbers per head, takes nearly all the time; there is no
+work for tensor cores.
 
-A block of four warps owns [K, tile] of one state and keeps it in registers.
-The warps lie side by side over the columns, so every sum over K stays inside a
-warp: nothing goes through shared memory. Each thread writes the very elements
-that it read, which is what makes the update in place safe.
+A block of four warps has [K, tile] of one state in registers. Every warp has
+columns of its own, so each sum over K stays inside a warp and needs no shared
+memory. The update in place is safe because each thread writes exactly the
+elements that it read.
 
 Legend: B batch, H key heads, HV value heads, K key channels, V value channels;
 J columns of a tile.
@@ -35,23 +35,21 @@ from jaxtyping import Array, Float
 from gdn2_jax.kernels import target
 from gdn2_jax.pallas import blocks
 
-MAX_HEAD_DIM = 256  # K: 64 registers of a thread hold the state
-# The narrowest rows of a warp that are whole sectors of memory (32 bytes); a
-# narrow tile gives a small batch more blocks. 16 halves a sector.
+MAX_HEAD_DIM = 256  # K; 64 registers of a thread then hold the state
+# With 32 columns, a warp's part of a row is one sector of memory (32 bytes),
+# with 16 half of one. Narrow tiles make more blocks for small batches.
 TILES = (32, 16)
 _WARPS = 4
 _LANES = 32
-_MAX_ROWS = 65535  # blocks along the second and third axis of a grid
+_MAX_ROWS = 65535  # limit of the second and third axis of a grid
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
 def step_unsupported_reason(K: int, V: int, *dtypes: Any) -> str | None:
-  """Why the kernel cannot run such a call, or None.
+  """Reason that the kernel cannot run a call, or None.
 
-  Args:
-    K: key channels of a head.
-    V: value channels of a state, of one or of several value heads.
-    *dtypes: of q, k, v, g, b and w, in any order.
+  V counts the value channels of a state; dtypes are those of q, k, v, g, b and
+  w, in any order.
   """
   if K % 16 or not 16 <= K <= MAX_HEAD_DIM:
     return f"K = {K}; the kernel needs a multiple of 16 up to {MAX_HEAD_DIM}"
@@ -78,25 +76,10 @@ def gdn2_step_mosaic_gpu(
 ) -> tuple[Float[Array, "B HV V"], Float[Array, "B HV K V"]]:
   """One token of Eq. 10; a donated state is updated without a copy.
 
-  Value head j reads key head j // (HV // H): grouped heads need neither a
-  repeated q nor a state with its value heads side by side.
-
-  Args:
-    q: Query [B, H, K], bfloat16, float16 or float32, as k, v, g, b and w.
-    k: Key [B, H, K].
-    v: Value [B, HV, V], HV a multiple of H.
-    g: Log-decay [B, H, K], <= 0; -inf clears a channel.
-    b: Erase gate [B, H, K].
-    w: Write gate [B, HV, V].
-    state: [B, HV, K, V], float32.
-    scale: Factor on the output.
-    tile: Columns of a block, 16, 32, 64 or 128 that divide V; None chooses.
-
-  Returns:
-    o [B, HV, V] in the dtype of v, and the new state [B, HV, K, V].
-
-  Raises:
-    NotImplementedError: step_unsupported_reason has the reason.
+  Arguments are those of ops.gdn2.gdn2_step, each array bfloat16, float16 or
+  float32. g = -inf clears a channel. `tile` is the number of columns of a
+  block: 16, 32, 64 or 128 that divides V, or None to choose. Raises
+  NotImplementedError with step_unsupported_reason.
   """
   B, H, K = q.shape
   HV, V = v.shape[1:]
@@ -110,7 +93,7 @@ def gdn2_step_mosaic_gpu(
   if tile is None:
     tile = next(J for J in TILES if V % J == 0)
   assert V % tile == 0 and K % _rows_per_load(tile) == 0, (K, V, tile)
-  # The target is an argument because jit's cache must tell targets apart.
+  # The target is an argument so that jit's cache has an entry per target.
   return _step(float(scale), tile, target.current(), q, k, v, g, b, w, state)
 
 
@@ -118,13 +101,14 @@ def gdn2_step_mosaic_gpu(
 def _step(scale, tile, target_name, q, k, v, g, b, w, state):
   assert target_name == target.current()
   B, HV, V = v.shape
-  # plgpu.kernel can alias an operand only through a reference, one address for
-  # both directions. But XLA may give an aliased call two: it fuses the call
-  # with slices of the states of all layers, read here and written there.
+  # Not plgpu.kernel: it aliases an operand with a single reference, one address
+  # for reading and writing. XLA may use two addresses for an aliased call,
+  # because it fuses the call with the slices of all layers' states that it
+  # reads and writes.
   kernel = mpmd._mpmd_map(
     [
       (
-        # Neighbouring blocks share rows of a state, hence pages of memory.
+        # Neighbouring blocks read the same rows of a state, so the same pages.
         plgpu.Mesh(grid=(B, HV, V // tile), grid_names=("row", "head", "tile")),
         functools.partial(_body, scale=scale, tile=tile),
       )
@@ -132,9 +116,10 @@ def _step(scale, tile, target_name, q, k, v, g, b, w, state):
     out_types=[_like(v), _like(state)],
     input_output_aliases={6: 1},
     compiler_params=plgpu.CompilerParams(
-      # exp costs little here; its approximation loses digits of strong decay.
+      # An exact exp costs little here; the approximation loses digits where
+      # decay is strong.
       approx_math=False,
-      # No thread reads what another one wrote.
+      # No thread reads memory that another one wrote.
       unsafe_no_auto_barriers=True,
     ),
     interpret=target.interpret_params(),
@@ -144,7 +129,7 @@ def _step(scale, tile, target_name, q, k, v, g, b, w, state):
 
 
 def _like(x):
-  """The type of an output that varies over the mesh axes that x varies over."""
+  """Output type that varies over the same mesh axes as x."""
   return jax.ShapeDtypeStruct(
     x.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type
   )
@@ -194,7 +179,8 @@ def _body(
   o_J = jnp.sum(S_KJ * along_K(alpha_K * q_K), axis=0)
   o_J = scale * (o_J + jnp.sum(q_K * k_K) * u_J)
   S_KJ = along_K(alpha_K) * S_KJ + along_K(k_K) * along_V(u_J)
-  # Not through shared memory: a warp's part of o is less than a sector.
+  # Stored directly and not through shared memory: a warp's part of o is less
+  # than a sector of memory.
   blocks.store_global(o_gmem.at[row, head, columns], o_J.astype(o_gmem.dtype))
   S_KJ = plgpu.layout_cast(S_KJ, layout)
   blocks.store_global(S_out_gmem.at[row, head, :, columns], S_KJ)
@@ -209,7 +195,7 @@ def _rows_per_load(tile):
 
 
 def _state_layout(tile):
-  """[K, tile]: warps over columns, lanes over rows and vectors of columns."""
+  """Register layout [K, tile]: warps over columns, lanes also over rows."""
   tiling = fragmented_array.Tiling(
     (
       (_rows_per_load(tile), tile),

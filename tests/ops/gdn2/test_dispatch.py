@@ -84,12 +84,12 @@ def test_other_gpus_are_named(monkeypatch):
   [
     ({}, None),
     ({"dtype": jnp.float16, "K": 16, "V": 16}, None),
-    ({"HV": 8, "V": 8}, None),  # 32 value channels to a key head
+    ({"HV": 8, "V": 8}, None),  # 32 value channels per key head
     ({"K": 96, "V": 208}, None),
     ({"g": jnp.bfloat16}, None),
     ({"K": 144}, "K = 144, expected a multiple of 16 up to 128"),
     ({"K": 100}, "K = 100, expected a multiple of 16 up to 128"),
-    ({"V": 24}, "24 value channels to a key head, expected a multiple of 16"),
+    ({"V": 24}, "24 value channels per key head, expected a multiple of 16"),
     ({"dtype": jnp.float32}, "dtype float32: tensor cores multiply 16-bit"),
     ({"b": jnp.float32}, "q, k, v, b and w differ in dtype: bfloat16, float32"),
     ({"g": np.float64}, "g is float64"),
