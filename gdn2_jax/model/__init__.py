@@ -1,1 +1,1 @@
-"""Flax linen model family: mixers, block, language model."""
+"""Flax linen models: mixers, blocks, language model."""

@@ -1,7 +1,7 @@
-"""Cost of a model: parameters, state and floating-point operations.
+"""Parameters, state size and floating-point operations of a model.
 
-Counted from the config and from abstract shapes; nothing is allocated. A
-multiply and an add are two operations.
+Counted from the config and from abstract shapes, without allocating arrays. A
+multiplication and an addition are two operations.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ from gdn2_jax.model.lm import LM, init_cache
 
 @dataclasses.dataclass(frozen=True)
 class ParameterCount:
-  """Parameters of a model.
+  """Number of parameters in each part of a model.
 
   Attributes:
-    blocks: of the layers (mixers, MLPs and their norms).
-    embedding: of the token table.
-    head: of the untied output projection.
-    final_norm: of the norm before it.
+    blocks: Layers (mixers, MLPs and their norms).
+    embedding: Token table.
+    head: Untied output projection.
+    final_norm: Norm before the head.
   """
 
   blocks: int
@@ -31,12 +31,12 @@ class ParameterCount:
 
   @property
   def total(self) -> int:
-    """All of them."""
+    """Number of all parameters."""
     return self.blocks + self.embedding + self.head + self.final_norm
 
 
 def abstract_params(config: ModelConfig):
-  """Shapes, dtypes and logical axes of the parameters, boxed."""
+  """Shapes and dtypes of the parameters, boxed with their logical axes."""
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   variables = jax.eval_shape(LM(config).init, jax.random.key(0), tokens)
   return variables["params"]
@@ -44,8 +44,8 @@ def abstract_params(config: ModelConfig):
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
   """Counts parameters from shapes."""
-  # The leaves of a box are those of its value: there is nothing to unbox,
-  # which a mesh would not allow for shapes.
+  # jax.tree.leaves looks into the boxes. nn.unbox would raise for abstract
+  # values under a mesh.
   sizes = {
     name: sum(leaf.size for leaf in jax.tree.leaves(tree))
     for name, tree in abstract_params(config).items()
@@ -58,12 +58,10 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 def state_bytes(
   config: ModelConfig, max_length: int | None = None
 ) -> dict[str, int]:
-  """Bytes of the cache of one sequence, by mixer kind.
+  """Bytes of the cache of one sequence, by layer kind.
 
-  Args:
-    config: of the model.
-    max_length: tokens that the sequence may read; only layers "A" ask, whose
-      cache grows with it.
+  max_length, the most tokens that the sequence may have, is required for layers
+  "A", whose cache has a slot for each.
   """
   cache = jax.eval_shape(lambda: init_cache(config, 1, max_length))
   by_kind: dict[str, int] = {}
@@ -74,10 +72,10 @@ def state_bytes(
 
 
 def recurrence_flops_per_token(config: ModelConfig) -> float:
-  """Forward operations of one GDN-2 recurrence on one token, all heads.
+  """Forward operations of one GDN-2 recurrence per token, all heads.
 
-  The token form's own count, whatever algorithm runs: decay KV, read 2KV,
-  write 2KV, output 2KV.
+  Counted from Eq. 10 for every implementation: decay KV, erase 2KV, write 2KV,
+  output 2KV.
   """
   c = config.gdn2
   return 7.0 * c.key_dim * c.value_dim * c.value_heads
@@ -86,12 +84,10 @@ def recurrence_flops_per_token(config: ModelConfig) -> float:
 def attention_flops_per_token(
   config: ModelConfig, seq_len: int, full: bool = False
 ) -> float:
-  """Forward operations of one attention's scores and values, mean over T.
+  """Forward operations of an attention's products with keys and values.
 
-  Args:
-    config: of the model.
-    seq_len: tokens T.
-    full: whether of a layer "A", which sees all tokens before its own.
+  The mean per token of a sequence of seq_len; `full` for a layer "A", without a
+  window.
   """
   c = config.attention
   window = seq_len if full else min(c.window, seq_len)
@@ -101,10 +97,10 @@ def attention_flops_per_token(
 
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
-  """Operations of a forward pass, mean over the tokens of a sequence.
+  """Operations of a forward pass, mean per token of a sequence.
 
-  Two per parameter of every matrix product (all parameters but the embedding
-  table), plus those of the mixers that have no parameters.
+  Two per parameter (except the embedding table), plus the recurrences and the
+  attention products, which have no parameters.
   """
   count = count_parameters(config)
   flops = 2.0 * (count.total - count.embedding)
@@ -117,5 +113,8 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
-  """Forward and backward: three forwards; rematerialisation not counted."""
+  """Operations of forward and backward, three times those of forward.
+
+  Recomputed activations are not counted.
+  """
   return 3.0 * forward_flops_per_token(config, seq_len)

@@ -1,4 +1,4 @@
-"""Causal softmax attention with rotary positions: sliding-window, or full."""
+"""Causal softmax attention with rotary positions, windowed or full."""
 
 import math
 
@@ -18,7 +18,7 @@ from gdn2_jax.ops.attention.rope import apply_rope
 from gdn2_jax.ops.context import borders
 from gdn2_jax.typing import Activations, SegmentIds
 
-# Logical names, for shards of tokens.
+# Logical axis names of the op's arrays, for on_shards.
 _NAMES = {
   "q": ("batch", "length", "heads", None),
   "k": ("batch", "length", "kv_heads", None),
@@ -29,17 +29,17 @@ _NAMES = {
 
 @config_class
 class AttentionConfig:
-  """Causal softmax attention, of the layers "S" and "A".
+  """Causal softmax attention, for layers "S" and "A".
 
   Attributes:
-    num_heads: query heads.
-    num_kv_heads: key and value heads, a divisor of num_heads; 0 means
+    num_heads: Query heads.
+    num_kv_heads: Key and value heads, a divisor of num_heads; 0 means
       num_heads.
-    head_dim: channels of a head, even.
-    window: tokens a query sees, itself included, in the layers "S".
-    rope_base: base of the rotary frequencies.
-    implementation: "" takes the best that supports the call; "xla", "cudnn",
-      "mosaic_gpu".
+    head_dim: Channels of a head, even.
+    window: Tokens that a query sees, its own included, in layers "S".
+    rope_base: Base of the rotary frequencies.
+    implementation: "xla", "cudnn" or "mosaic_gpu"; "" chooses one that supports
+      the call.
   """
 
   num_heads: int = 18
@@ -51,7 +51,7 @@ class AttentionConfig:
 
   @property
   def kv_heads(self) -> int:
-    """Key and value heads."""
+    """Number of key and value heads."""
     return self.num_kv_heads or self.num_heads
 
   def validate(self, path: str) -> None:
@@ -79,14 +79,14 @@ class AttentionConfig:
 
 
 class AttentionMixer(nn.Module):
-  """x [B, T, D] -> y [B, T, D] through causal softmax attention.
+  """Causal softmax attention layer, x [B, T, D] -> y [B, T, D].
 
   Attributes:
-    config: heads, positions and window.
-    num_layers: of the model, for the initial size of the output projection.
-    full: every query sees all tokens before it, whatever config.window is.
-    dtype: of activations.
-    param_dtype: of the parameters.
+    config: Heads, positions and window.
+    num_layers: Layers of the model; scales the initial output projection.
+    full: Every query sees all earlier tokens; config.window is not used.
+    dtype: Dtype of activations.
+    param_dtype: Dtype of parameters.
   """
 
   config: AttentionConfig
@@ -122,7 +122,7 @@ class AttentionMixer(nn.Module):
     return y, cache
 
   def _attend(self, q, k, v, segment_ids=None, *, axis_name):
-    """Attention of whole rows, or of this device's part of them."""
+    """Attention of whole rows, or of this device's tokens of them."""
     if axis_name is None:
       first = jnp.zeros(q.shape[:1], jnp.int32)
       runs, positions = runs_and_positions(first, q.shape[1], segment_ids)
@@ -143,7 +143,7 @@ class AttentionMixer(nn.Module):
     )
 
   def _attend_and_store(self, q, k, v, segment_ids, cache):
-    """Attention to the cache and the new tokens, and the new cache."""
+    """Attention to the cache and to the new tokens; returns the new cache."""
     first = cache.next_position
     runs, positions = runs_and_positions(first, q.shape[1], segment_ids)
     q, k = self._rotate(q, k, positions)

@@ -1,4 +1,4 @@
-"""Pre-norm residual layer, and the group of layers that a scan repeats."""
+"""Pre-norm residual layers, and groups of layers that a scan repeats."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from gdn2_jax.typing import Activations, SegmentIds
 
 
 def make_mixer(kind: str, config: ModelConfig) -> nn.Module:
-  """The mixer of a layer of this kind, named "mixer"."""
+  """Creates the mixer of a layer kind, named "mixer"."""
   types = {"dtype": config.dtype, "param_dtype": config.param_dtype}
   match kind:
     case "G":
@@ -35,9 +35,9 @@ def make_mixer(kind: str, config: ModelConfig) -> nn.Module:
 def init_mixer_cache(
   kind: str, config: ModelConfig, batch_size: int, max_length: int | None
 ) -> Any:
-  """The empty cache of all layers of this kind at one place of the pattern.
+  """Empty cache of the layers at one position of the pattern, in all groups.
 
-  Leaves are [groups, B, ...]; max_length matters to "A" alone.
+  Leaves are [groups, B, ...]. Only "A" needs max_length.
   """
   groups = config.num_groups
   if kind == "G":
@@ -52,7 +52,7 @@ def init_mixer_cache(
 
 
 def _layer_of(kind, cache, index):
-  """One layer's part of the cache of all groups, for its mixer."""
+  """One layer's part of the cache of all groups."""
   if kind != "G":
     return CacheLayer(cache, index)
   return jax.tree.map(
@@ -61,10 +61,10 @@ def _layer_of(kind, cache, index):
 
 
 def _with_layer(kind, cache, index, new):
-  """The cache of all groups with what the mixer returned; in place if jitted.
+  """Stores a layer's new cache in the cache of all groups, in place under jit.
 
-  That is why caches are carried from layer to layer: as inputs and outputs of
-  a scan they would be two arrays, one copied into the other.
+  Caches are a scan's carry and not its inputs and outputs, which would be two
+  arrays and a copy.
   """
   if kind != "G":
     return new.cache
@@ -78,7 +78,7 @@ def _with_layer(kind, cache, index, new):
 
 
 class Block(nn.Module):
-  """x += mixer(norm(x)); x += mlp(norm(x))."""
+  """Residual layer: x += mixer(norm(x)), then x += mlp(norm(x))."""
 
   kind: str
   config: ModelConfig
@@ -98,7 +98,7 @@ class Block(nn.Module):
 
 
 class Group(nn.Module):
-  """One repetition of the pattern: layer_0, layer_1, ..."""
+  """One repetition of the pattern, with layers layer_0, layer_1, ..."""
 
   config: ModelConfig
 
@@ -109,7 +109,7 @@ class Group(nn.Module):
     segment_ids: SegmentIds | None,
     index: Any,
   ) -> tuple[tuple[Activations, Any], None]:
-    """Carries activations and the caches of all groups, None without."""
+    """Runs the group; the carry is activations and all groups' caches."""
     x, caches = carry
     caches = None if caches is None else list(caches)
     for i, kind in enumerate(self.config.pattern):

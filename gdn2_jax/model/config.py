@@ -1,4 +1,4 @@
-"""ModelConfig: everything that decides the parameters and the function."""
+"""ModelConfig, and which of its fields determine the model's function."""
 
 import dataclasses
 from typing import Any
@@ -15,46 +15,50 @@ KINDS = {
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _REMAT = ("none", "dots", "full")
 
-# Fields of ModelConfig and of its parts that do not decide the function. Any
-# other field does: a checkpoint and a state of another value are refused.
-# The function is the same but for rounding. A run may go on with another dtype;
-# a saved state may not, whose numbers were rounded on the way.
+# Fields of ModelConfig and its parts that do not change the model's function.
+# Any other field does: a checkpoint or a saved state with another value is
+# refused.
+# Rounding only. A run may continue with another dtype. A saved state may not:
+# it was computed with the old one's rounding.
 NUMERICS = ("dtype",)
-# The same parameters, stacked or layer by layer: a checkpoint stores them as
-# they are, a state has none.
+# Layout of the parameters, stacked or one per layer. Matters for checkpoints,
+# which store that layout, not for saved states, which have no parameters.
 LAYOUT = ("scan_layers",)
-# Neither parameters nor results, beyond the order of sums:
+# Neither parameters nor results, except the order of sums.
 EXECUTION = (
-  "implementation",  # which kernels compute the op
-  "loss_chunk",  # tokens whose logits exist at a time
-  "remat",  # what the backward pass computes again
-  "scan_unroll",  # groups of layers in a turn of the loop
+  "implementation",
+  "loss_chunk",
+  "remat",
+  "scan_unroll",
 )
 
 
 @config_class
 class ModelConfig:
-  """A language model: embedding, layers by pattern, final norm, head.
+  """Language model: embedding, layers by pattern, final norm, head.
 
   Attributes:
-    vocab_size: rows of the embedding and columns of the untied head.
-    model_dim: width D of the residual stream.
-    num_layers: layers (mixer and MLP each), a multiple of the pattern.
-    pattern: layer kinds, repeated: "G" recurrent, "GS" hybrid, "A" the
-      softmax transformer, whose cache grows with the tokens it may read.
-    mlp_dim: hidden width F of every SwiGLU MLP.
-    gdn2: mixer of the layers "G".
-    attention: mixer of the layers "S" and "A".
-    norm_eps: of the RMS norms of the residual stream.
-    dtype: of activations and matrix products.
-    param_dtype: of the parameters (A_log and dt_bias are float32 always).
-    remat: what the backward recomputes: "none" keeps all activations, "dots"
-      keeps the results of matrix products, "full" keeps the layers' inputs.
-    scan_layers: compile one group of layers once and scan over the groups.
-    scan_unroll: groups in a turn of that scan, a divisor of their number; 0 is
-      all of them. Parameters are the same. More groups take longer to compile;
-      with all there is no loop, whose activations would be copied into stacks.
-    loss_chunk: tokens whose logits exist at a time in the loss.
+    vocab_size: Rows of the embedding and columns of the untied head.
+    model_dim: Width D of the residual stream.
+    num_layers: Layers (a mixer and an MLP each), a multiple of the pattern's
+      length.
+    pattern: Layer kinds, repeated: "G" Gated DeltaNet-2, "S" sliding-window
+      attention, "A" full attention. "G" is recurrent, "GS" a hybrid, "A" a
+      softmax transformer, whose cache has a slot for every token.
+    mlp_dim: Hidden width F of every SwiGLU MLP.
+    gdn2: Mixer of layers "G".
+    attention: Mixer of layers "S" and "A".
+    norm_eps: Added to the mean square in the RMS norms of the residual stream.
+    dtype: Dtype of activations and matrix products.
+    param_dtype: Dtype of parameters; A_log and dt_bias are always float32.
+    remat: Activations that the backward pass recomputes: "none"; "dots", all
+      but the results of matrix products; "full", all but the groups' inputs.
+    scan_layers: Compile one group (one repetition of the pattern) and scan over
+      the groups; parameters are then stacked.
+    scan_unroll: Groups per iteration of that scan, a divisor of their number; 0
+      means all. Does not change parameters. More take longer to compile; with
+      all there is no loop, and activations are not copied into stacks.
+    loss_chunk: Tokens per sequence whose logits are in memory at a time.
   """
 
   vocab_size: int = 32000
@@ -76,12 +80,12 @@ class ModelConfig:
 
   @property
   def num_groups(self) -> int:
-    """Repetitions of the pattern."""
+    """Number of repetitions of the pattern."""
     return self.num_layers // len(self.pattern)
 
   @property
   def groups_per_turn(self) -> int:
-    """Groups in a turn of the scan; `num_groups` of them leave no loop."""
+    """Groups per iteration of the scan; num_groups means no loop."""
     return self.scan_unroll or self.num_groups
 
   def validate(self, path: str = "model") -> None:
@@ -115,7 +119,7 @@ class ModelConfig:
 
 
 def without(tree: dict[str, Any], *names: str) -> dict[str, Any]:
-  """A config as nested dicts, without the fields of these names."""
+  """Removes the fields of these names from a config of nested dicts."""
   return {
     name: without(value, *names) if isinstance(value, dict) else value
     for name, value in tree.items()

@@ -3,7 +3,7 @@
 q, k, v = silu(conv(x W))            q, k then l2-normalised per head
 b = sigmoid(x W_b), w = sigmoid(x W_w)
 g = -exp(A_log) softplus(x W_f1 W_f2 + dt_bias)        float32
-o = gdn2(q, k, v, *gates(g, b, w))      gates: the identity, or a subclass's own
+o = gdn2(q, k, v, *gates(g, b, w))      gates: the identity unless overridden
 y = (rms_norm(o) * act(x W_g1 W_g2 + bias)) W_o
 """
 
@@ -25,14 +25,14 @@ from gdn2_jax.ops.gdn2.fused_gates import (
 )
 from gdn2_jax.ops.gdn2.inputs import check_inputs
 from gdn2_jax.ops.norm import gated_rms_norm
-from gdn2_jax.ops.short_conv import short_conv, short_conv_step
+from gdn2_jax.ops.short_conv import short_conv
 from gdn2_jax.typing import Activations, SegmentIds
 
 _GAIN = 2.0**-2.5  # Xavier gain of the layer's linear maps
 _ACTIVATIONS = ("silu", "sigmoid")
 _GATES = ("channel", "scalar")
 
-# Logical names of the ops' arrays, for shards of tokens.
+# Logical axis names of the ops' arrays, for on_shards.
 _IDS = ("batch", "length")
 _TOKENS = (*_IDS, "heads", None)
 _CONV = {
@@ -56,25 +56,25 @@ _NORM = {
 
 @config_class
 class GDN2Config:
-  """Gated DeltaNet-2 mixer.
+  """Config of a Gated DeltaNet-2 layer.
 
   Attributes:
-    num_heads: key heads H.
-    num_value_heads: value heads HV, a multiple of H; 0 means H.
-    key_dim: key channels K of a head, 16 to 256.
-    value_dim: value channels V of a head, 16 to 256; also the rank of the
+    num_heads: Key heads H.
+    num_value_heads: Value heads HV, a multiple of H; 0 means H.
+    key_dim: Key channels K of a head, 16 to 256.
+    value_dim: Value channels V of a head, 16 to 256; also the rank of the
       decay and output-gate bottlenecks.
-    conv_width: taps of the short convolution.
-    negative_eigenvalues: erase gate in [0, 2] instead of [0, 1].
+    conv_width: Taps of the short convolution.
+    negative_eigenvalues: Erase gate in [0, 2] instead of [0, 1].
     output_gate: "silu" (the paper) or "sigmoid" (fla's variant).
-    norm_eps: of the output norm.
+    norm_eps: Added to the mean square in the output norm.
     erase_gate: "channel", or "scalar": b averaged over a head's key channels
       (the write-only ablation of Table 5).
     write_gate: "channel", or "scalar": w averaged over a head's value channels
       (the erase-only ablation of Table 5).
-    implementation: of the op, for sequences and for single tokens; "" takes
-      the best that supports the call. A named one runs or raises: "triton" is
-      for decoding, and refuses to train.
+    implementation: Implementation of the op, for sequences and single tokens;
+      "" chooses one that supports the call. A named one runs or raises:
+      "triton" is for decoding and refuses to train.
   """
 
   num_heads: int = 16
@@ -91,7 +91,7 @@ class GDN2Config:
 
   @property
   def value_heads(self) -> int:
-    """HV."""
+    """Number of value heads HV."""
     return self.num_value_heads or self.num_heads
 
   @property
@@ -132,15 +132,15 @@ class GDN2Config:
 
 @struct.dataclass
 class GDN2Cache:
-  """Cache of the mixer, of a size that does not grow with the tokens.
+  """State of a GDN-2 layer, of a size that does not depend on the tokens read.
 
   Attributes:
     state: S [B, HV, K, V], float32.
-    conv_q, conv_k, conv_v: last inputs of the short convolutions,
+    conv_q, conv_k, conv_v: Last inputs of the short convolutions,
       [B, taps - 1, heads * channels].
   """
 
-  # Any: tree transformations build caches of other things than arrays.
+  # Any: tree transformations put objects other than arrays in these fields.
   state: Any
   conv_q: Any
   conv_k: Any
@@ -148,7 +148,7 @@ class GDN2Cache:
 
 
 def init_gdn2_cache(config: GDN2Config, batch_size: int, dtype) -> GDN2Cache:
-  """Zero state and empty convolution tails."""
+  """Cache before the first token, all zeros."""
   c, taps = config, (batch_size, config.conv_width - 1)
   return GDN2Cache(
     state=jnp.zeros(
@@ -161,10 +161,10 @@ def init_gdn2_cache(config: GDN2Config, batch_size: int, dtype) -> GDN2Cache:
 
 
 class GDN2Mixer(nn.Module):
-  """x [B, T, D] -> y [B, T, D] through the GDN-2 recurrence.
+  """Gated DeltaNet-2 layer, x [B, T, D] -> y [B, T, D].
 
-  A subclass that overrides `gates` trains, decodes and is analysed with gates
-  of its own.
+  A subclass that overrides `gates` uses its own gates in training, in decoding
+  and in the values that are sown.
   """
 
   config: GDN2Config
@@ -195,10 +195,10 @@ class GDN2Mixer(nn.Module):
     p = Projections(q, k, v, f, b, w, a_log, dt_bias)
     is_split = length_axis((q, _TOKENS), (v, _TOKENS)) is not None
     is_token = cache is not None and segment_ids is None and x.shape[1] == 1
-    # The kernels that start from the projections know the standard gates only.
+    # Kernels with fused gates compute the standard gates only.
     from_projections = not (is_token or is_split) and _are_standard(self)
     is_sown = self.is_mutable_collection("intermediates")
-    # Once, wherever it goes: a hook may create parameters.
+    # Called at most once: `gates` may create parameters.
     inputs = None
     if is_sown or not from_projections:
       inputs = _op_inputs(self, p)
@@ -207,26 +207,18 @@ class GDN2Mixer(nn.Module):
         self.sow("intermediates", name, value)
 
     state = None if cache is None else cache.state
-    implementation = c.implementation or None
-    if from_projections:
-      o, state = gdn2_fused_gates(
-        p,
-        erase_scale=c.erase_scale,
-        state=state,
-        segment_ids=segment_ids,
-        implementation=implementation,
-      )
-    elif is_token:
-      token = (a[:, 0] for a in inputs)
-      o, state = gdn2_step(*token, state, implementation=implementation)
+    options = {"state": state, "implementation": c.implementation or None}
+    if is_token:
+      o, state = gdn2_step(*(a[:, 0] for a in inputs), **options)
       o = o[:, None]
-    else:
-      o, state = on_shards(gdn2, _OP, [_TOKENS, _OP["state"]])(
-        **dict(zip("qkvgbw", inputs, strict=True)),
-        state=state,
-        segment_ids=segment_ids,
-        implementation=implementation,
+    elif from_projections:
+      o, state = gdn2_fused_gates(
+        p, erase_scale=c.erase_scale, segment_ids=segment_ids, **options
       )
+    else:
+      run = on_shards(gdn2, _OP, [_TOKENS, _OP["state"]])
+      arrays = dict(zip("qkvgbw", inputs, strict=True))
+      o, state = run(**arrays, segment_ids=segment_ids, **options)
     self.sow("intermediates", "o", o)
     y = self._output(x, o)
     if cache is None:
@@ -241,26 +233,23 @@ class GDN2Mixer(nn.Module):
     b: Float[Array, "B T H K"],
     w: Float[Array, "B T HV V"],
   ) -> tuple[Array, Array, Array]:
-    """Returns the gates of the recurrence, given the layer's own; override it.
+    """Gates of the recurrence; override it for gates of your own.
 
-      class SquaredErase(GDN2Mixer):
-        def gates(self, g, b, w):
-          return g, b * b, w
-
-    Called once per call of the layer, for sequences and for single tokens
-    alike; it must not mix tokens. `self.param` and submodules may be used.
-    Kernels that compute the gates themselves run only where it is not
-    overridden.
+    Called once per call of the layer, with sequences and with single tokens, so
+    it must not mix tokens. It may use `self.param` and submodules. Kernels with
+    fused gates run only if it is not overridden. docs/layer.md has examples.
 
     Args:
       g: Log-decay [B, T, H, K], <= 0, float32.
-      b: Erase gate [B, T, H, K], averaged where config.erase_gate is "scalar".
-      w: Write gate [B, T, HV, V], averaged where config.write_gate is "scalar".
+      b: Erase gate [B, T, H, K], averaged if config.erase_gate is "scalar".
+      w: Write gate [B, T, HV, V], averaged if config.write_gate is "scalar".
 
     Returns:
-      (g, b, w) of the same shapes, with g <= 0. Other shapes raise ValueError,
-      as does a positive g where values can be seen; under jit it is outside
-      the op's contract.
+      (g, b, w) of the same shapes, with g <= 0.
+
+    Raises:
+      ValueError: From the layer, if a returned shape is wrong or, outside jit,
+        g has a positive entry.
     """
     return g, b, w
 
@@ -277,65 +266,59 @@ class GDN2Mixer(nn.Module):
 
   @property
   def _around_the_op(self):
-    """Implementation of convolution and norm: kernels where they can run."""
+    """Implementation of convolution and norm; None prefers kernels."""
     kernels = self.config.implementation in ("", "mosaic_gpu")
     return None if kernels else "xla"
 
   def _short_conv(self, name, x, head, segment_ids, tail):
-    """silu(conv(x W)) as [B, T, heads, channels], and the new tail."""
+    """Computes silu(conv(x W)) [B, T, heads, channels], and the new tail."""
     *shape, channel_axis = head
     axes = ("heads", channel_axis)
     y = self._linear(f"{name}_proj", tuple(shape), ("embed", *axes))(x)
     y = nn.with_logical_constraint(y, ("batch", "length", *axes))
-    kernel = self.param(
+    W = self.config.conv_width
+    kernel = layers.parameter(
+      self,
       f"{name}_conv",
-      nn.with_logical_partitioning(layers.fan_in_uniform(), ("taps", *axes)),
-      (self.config.conv_width, *shape),
-      jnp.dtype(self.param_dtype),
+      layers.fan_in_uniform(),
+      ("taps", *axes),
+      (W, *shape),
     ).astype(self.dtype)
-    flat = y.reshape(*y.shape[:2], -1)
-    kernel = kernel.reshape(kernel.shape[0], -1)
-    if tail is not None and segment_ids is None and x.shape[1] == 1:
-      flat, tail = short_conv_step(flat[:, 0], kernel, tail, activation="silu")
-      flat = flat[:, None]
-    else:
-      taps = kernel.shape[0] - 1
-      out = [_CONV["x"], _CONV["state"]]
-      flat, tail = on_shards(short_conv, _CONV, out, tokens=taps)(
-        x=flat,
-        kernel=kernel,
-        segment_ids=segment_ids,
-        state=tail,
-        activation="silu",
-        implementation=self._around_the_op,
-      )
+    out = [_CONV["x"], _CONV["state"]]
+    flat, tail = on_shards(short_conv, _CONV, out, tokens=W - 1)(
+      x=y.reshape(*y.shape[:2], -1),
+      kernel=kernel.reshape(W, -1),
+      segment_ids=segment_ids,
+      state=tail,
+      activation="silu",
+      implementation=self._around_the_op,
+    )
     return flat.reshape(y.shape), tail
 
   def _decay(self, x):
-    """f [B, T, H, K], A_log [H] and dt_bias [H, K] of the log-decay."""
-    # A_log and dt_bias stay float32 whatever the model's dtype: rounded to
-    # bfloat16 they change the decay of slow heads noticeably.
+    """Parts f [B, T, H, K], A_log [H] and dt_bias [H, K] of the log-decay."""
+    # A_log and dt_bias are float32 in every model: rounding them to bfloat16
+    # would change the decay of slow heads noticeably.
     c = self.config
     f = self._linear("f_down", (c.value_dim,), ("embed", "gate_rank"))(x)
     f = self._linear(
       "f_up", (c.num_heads, c.key_dim), ("gate_rank", "heads", "key_dim")
     )(f)
-    a_log = self.param(
-      "A_log",
-      nn.with_logical_partitioning(layers.init_a_log, ("heads",)),
-      (c.num_heads,),
-      jnp.float32,
+    a_log = layers.parameter(
+      self, "A_log", layers.init_a_log, ("heads",), (c.num_heads,), "float32"
     )
-    dt_bias = self.param(
+    dt_bias = layers.parameter(
+      self,
       "dt_bias",
-      nn.with_logical_partitioning(layers.init_dt_bias, ("heads", "key_dim")),
+      layers.init_dt_bias,
+      ("heads", "key_dim"),
       (c.num_heads, c.key_dim),
-      jnp.float32,
+      "float32",
     )
     return f, a_log, dt_bias
 
   def _output(self, x, o):
-    """Gated norm per head, then the projection back to D."""
+    """Gated norm per head, then the output projection to D channels."""
     c = self.config
     gate = self._linear("g_down", (c.value_dim,), ("embed", "gate_rank"))(x)
     gate, bias = self._linear(
@@ -344,13 +327,11 @@ class GDN2Mixer(nn.Module):
       ("gate_rank", "heads", "value_dim"),
       has_bias=True,
     )(gate)
-    weight = self.param(
-      "o_norm",
-      nn.with_logical_partitioning(nn.initializers.ones_init(), ("value_dim",)),
-      (c.value_dim,),
-      jnp.dtype(self.param_dtype),
+    ones = nn.initializers.ones_init()
+    weight = layers.parameter(
+      self, "o_norm", ones, ("value_dim",), (c.value_dim,)
     )
-    # Tokens are normalised one by one, but XLA cannot split a kernel's call.
+    # Runs per shard: XLA cannot partition a Pallas call.
     o = on_shards(gated_rms_norm, _NORM, _TOKENS, exchanges=False)(
       x=o,
       gate=gate,
@@ -369,17 +350,17 @@ _STANDARD_GATES = GDN2Mixer.gates
 
 
 def _are_standard(mixer):
-  """Whether the gates are the sigmoids and the decay of the projections."""
+  """True if the gates are those that the kernels compute."""
   c = mixer.config
   if "scalar" in (c.erase_gate, c.write_gate):
     return False
-  # A method of the class, a mixin or the instance: whatever a call would find.
+  # Looked up as a call does: subclass, mixin or instance may override it.
   return getattr(mixer.gates, "__func__", None) is _STANDARD_GATES
 
 
-# A function: an override would be skipped where kernels compute the gates.
+# Not a method: an override would be ignored where kernels compute the gates.
 def _op_inputs(mixer, p):
-  """q, k, v, g, b and w of the op."""
+  """Computes q, k, v, g, b and w of the op, with the mixer's gates."""
   c = mixer.config
   q, k, v, g, b, w = activate(p, erase_scale=c.erase_scale)
   if c.erase_gate == "scalar":
@@ -395,6 +376,5 @@ def _op_inputs(mixer, p):
       f"{type(mixer).__name__}.gates: returned {got}, expected the arrays"
       " (g, b, w)"
     )
-  # Here as well as in the op, which sees parts of the arrays: one token, or
-  # one shard.
+  # The op checks, too, but sees only one token or one shard of the arrays.
   return check_inputs(q, k, v, *gates, time_axis=True)

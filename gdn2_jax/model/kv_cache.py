@@ -1,10 +1,10 @@
-"""Caches of softmax attention: keys and values of earlier tokens.
+"""Caches of softmax attention, with keys and values of earlier tokens.
 
-A sliding window needs those of the last `window` tokens, which lie in slots
-position mod window: a ring that never grows. Full attention needs all of them,
-in as many slots as a sequence may have tokens. All layers of a kind share one
-array and each works on its own part of it in place, so that a decoding step
-moves the keys and values that it reads and not the whole cache.
+A sliding window needs the last `window` tokens, which are stored at position
+mod window, in a ring of fixed size. Full attention needs all tokens, so its
+cache has as many slots as a sequence may have tokens. All layers of a kind
+share one array, and each updates its part in place: a decoding step moves the
+keys and values that it reads, not the whole cache.
 """
 
 from typing import Any
@@ -18,15 +18,15 @@ from gdn2_jax.ops.segments import reset_counts, segment_positions
 
 @struct.dataclass
 class RingCache:
-  """Keys and values of N layers; slot j holds a position p with p mod W = j.
+  """Keys and values of N layers; slot j has a position p with p mod W = j.
 
   Attributes:
-    k, v: rotated keys, and values, [N, B, HKV, W, D].
-    positions: position of the token in each slot [N, B, W], -1 where empty.
-    next_position: position of the next token [N, B].
+    k, v: Rotated keys, and values, [N, B, HKV, W, D].
+    positions: Position of the token in each slot [N, B, W], -1 if empty.
+    next_position: Position of the next token [N, B].
   """
 
-  # Any: tree transformations build caches of other things than arrays.
+  # Any: tree transformations put objects other than arrays in these fields.
   k: Any
   v: Any
   positions: Any
@@ -35,11 +35,11 @@ class RingCache:
 
 @struct.dataclass
 class KVCache:
-  """Keys and values of N layers; slot j holds the token at position j.
+  """Keys and values of N layers; slot j has the token at position j.
 
   Attributes:
-    k, v: rotated keys, and values, [N, B, HKV, S, D] with S = max_length.
-    next_position: position of the next token [N, B]: slots in use.
+    k, v: Rotated keys, and values, [N, B, HKV, S, D] with S = max_length.
+    next_position: Position of the next token, and slots in use, [N, B].
   """
 
   k: Any
@@ -49,11 +49,11 @@ class KVCache:
 
 @struct.dataclass
 class CacheLayer:
-  """One layer's part of a RingCache or KVCache, which stays whole.
+  """One layer of a RingCache or KVCache.
 
   Attributes:
-    cache: of all layers.
-    layer: which of them.
+    cache: Cache of all layers.
+    layer: Index of the layer.
   """
 
   cache: Any
@@ -66,7 +66,7 @@ class CacheLayer:
 
   @property
   def held(self) -> Any:
-    """Position of the token in each slot [B, S], -1 where empty."""
+    """Position of the token in each slot [B, S], -1 if empty."""
     if isinstance(self.cache, RingCache):
       return self.cache.positions[self.layer]
     slot = jnp.arange(self.cache.k.shape[3], dtype=jnp.int32)[None]
@@ -76,7 +76,7 @@ class CacheLayer:
 def init_ring_cache(
   layers: int, batch_size: int, heads: int, window: int, channels: int, dtype
 ) -> RingCache:
-  """An empty ring."""
+  """Empty ring cache."""
   shape = (layers, batch_size, heads, window, channels)
   return RingCache(
     k=jnp.zeros(shape, dtype),
@@ -89,7 +89,7 @@ def init_ring_cache(
 def init_kv_cache(
   layers: int, batch_size: int, heads: int, slots: int, channels: int, dtype
 ) -> KVCache:
-  """An empty cache of so many slots."""
+  """Empty cache with that number of slots."""
   shape = (layers, batch_size, heads, slots, channels)
   return KVCache(
     k=jnp.zeros(shape, dtype),
@@ -107,21 +107,21 @@ def attend_and_store(
   positions: Any,
   window: int | None,
 ) -> tuple[Any, CacheLayer]:
-  """Attention of new tokens to the cache and to each other.
+  """Attends to the cache and the new tokens, and stores the new tokens.
 
   Args:
-    part: what has been seen.
-    q: rotated queries of T new tokens [B, T, HQ, D].
-    k: their rotated keys [B, T, HKV, D].
-    v: their values.
-    runs: [B, T], 1 for tokens that continue the cache, 2, 3, ... for those of
-      later documents, 0 for padding; None for 1.
-    positions: [B, T].
-    window: tokens a query sees, None for all.
+    part: The layer's cache.
+    q: Rotated queries of T new tokens [B, T, HQ, D].
+    k: Rotated keys of the new tokens [B, T, HKV, D].
+    v: Values of the new tokens [B, T, HKV, D].
+    runs: [B, T], 1 for tokens that continue the cached document, 2, 3, ... for
+      those of later documents, 0 for padding; None means 1.
+    positions: Positions of the new tokens in their documents [B, T].
+    window: Tokens that a query sees, its own included; None for all.
 
   Returns:
-    o [B, T, HQ, D], and the cache after the tokens, which holds the last run
-    only, and of that what a KVCache has slots for.
+    o [B, T, HQ, D], and the cache after the tokens. It has the last document
+    only; a KVCache stores of it what fits its slots.
   """
   cache, layer = part.cache, part.layer
   S = cache.k.shape[3]
@@ -131,7 +131,7 @@ def attend_and_store(
     kept, slots = in_last & (positions >= end[:, None] - S), positions % S
   else:
     kept, slots = in_last & (positions < S), positions
-  # Slots beyond the cache are dropped, which is how a token is not stored.
+  # A token that is not stored gets a slot beyond the cache.
   nowhere = S + jnp.arange(positions.shape[1], dtype=jnp.int32)[None]
   slots = jnp.where(kept, slots, nowhere)
   o, new_k, new_v = cached_attention(
@@ -156,7 +156,7 @@ def attend_and_store(
 
 
 def lost_tokens(cache: Any, segment_ids: Any, length: int) -> Any:
-  """Tokens of the next T that a cache has no slot for: [B, T]; None: none."""
+  """Mask [B, T] of new tokens without a slot in the cache; None if all fit."""
   for part in cache:
     if isinstance(part, KVCache):
       first = part.next_position[0]
@@ -169,7 +169,7 @@ def lost_tokens(cache: Any, segment_ids: Any, length: int) -> Any:
 def runs_and_positions(
   first: Any, length: int, segment_ids: Any
 ) -> tuple[Any, Any]:
-  """Runs [B, T] (from 1, 0 of padding, None without ids) and positions."""
+  """Runs [B, T] (from 1; 0 is padding; None without ids) and positions."""
   if segment_ids is None:
     return None, first[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
   runs = jnp.where(segment_ids != 0, reset_counts(segment_ids) + 1, 0)
@@ -177,17 +177,17 @@ def runs_and_positions(
 
 
 def _last_run(runs, positions, next_position):
-  """Next position [B] after the tokens, and which are of the last run."""
-  number = runs.max(axis=1, keepdims=True)  # 0: nothing but padding
+  """Next position [B] after the tokens, and a mask of the last run."""
+  number = runs.max(axis=1, keepdims=True)  # 0 if all is padding
   in_last = (runs == number) & (runs > 0)
   end = jnp.where(in_last, positions + 1, 0).max(axis=1)
   return jnp.where(number[:, 0] > 0, end, next_position), in_last
 
 
 def _ring_positions(part, runs, positions, slots):
-  """Positions in all slots of all layers once the tokens are stored."""
+  """Positions in all slots of all layers after the tokens are stored."""
   held = part.cache.positions
-  if runs is not None:  # a new document leaves nothing of the one before
+  if runs is not None:  # a new document clears the ring
     restarted = runs.max(axis=1, keepdims=True) > 1
     held = held.at[part.layer].set(jnp.where(restarted, -1, part.held))
   rows = jnp.arange(positions.shape[0])[:, None]

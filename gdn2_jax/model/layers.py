@@ -1,7 +1,7 @@
-"""Linear maps, embedding, norm and MLP, every parameter with logical axes.
+"""Linear maps, embedding, norm and MLP with logical axis names.
 
-The axis names are resolved to mesh axes by `gdn2_jax.sharding.RULES`; nothing
-here knows of a mesh.
+`gdn2_jax.sharding.RULES` maps the logical axes to mesh axes; this module does
+not depend on a mesh.
 """
 
 import functools
@@ -54,17 +54,32 @@ def init_dt_bias(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
   return dt + jnp.log(-jnp.expm1(-dt))
 
 
+def parameter(
+  module: nn.Module,
+  name: str,
+  init: Initializer,
+  axes: tuple[str, ...],
+  shape: tuple[int, ...],
+  dtype: Any = None,
+) -> Array:
+  """A module's parameter with logical axes; dtype None is its param_dtype."""
+  dtype = jnp.dtype(module.param_dtype if dtype is None else dtype)
+  return module.param(
+    name, nn.with_logical_partitioning(init, axes), shape, dtype
+  )
+
+
 class Linear(nn.Module):
-  """x[..., in...] times kernel[in..., out...].
+  """Linear map, x[..., in...] times kernel[in..., out...].
 
   Attributes:
-    features: sizes of the output axes.
-    axes: logical names of the kernel's axes, input axes first.
-    kernel_init: initializer that knows the number of input axes.
-    has_bias: whether to return a bias of shape `features`, zero at first,
-      beside the product: the caller adds it, fused into its own kernel.
-    dtype: dtype of the product; the parameters are cast to it.
-    param_dtype: dtype of the parameters.
+    features: Sizes of the output axes.
+    axes: Logical names of the kernel's axes, input axes first.
+    kernel_init: Initializer for that number of input axes.
+    has_bias: Also return a bias of shape `features`, initially zero, which the
+      caller adds, fused into its own kernel.
+    dtype: Dtype of the product; parameters are cast to it.
+    param_dtype: Dtype of the parameters.
   """
 
   features: tuple[int, ...]
@@ -77,12 +92,8 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array | tuple[Array, Array]:
     in_dims = len(self.axes) - len(self.features)
-    kernel = self.param(
-      "kernel",
-      nn.with_logical_partitioning(self.kernel_init, self.axes),
-      (*x.shape[-in_dims:], *self.features),
-      jnp.dtype(self.param_dtype),
-    )
+    shape = (*x.shape[-in_dims:], *self.features)
+    kernel = parameter(self, "kernel", self.kernel_init, self.axes, shape)
     contract = (
       tuple(range(x.ndim - in_dims, x.ndim)),
       tuple(range(in_dims)),
@@ -92,15 +103,8 @@ class Linear(nn.Module):
     )
     if not self.has_bias:
       return y
-    bias = self.param(
-      "bias",
-      nn.with_logical_partitioning(
-        nn.initializers.zeros_init(), self.axes[in_dims:]
-      ),
-      self.features,
-      jnp.dtype(self.param_dtype),
-    )
-    return y, bias
+    zeros = nn.initializers.zeros_init()
+    return y, parameter(self, "bias", zeros, self.axes[in_dims:], self.features)
 
 
 class RMSNorm(nn.Module):
@@ -111,30 +115,26 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-    weight = self.param(
-      "weight",
-      nn.with_logical_partitioning(nn.initializers.ones_init(), ("act_embed",)),
-      (x.shape[-1],),
-      jnp.dtype(self.param_dtype),
-    )
+    ones = nn.initializers.ones_init()
+    weight = parameter(self, "weight", ones, ("act_embed",), x.shape[-1:])
     return norm.rms_norm(x, weight, eps=self.eps)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _lookup(table, tokens, dtype):
-  """Rows of the table in `dtype`; their gradients are summed in float32."""
-  # Filling with NaN turns a token that is out of range into a loud failure
-  # where clamping would train on the wrong row.
+  """Rows of the table in `dtype`, with gradients summed in float32."""
+  # A token out of range gives NaN, which stops the run. The default, clamping,
+  # would train on a wrong row.
   return jnp.take(table.astype(dtype), tokens, axis=0, mode="fill")
 
 
 @_lookup.defjvp
 def _lookup_jvp(dtype, primals, tangents):
-  """Casts after the gather, so that the scatter it transposes to is float32.
+  """Casts after the gather, so that its transpose, a scatter, is float32.
 
-  A sum of bfloat16 stops growing once a term is below half its last bit: 256
-  equal terms are as far as it gets, and what is lost depends on the order. The
-  value itself is gathered in `dtype`, which is all that devices then exchange.
+  A bfloat16 sum stops growing when a term is below half its last bit, for equal
+  terms after 256 of them. The value itself is gathered in `dtype`, so devices
+  exchange no more bytes.
   """
   (table, tokens), (dtable, _) = primals, tangents
   dtable = dtable.astype(jnp.promote_types(dtable.dtype, jnp.float32))
@@ -143,7 +143,7 @@ def _lookup_jvp(dtype, primals, tangents):
 
 
 class Embedding(nn.Module):
-  """Token table [VOCAB, D], N(0, 0.02); ids out of range give NaN."""
+  """Token table [VOCAB, D], initially N(0, 0.02); wrong ids give NaN."""
 
   vocab_size: int
   model_dim: int
@@ -152,19 +152,18 @@ class Embedding(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    table = self.param(
+    table = parameter(
+      self,
       "table",
-      nn.with_logical_partitioning(
-        nn.initializers.normal(0.02), ("vocab", "embed")
-      ),
+      nn.initializers.normal(0.02),
+      ("vocab", "embed"),
       (self.vocab_size, self.model_dim),
-      jnp.dtype(self.param_dtype),
     )
-    # Each device looks its channels of the table up, for the tokens of all the
-    # devices that share the table; an all-to-all then gives every device its
-    # rows, and another, where rows are split as well, its tokens of them, with
-    # all their channels. Unless the stops on the way are named, XLA may find
-    # no way from one end to the other but to replicate the activations.
+    # Each device looks up its channels of the table, for the tokens of all
+    # devices that share the table. An all-to-all then gives every device its
+    # rows with all channels; if tokens of a row are split, another gives it its
+    # tokens. Without these constraints in between, XLA may replicate the
+    # activations to get from the first layout to the last.
     tokens = nn.with_logical_constraint(tokens, ("lookup", None))
     x = _lookup(table, tokens, self.dtype)
     x = nn.with_logical_constraint(x, ("lookup", None, "embed"))
@@ -172,9 +171,9 @@ class Embedding(nn.Module):
 
 
 class SwiGLU(nn.Module):
-  """down(silu(gate x) * up x) of hidden width F = `dim`.
+  """MLP down(silu(gate x) * up x) with hidden width F = `dim`.
 
-  The initial `down` shrinks with the number of layers of the model.
+  The initial size of `down` decreases with num_layers, the model's layers.
   """
 
   dim: int

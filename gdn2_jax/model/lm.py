@@ -1,4 +1,4 @@
-"""The language model: embedding, groups of layers, final norm, untied head."""
+"""Language model: embedding, groups of layers, final norm, untied head."""
 
 from typing import Any
 
@@ -10,7 +10,12 @@ from jaxtyping import Array, Float
 from gdn2_jax.model.block import Group, init_mixer_cache
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.kv_cache import lost_tokens
-from gdn2_jax.model.layers import Embedding, RMSNorm, fan_in_uniform
+from gdn2_jax.model.layers import (
+  Embedding,
+  RMSNorm,
+  fan_in_uniform,
+  parameter,
+)
 from gdn2_jax.model.on_shards import shards_as_rows
 from gdn2_jax.ops.loss import cross_entropy
 from gdn2_jax.typing import Activations, SegmentIds, Tokens
@@ -22,26 +27,27 @@ _POLICIES = {
 
 
 class LM(nn.Module):
-  """Tokens to logits, with or without a cache.
+  """Language model from tokens to logits, with or without a cache.
 
-  Parameters carry logical axis names; with `scan_layers` those of the layers
-  are stacked along a leading axis "layers", one entry per group.
+  Parameters are boxed with logical axis names; flax.linen.unbox removes the
+  boxes. With config.scan_layers those of the layers are stacked along a leading
+  axis "layers", one entry per group.
 
   Attributes:
-    config: what to build.
+    config: Architecture, dtypes and execution options.
   """
 
   config: ModelConfig
 
   def setup(self):
-    """Declares embedding, groups, final norm and head."""
+    """Creates embedding, groups, final norm and head."""
     c = self.config
     types = {"dtype": c.dtype, "param_dtype": c.param_dtype}
     self.embedding = Embedding(c.vocab_size, c.model_dim, **types)
     group = Group
     if c.remat != "none":
-      # A loop keeps the backward's second pass apart from the forward; without
-      # one XLA would find them equal, and keep what remat is to drop.
+      # Without a loop XLA would merge the recomputation with the forward pass
+      # (CSE) and keep the activations that remat drops.
       looped = c.scan_layers and c.groups_per_turn < c.num_groups
       group = nn.remat(Group, policy=_POLICIES[c.remat], prevent_cse=not looped)
     if c.scan_layers:
@@ -59,11 +65,13 @@ class LM(nn.Module):
         group(c, name=f"group_{i}") for i in range(c.num_groups)
       ]
     self.final_norm = RMSNorm(c.norm_eps, c.param_dtype)
-    self.head = self.param(
+    self.head = parameter(
+      self,
       "head",
-      nn.with_logical_partitioning(fan_in_uniform(), ("embed", "vocab")),
+      fan_in_uniform(),
+      ("embed", "vocab"),
       (c.model_dim, c.vocab_size),
-      jnp.dtype(c.param_dtype),
+      c.param_dtype,
     )
 
   def hidden(
@@ -74,13 +82,15 @@ class LM(nn.Module):
   ) -> tuple[Activations, Any]:
     """Activations after the final norm, and the cache after the tokens.
 
-    Those of a token for which a cache of layers "A" has no room are NaN.
-
     Args:
-      tokens: ids in [0, vocab_size); others give NaN.
-      segment_ids: see `gdn2_jax.ops.segments`; 0 is padding. None: one run.
-      cache: from `init_cache` or an earlier call; None starts from nothing and
-        returns None.
+      tokens: Ids [B, T] in [0, vocab_size); others give NaN.
+      segment_ids: [B, T] integers, one id per document and 0 for padding
+        (gdn2_jax.ops.segments); None means one document per row.
+      cache: From `init_cache` or an earlier call; None for training.
+
+    Returns:
+      Activations [B, T, D], NaN at tokens that a cache of layers "A" has no
+      slot for, and the new cache, None without one.
     """
     x = self.embedding(tokens)
     x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
@@ -89,7 +99,7 @@ class LM(nn.Module):
       lost = lost_tokens(cache, segment_ids, tokens.shape[1])
     carry = x, cache
     if self.config.scan_layers:
-      # An index is for caches; training programs stay free of it.
+      # Only caches need the index of the group.
       groups = jnp.arange(self.config.num_groups, dtype=jnp.int32)
       carry, _ = self.groups(
         carry, segment_ids, None if cache is None else groups
@@ -99,7 +109,8 @@ class LM(nn.Module):
         carry, _ = group(carry, segment_ids, i)
     x, cache = carry
     x = self.final_norm(x)
-    if lost is not None:  # here: inside, a NaN would reach other tokens
+    # After the norm: inside a layer the NaN would spread to other tokens.
+    if lost is not None:
       x = jnp.where(lost[..., None], jnp.nan, x)
     return x, cache
 
@@ -109,12 +120,12 @@ class LM(nn.Module):
     segment_ids: SegmentIds | None = None,
     cache: Any = None,
   ) -> tuple[Float[Array, "B T VOCAB"], Any]:
-    """Next-token logits in float32; arguments as in `hidden`."""
+    """Next-token logits [B, T, VOCAB] in float32; arguments as in `hidden`."""
     x, cache = self.hidden(tokens, segment_ids, cache)
     return self.logits(x), cache
 
   def logits(self, x: Float[Array, "*b D"]) -> Float[Array, "*b VOCAB"]:
-    """Head applied to activations, accumulated and returned in float32."""
+    """Applies the head to activations; sums and result are float32."""
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.matmul(
       x, self.head.astype(x.dtype), preferred_element_type=accumulate
@@ -128,7 +139,7 @@ class LM(nn.Module):
   ) -> Float[Array, "B T"]:
     """Negative log-likelihood of every target in nats, padding included.
 
-    Never holds all logits: see `gdn2_jax.ops.loss.cross_entropy`.
+    Uses `gdn2_jax.ops.loss.cross_entropy`, which never stores all logits.
     """
     x, _ = self.hidden(tokens, segment_ids)
     (x, targets), join = shards_as_rows(x, targets)
@@ -141,21 +152,20 @@ class LM(nn.Module):
 def init_cache(
   config: ModelConfig, batch_size: int, max_length: int | None = None
 ) -> Any:
-  """The empty cache: a tuple over the pattern, leaves [group, B, ...].
+  """Empty cache: a tuple over the pattern with leaves [group, B, ...].
 
-  Float32 recurrent states; convolution tails, attention rings, keys and values
-  in the model's dtype. Constant in the number of tokens seen; that of layers
-  "A" is made for a fixed number of tokens, beyond which logits are NaN.
+  Recurrent states are float32; inputs of convolutions, keys and values have the
+  model's dtype. The size does not grow with the tokens that are read. That of
+  layers "A" has slots for max_length tokens; logits of later tokens are NaN.
 
   Args:
-    config: of the model.
-    batch_size: rows B.
-    max_length: tokens that a row may read, prompt and generated ones together;
-      for patterns with "A", ignored by others.
+    config: Config of the model.
+    batch_size: Rows B.
+    max_length: Most tokens of a row, prompt and generated ones together.
+      Required if the pattern has an "A", ignored otherwise.
 
   Raises:
-    ValueError: batch_size < 1, or a max_length that is needed is missing or
-      below 1.
+    ValueError: batch_size < 1, or a required max_length is missing or below 1.
   """
   if batch_size < 1:
     raise ValueError(f"batch_size={batch_size}: expected >= 1")
@@ -163,7 +173,7 @@ def init_cache(
     raise ValueError(
       f"max_length={max_length}: expected >= 1, the tokens that a sequence may "
       f"read, prompt and generated ones together; the cache of pattern="
-      f"{config.pattern!r} is made for that many"
+      f"{config.pattern!r} has that many slots"
     )
   return tuple(
     init_mixer_cache(kind, config, batch_size, max_length)

@@ -2,11 +2,11 @@
 
     y, cache = mixer(x, segment_ids, cache)
 
-One call serves training (cache None in, None out), prefill (T tokens) and
-decoding (T = 1). A cache is an immutable pytree whose leaves have the batch
-axis first; its size does not depend on the tokens seen. Tokens with segment id
-0 leave the cache as it was. Attention is given the cache of all its layers, and
-is told which part is its own.
+The same call serves training (no cache), prefill (T tokens) and decoding
+(T = 1). A cache is an immutable pytree whose leaves have the batch axis first;
+its size does not depend on the tokens that were read. Tokens with segment id 0
+do not change the cache. Attention gets the cache of all its layers and the
+index of its own (CacheLayer).
 """
 
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ Cache = Any  # GDN2Cache | CacheLayer
 
 
 class Mixer(Protocol):
-  """Maps activations to activations, carrying a cache across calls."""
+  """Layer that mixes tokens, with a cache across calls."""
 
   def __call__(
     self, x: Activations, segment_ids: SegmentIds | None, cache: Cache | None

@@ -1,11 +1,11 @@
-"""Layers on tokens that are split over devices.
+"""Ops of layers whose tokens are split over devices.
 
-What mixes tokens cannot be left to XLA where the rules split the logical axis
-"length": it would gather whole sequences. Such layers call their ops through
-`on_shards`: where `length_axis` says that tokens are split, every device runs
-the op on its own tokens, and the op exchanges what it needs along `axis_name`.
-Arrays are described by logical names, as elsewhere in the model; None is an
-axis that is not split.
+If the sharding rules split the logical axis "length", XLA would gather whole
+sequences for an op that mixes tokens. Layers therefore call such ops through
+`on_shards`: if `length_axis` finds that tokens are split, every device runs the
+op on its own tokens, and the op exchanges data along `axis_name`. Logical names
+describe the arrays, as elsewhere in the model; None is an axis that is not
+split.
 """
 
 import math
@@ -21,15 +21,10 @@ Names = tuple[str | None, ...]
 
 
 def length_axis(*arrays: tuple[Any, Names], tokens: int = 1) -> str | None:
-  """The mesh axis that "length" is split over, None where it is whole.
+  """Mesh axis that "length" is split over, or None if it is not split.
 
-  Also None where a size does not divide, or a device would hold fewer tokens
-  than asked for: XLA then splits the layer in its own way, with the same
-  result.
-
-  Args:
-    *arrays: Of the layer, each with its logical names.
-    tokens: That a device must hold.
+  Also None if a size is not divisible or a device would hold fewer than
+  `tokens` tokens: XLA then partitions the layer itself, with the same result.
   """
   (axis,) = _mesh_axes("length") or (None,)  # one axis: shards have one order
   mesh = jax.sharding.get_abstract_mesh()
@@ -54,18 +49,18 @@ def on_shards(
   tokens: int = 1,
   exchanges: bool = True,
 ) -> Callable[..., Any]:
-  """The op, run by every device on its own tokens where these are split.
+  """Makes every device run `op` on its own tokens if tokens are split.
 
   Args:
-    op: Takes arrays, options and `axis_name`.
-    names: Logical names of each array of the op, by the argument's name.
+    op: Function of arrays, options and `axis_name`.
+    names: Logical names of the axes of each array argument, by its name.
     out: Logical names of the result, or a list of them for a tuple.
-    tokens: That a device must hold.
-    exchanges: Whether the op takes axis_name: one that mixes no tokens need
-      not.
+    tokens: Least number of tokens per device.
+    exchanges: op has the argument axis_name; False for one that does not mix
+      tokens.
 
   Returns:
-    The op of whole arrays; it takes all by keyword, None for an absent array.
+    The op on global arrays, with keyword arguments only; an array may be None.
   """
 
   def call(**arguments):
@@ -80,7 +75,8 @@ def on_shards(
       options["axis_name"] = axis
     if axis is None:
       return op(**arrays, **options)
-    # Pallas kernels cannot be traced with arguments that are marked as varying.
+    # check_vma=False: Pallas kernels cannot be traced with arguments that are
+    # marked as varying over mesh axes.
     run = jax.shard_map(
       lambda arrays: op(**arrays, **options),
       in_specs=({k: nn.logical_to_mesh_axes(names[k]) for k in arrays},),
@@ -99,16 +95,13 @@ def on_shards(
 def shards_as_rows(
   *arrays: Array,
 ) -> tuple[tuple[Array, ...], Callable[[Array], Array]]:
-  """[B, T, ...] as [P * B, T / P, ...], and back, without moving anything.
+  """Reshapes [B, T, ...] to [P * B, T / P, ...] without moving data.
 
-  For what goes through the tokens in pieces without mixing them: every device
-  then takes pieces of its own tokens. P is 1 where tokens are not split.
-
-  Args:
-    *arrays: Of the same B and T.
+  For code that loops over tokens without mixing them: every device then loops
+  over its own. P is the number of devices that tokens are split over.
 
   Returns:
-    The arrays, and a function that takes a result [P * B, T / P] to [B, T].
+    The arrays, and a function that reshapes a result [P * B, T / P] to [B, T].
   """
   names = [("batch", "length", *(None,) * (x.ndim - 2)) for x in arrays]
   axis = length_axis(*zip(arrays, names, strict=True))
@@ -131,7 +124,7 @@ def shards_as_rows(
 
 
 def _mesh_axes(name: str | None) -> tuple[str, ...]:
-  """The mesh axes of one logical axis."""
+  """Mesh axes of one logical axis."""
   axes = nn.logical_to_mesh_axes((name,))[0]
   if axes is None:
     return ()

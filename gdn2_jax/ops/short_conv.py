@@ -277,25 +277,3 @@ def _with_state_ids(ids, width):
   """Prepends the first token's id for each input of the state."""
   first = jnp.broadcast_to(ids[:, :1], (ids.shape[0], width - 1))
   return jnp.concatenate([first, ids], axis=1)
-
-
-def short_conv_step(
-  x: Float[Array, "B C"],
-  kernel: Float[Array, "W C"],
-  state: Float[Array, "B W-1 C"],
-  *,
-  bias: Float[Array, " C"] | None = None,
-  activation: Literal["silu"] | None = None,
-) -> tuple[Float[Array, "B C"], Float[Array, "B W-1 C"]]:
-  """One token x [B, C] of `short_conv`: y [B, C] and the new state."""
-  if x.ndim != 2:
-    raise ValueError(f"x: expected [B, C], got {x.shape}")
-  y, state = short_conv(
-    x[:, None],
-    kernel,
-    bias=bias,
-    activation=activation,
-    state=state,
-    implementation="xla",
-  )
-  return y[:, 0], state

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from gdn2_jax.ops.short_conv import short_conv, short_conv_step
+from gdn2_jax.ops.short_conv import short_conv
 from tests.numerics import rel_rms
 
 B, T, C = 4, 12, 16
@@ -116,11 +116,11 @@ def test_split_and_carry_gives_the_same_bits(ids, dtype):
 def test_steps_give_the_bits_of_the_sequence(width, dtype):
   x, kernel, bias, state = inputs(width, dtype)
   whole, last = run(x, kernel, bias, state=state)
-  step = jax.jit(lambda x, state: short_conv_step(x, kernel, state, bias=bias))
+  step = jax.jit(lambda x, state: short_conv(x, kernel, state=state, bias=bias))
   for t in range(T):
-    out, state = step(x[:, t], state)
+    out, state = step(x[:, t : t + 1], state)
     assert out.dtype == state.dtype == x.dtype
-    np.testing.assert_array_equal(out, whole[:, t])
+    np.testing.assert_array_equal(out[:, 0], whole[:, t])
   np.testing.assert_array_equal(state, last)
 
 
@@ -275,10 +275,3 @@ def test_bad_inputs_are_named(change, name):
   args = {"x": jnp.ones((B, T, C)), "kernel": jnp.ones((4, C)), **change}
   with pytest.raises(ValueError, match=f"^{name}: expected"):
     inspect.unwrap(short_conv)(**args)
-
-
-def test_bad_step_is_named():
-  with pytest.raises(ValueError, match=r"^x: expected"):
-    inspect.unwrap(short_conv_step)(
-      jnp.ones((B, 1, C)), jnp.ones((4, C)), jnp.ones((B, 3, C))
-    )
