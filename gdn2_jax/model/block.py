@@ -10,7 +10,7 @@ from jax import lax
 from gdn2_jax.model.attention import AttentionMixer
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.gdn2 import GDN2Mixer, init_gdn2_cache
-from gdn2_jax.model.kv_cache import CacheLayer, init_kv_cache, init_ring_cache
+from gdn2_jax.model.kv_cache import CacheLayer, init_kv_cache
 from gdn2_jax.model.layers import RMSNorm, SwiGLU
 from gdn2_jax.typing import Activations, SegmentIds
 
@@ -45,10 +45,10 @@ def init_mixer_cache(
     return jax.tree.map(
       lambda a: jnp.broadcast_to(a[None], (groups, *a.shape)).copy(), cache
     )
-  c = config.attention
-  init = init_ring_cache if kind == "S" else init_kv_cache
-  slots = c.window if kind == "S" else max_length
-  return init(groups, batch_size, c.kv_heads, slots, c.head_dim, config.dtype)
+  c, ring = config.attention, kind == "S"
+  slots = c.window if ring else max_length
+  shape = (groups, batch_size, c.kv_heads, slots, c.head_dim)
+  return init_kv_cache(shape, config.dtype, ring=ring)
 
 
 def _layer_of(kind, cache, index):

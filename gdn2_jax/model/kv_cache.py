@@ -73,29 +73,20 @@ class CacheLayer:
     return jnp.where(slot < self.next_position[:, None], slot, -1)
 
 
-def init_ring_cache(
-  layers: int, batch_size: int, heads: int, window: int, channels: int, dtype
-) -> RingCache:
-  """Empty ring cache."""
-  shape = (layers, batch_size, heads, window, channels)
-  return RingCache(
-    k=jnp.zeros(shape, dtype),
-    v=jnp.zeros(shape, dtype),
-    positions=jnp.full((layers, batch_size, window), -1, jnp.int32),
-    next_position=jnp.zeros((layers, batch_size), jnp.int32),
-  )
-
-
 def init_kv_cache(
-  layers: int, batch_size: int, heads: int, slots: int, channels: int, dtype
-) -> KVCache:
-  """Empty cache with that number of slots."""
-  shape = (layers, batch_size, heads, slots, channels)
-  return KVCache(
-    k=jnp.zeros(shape, dtype),
-    v=jnp.zeros(shape, dtype),
-    next_position=jnp.zeros((layers, batch_size), jnp.int32),
-  )
+  shape: tuple[int, ...], dtype: Any, *, ring: bool
+) -> RingCache | KVCache:
+  """Empty cache with keys and values of shape [N, B, HKV, S, D]."""
+  layers, batch_size, _, slots, _ = shape
+  arrays = {
+    "k": jnp.zeros(shape, dtype),
+    "v": jnp.zeros(shape, dtype),
+    "next_position": jnp.zeros((layers, batch_size), jnp.int32),
+  }
+  if not ring:
+    return KVCache(**arrays)
+  positions = jnp.full((layers, batch_size, slots), -1, jnp.int32)
+  return RingCache(positions=positions, **arrays)
 
 
 def attend_and_store(
