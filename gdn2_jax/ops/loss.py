@@ -16,31 +16,18 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.ops.attention.xla import product
+from gdn2_jax.ops.checks import check_floating, check_integers
 
 
 def _check(hidden, head, targets, chunk, z_loss):
   """Raises ValueError for wrong shapes, dtypes and numbers."""
-  if hidden.ndim != 3 or not jnp.issubdtype(hidden.dtype, jnp.floating):
+  check_floating("hidden", hidden, "[B, T, D]")
+  check_floating("head", head, "[D, VOCAB]")
+  if head.shape[0] != hidden.shape[-1]:
     raise ValueError(
-      f"hidden: expected floating [B, T, D], got {hidden.dtype} of shape "
-      f"{hidden.shape}"
+      f"head: expected [D, VOCAB] with D = {hidden.shape[-1]}, got {head.shape}"
     )
-  if (
-    head.ndim != 2
-    or head.shape[0] != hidden.shape[-1]
-    or not jnp.issubdtype(head.dtype, jnp.floating)
-  ):
-    raise ValueError(
-      f"head: expected floating [D, VOCAB] with D = {hidden.shape[-1]}, got "
-      f"{head.dtype} of shape {head.shape}"
-    )
-  if targets.shape != hidden.shape[:2] or not jnp.issubdtype(
-    targets.dtype, jnp.integer
-  ):
-    raise ValueError(
-      f"targets: expected integer [B, T] = {hidden.shape[:2]}, got "
-      f"{targets.dtype} of shape {targets.shape}"
-    )
+  check_integers("targets", targets, "[B, T]", hidden.shape[:2])
   if chunk < 1:
     raise ValueError(f"chunk: expected at least 1 token, got {chunk}")
   if not z_loss >= 0:

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.kernels import choice
+from gdn2_jax.ops.checks import check_floating, check_integers
 from gdn2_jax.ops.context.borders import (
   check_axis,
   from_rank,
@@ -32,10 +33,7 @@ def _check(x, kernel, bias, activation, state, segment_ids):
     raise ValueError(
       f"activation: expected one of {ACTIVATIONS}, got {activation!r}"
     )
-  if x.ndim != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
-    raise ValueError(
-      f"x: expected floating [B, T, C], got {x.dtype} of shape {x.shape}"
-    )
+  check_floating("x", x, "[B, T, C]")
   batch, time, channels = x.shape
   if time < 1:
     raise ValueError(f"x: expected T >= 1, got shape {x.shape}")
@@ -53,14 +51,8 @@ def _check(x, kernel, bias, activation, state, segment_ids):
         f"state: expected {x.dtype} [B, W-1, C] = {expected}, got "
         f"{state.dtype} of shape {state.shape}"
       )
-  if segment_ids is not None and (
-    segment_ids.shape != (batch, time)
-    or not jnp.issubdtype(segment_ids.dtype, jnp.integer)
-  ):
-    raise ValueError(
-      f"segment_ids: expected integer [B, T] = {(batch, time)}, got "
-      f"{segment_ids.dtype} of shape {segment_ids.shape}"
-    )
+  if segment_ids is not None:
+    check_integers("segment_ids", segment_ids, "[B, T]", (batch, time))
 
 
 # checkpoint keeps only the inputs as residuals: automatic differentiation alone

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from gdn2_jax.kernels import choice
 from gdn2_jax.ops.attention.xla import blockwise_attention
+from gdn2_jax.ops.checks import check_floating, check_integers
 from gdn2_jax.ops.context.borders import check_axis, left_halo, vary
 
 IMPLEMENTATIONS = ("xla", "cudnn", "mosaic_gpu")
@@ -24,10 +25,7 @@ IMPLEMENTATIONS = ("xla", "cudnn", "mosaic_gpu")
 
 def _check_qkv(q, k, v, scale):
   """Raises ValueError for wrong shapes and dtypes."""
-  if q.ndim != 4 or not jnp.issubdtype(q.dtype, jnp.floating):
-    raise ValueError(
-      f"q: expected floating [B, T, HQ, D], got {q.dtype} of shape {q.shape}"
-    )
+  check_floating("q", q, "[B, T, HQ, D]")
   batch, heads, channels = q.shape[0], q.shape[-2], q.shape[-1]
   if k.ndim != 4 or (k.shape[0], k.shape[3]) != (batch, channels):
     raise ValueError(
@@ -68,21 +66,14 @@ def _check_options(q, k, window, implementation):
 
 def _check_segments(q, k, q_segment_ids, kv_segment_ids):
   if (q_segment_ids is None) != (kv_segment_ids is None):
-    absent = "kv" if kv_segment_ids is None else "q"
+    absent, given = ("kv", "q") if kv_segment_ids is None else ("q", "kv")
     raise ValueError(
-      f"{absent}_segment_ids: expected together with the other, got None"
+      f"{absent}_segment_ids: expected an array like {given}_segment_ids, got "
+      "None"
     )
-  for name, ids, x in (
-    ("q_segment_ids", q_segment_ids, q),
-    ("kv_segment_ids", kv_segment_ids, k),
-  ):
-    if ids is not None and (
-      ids.shape != x.shape[:2] or not jnp.issubdtype(ids.dtype, jnp.integer)
-    ):
-      raise ValueError(
-        f"{name}: expected integers of shape {x.shape[:2]}, got {ids.dtype} "
-        f"of shape {ids.shape}"
-      )
+  if q_segment_ids is not None:
+    check_integers("q_segment_ids", q_segment_ids, "[B, T]", q.shape[:2])
+    check_integers("kv_segment_ids", kv_segment_ids, "[B, S]", k.shape[:2])
 
 
 def _cudnn_found():

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.ops.checks import check_integers
+
 
 def apply_rope(
   x: Float[Array, "B T H D"],
@@ -36,12 +38,7 @@ def apply_rope(
   """
   if x.ndim != 4 or x.shape[-1] % 2:
     raise ValueError(f"x: expected [B, T, H, D] with even D, got {x.shape}")
-  if positions.shape != x.shape[:2]:
-    raise ValueError(
-      f"positions: expected [B, T] = {x.shape[:2]}, got {positions.shape}"
-    )
-  if not jnp.issubdtype(positions.dtype, jnp.integer):
-    raise ValueError(f"positions: expected integers, got {positions.dtype}")
+  check_integers("positions", positions, "[B, T]", x.shape[:2])
   if not base > 1:
     raise ValueError(f"base: expected a number above 1, got {base}")
   dtype = jnp.promote_types(x.dtype, jnp.float32)
