@@ -119,7 +119,8 @@ def gdn2(
     )
   *inputs, state, segment_ids = vary_together((*inputs, state, segment_ids))
   if axis_name is None:
-    return dispatch.run_sequence(name, inputs, state, segment_ids, scale)
+    run = dispatch.sequence_of(name)
+    return dispatch.run_folded(run, *inputs, state, segment_ids, scale)
   options = Options(axis_name, scale, name, implementation, scheme)
   return gdn2_on_shards(tuple(inputs), state, segment_ids, options)
 

@@ -129,24 +129,14 @@ def sequence_of(name: str) -> Callable[..., Any]:
   }[name]
 
 
-def run_sequence(name, inputs, state, segment_ids, scale):
-  """Runs an implementation on value heads that are not folded."""
-  q, k, v, g, b, w = inputs
-  H, run = q.shape[2], sequence_of(name)
-  v_HV, w_HV = fold_values(v, H), fold_values(w, H)
-  start = fold_state(state, H)
-  o, end = run(q, k, v_HV, g, b, w_HV, start, segment_ids, scale)
-  return o.reshape(v.shape), unfold_state(end, state.shape)
-
-
 def step_of(name: str) -> Callable[..., Any]:
   """Implementation f(q, k, v, g, b, w, state, scale) -> o, state of one token.
 
   Value heads are not folded: v, w [B, HV, V], state [B, HV, K, V].
   """
   return {
-    "reference": functools.partial(_folded_step, reference.gdn2_step_reference),
-    "xla": functools.partial(_folded_step, xla_step.gdn2_step_xla),
+    "reference": functools.partial(run_folded, reference.gdn2_step_reference),
+    "xla": functools.partial(run_folded, xla_step.gdn2_step_xla),
     "mosaic_gpu": functools.partial(_kernel_step, _mosaic_gpu_step),
     "triton": functools.partial(_kernel_step, _triton_step),
   }[name]
@@ -155,6 +145,14 @@ def step_of(name: str) -> Callable[..., Any]:
 # Value heads that share a key head have the same keys, decays and erase gates,
 # so they are computed as one head with wider values. Folding reshapes v and w
 # without a copy, and no array with a key axis is repeated.
+def run_folded(run, q, k, v, g, b, w, state, *rest):
+  """Calls run on folded value heads; returns o and state unfolded."""
+  H = q.shape[-2]
+  v_HV, w_HV = fold_values(v, H), fold_values(w, H)
+  o, end = run(q, k, v_HV, g, b, w_HV, fold_state(state, H), *rest)
+  return o.reshape(v.shape), unfold_state(end, state.shape)
+
+
 def fold_values(x: jax.Array, H: int) -> jax.Array:
   """[..., HV, V] as [..., H, HV // H * V]."""
   return x.reshape(*x.shape[:-2], H, -1)
@@ -226,15 +224,11 @@ def _triton_reason(q, k, v, g, b, w):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(8,))
 def _triton(q, k, v, g, b, w, state, segment_ids, scale):
   from gdn2_jax.pallas.partition import over_batch_and_heads
+  from gdn2_jax.triton.gdn2 import gdn2_triton
 
-  operands, layouts = [q, k, v, g, b, w, state], [*(6 * ["b.h"]), "bh"]
-  if segment_ids is not None:
-    operands.append(segment_ids)
-    layouts.append("b")
-  run = over_batch_and_heads(
-    _triton_local, tuple(layouts), ("b.h", "bh"), scale=scale
-  )
-  return run(*operands)
+  layouts = (*6 * ("b.h",), "bh", "b")
+  run = over_batch_and_heads(gdn2_triton, layouts, ("b.h", "bh"), scale=scale)
+  return run(q, k, v, g, b, w, state, segment_ids)
 
 
 @_triton.defjvp
@@ -245,36 +239,14 @@ def _triton_jvp(scale, primals, tangents):
   raise NotImplementedError(NO_GRADIENT)
 
 
-def _triton_local(q, k, v, g, b, w, state, segment_ids=None, *, scale):
-  from gdn2_jax.triton.gdn2 import gdn2_triton
-
-  return gdn2_triton(q, k, v, g, b, w, state, segment_ids, scale)
-
-
 def _triton_step(q, k, v, g, b, w, state, scale):
   from gdn2_jax.pallas.partition import over_batch_and_heads
-
-  run = over_batch_and_heads(
-    _triton_step_local, 7 * ("bh",), 2 * ("bh",), scale=scale
-  )
-
-  def folded(*args):
-    return run(*args[:-1])  # all but the scale
-
-  return _folded_step(folded, q, k, v, g, b, w, state, scale)
-
-
-def _triton_step_local(q, k, v, g, b, w, state, *, scale):
   from gdn2_jax.triton.gdn2 import gdn2_step_triton
 
-  return gdn2_step_triton(q, k, v, g, b, w, state, scale)
-
-
-def _folded_step(run, q, k, v, g, b, w, state, scale):
-  H = q.shape[1]
-  v_HV, w_HV = fold_values(v, H), fold_values(w, H)
-  o, new = run(q, k, v_HV, g, b, w_HV, fold_state(state, H), scale)
-  return o.reshape(v.shape), unfold_state(new, state.shape)
+  run = over_batch_and_heads(
+    gdn2_step_triton, 7 * ("bh",), 2 * ("bh",), scale=scale
+  )
+  return run_folded(run, q, k, v, g, b, w, state)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 8))
@@ -290,8 +262,7 @@ def _kernel_step_fwd(run, q, k, v, g, b, w, state, scale):
 
 def _kernel_step_bwd(run, scale, inputs, cotangents):
   del run
-  xla = functools.partial(_folded_step, xla_step.gdn2_step_xla)
-  _, pullback = jax.vjp(lambda *inputs: xla(*inputs, scale), *inputs)
+  _, pullback = jax.vjp(lambda *x: step_of("xla")(*x, scale), *inputs)
   return pullback(cotangents)
 
 

@@ -73,12 +73,13 @@ def gdn2_fused_gates(
   state = check_state(state, p.q, p.v, jnp.dtype(jnp.float32))
   segment_ids = check_segment_ids(segment_ids, p.q.shape[:2])
   *p, state, segment_ids = vary_together((*p, state, segment_ids))
-  p = Projections(*p)
-  H, v_shape, state_shape = p.q.shape[2], p.v.shape, state.shape
-  p = p._replace(v=dispatch.fold_values(p.v, H), w=dispatch.fold_values(p.w, H))
-  state = dispatch.fold_state(state, H)
-  o, state = _run_kernels(p, state, segment_ids, erase_scale)
-  return o.reshape(v_shape), dispatch.unfold_state(state, state_shape)
+  *arrays, a_log, dt_bias = p
+
+  def run(q, k, v, f, b, w, state):
+    p = Projections(q, k, v, f, b, w, a_log, dt_bias)
+    return _run_kernels(p, state, segment_ids, erase_scale)
+
+  return dispatch.run_folded(run, *arrays, state)
 
 
 def _in_kernels(p, implementation):

@@ -59,9 +59,8 @@ def gdn2_on_shards(inputs, state, segment_ids, options):
 
 def _shard(inputs, start, segment_ids, options):
   """Runs the op over this shard from its start state."""
-  return dispatch.run_sequence(
-    options.name, inputs, start, segment_ids, options.scale
-  )
+  run = dispatch.sequence_of(options.name)
+  return dispatch.run_folded(run, *inputs, start, segment_ids, options.scale)
 
 
 def _start(inputs, state, segment_ids, keep, options):

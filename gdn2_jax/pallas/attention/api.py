@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.kernels import target
+from gdn2_jax.pallas.attention.backward import attention_grad
+from gdn2_jax.pallas.attention.forward import attention
 from gdn2_jax.pallas.partition import over_batch_and_heads
 
 BLOCK = 64
@@ -76,8 +78,6 @@ def _first_keys(segment_ids, B, T, window):
 
 
 def _forward(scale, *, save):
-  from gdn2_jax.pallas.attention.forward import attention
-
   results = ("b.h", "b.h", "bh") if save else ("b.h",)
   layouts = ("b.h", "b.h", "b.h", "b")
   return over_batch_and_heads(
@@ -96,8 +96,6 @@ def _attend_fwd(q, k, v, low, scale):
 
 
 def _attend_bwd(scale, residuals, do):
-  from gdn2_jax.pallas.attention.backward import attention_grad
-
   q, k, v, low, o, rest, lse = residuals
   wide = (x.astype(jnp.float32) for x in (o, rest, do))
   delta = _row_sums(*wide)

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.kernels import target
+from gdn2_jax.pallas.gdn2 import step
+from gdn2_jax.pallas.gdn2.backward import backward
+from gdn2_jax.pallas.gdn2.forward import forward
 from gdn2_jax.pallas.partition import over_batch_and_heads
 
 CHUNK = 64
@@ -102,14 +105,6 @@ def _zero_unless(is_token, x):
   return jnp.where(is_token, x, jnp.zeros((), x.dtype))
 
 
-def _kernels():
-  # Imported late: unsupported_reason must work without loading Pallas.
-  from gdn2_jax.pallas.gdn2.backward import backward
-  from gdn2_jax.pallas.gdn2.forward import forward
-
-  return forward, backward
-
-
 def _sequence(q, k, v, g, b, w, rates, state, kinds, scales):
   run = _forward(scales, save=False)
   o, final, _ = run(q, k, v, g, b, w, rates, state, kinds)
@@ -136,7 +131,7 @@ _differentiable = target.differentiable(
 def _forward(scales, *, save):
   scale, erase_scale = scales
   return over_batch_and_heads(
-    _kernels()[0],
+    forward,
     (*_TOKENS, "bh", "bh", "b"),
     ("b.h", "bh", "bh"),
     scale=scale,
@@ -148,7 +143,7 @@ def _forward(scales, *, save):
 def _backward(scales):
   scale, erase_scale = scales
   return over_batch_and_heads(
-    _kernels()[1],
+    backward,
     (*_TOKENS, "bh", "b", "bh", "b.h", "bh"),
     (*_TOKENS, "bh", "bh"),
     scale=scale,
@@ -172,18 +167,16 @@ def gdn2_step_mosaic_gpu(
   def grouped(x):
     return x.reshape(x.shape[0], H, -1, *x.shape[2:])
 
-  step = over_batch_and_heads(
+  run = over_batch_and_heads(
     _step_of_groups, 7 * ("bh",), 2 * ("bh",), scale=scale
   )
-  o, new = step(q, k, grouped(v), g, b, grouped(w), grouped(state))
+  o, new = run(q, k, grouped(v), g, b, grouped(w), grouped(state))
   return o.reshape(v.shape), new.reshape(state.shape)
 
 
 def _step_of_groups(q, k, v, g, b, w, state, *, scale):
   """Kernel on [B, H, HV // H, ...], where all operands share the head axis."""
-  from gdn2_jax.pallas.gdn2.step import gdn2_step_mosaic_gpu as kernel
-
   B, H, G = v.shape[:3]
   v, w, state = (x.reshape(B, H * G, *x.shape[3:]) for x in (v, w, state))
-  o, state = kernel(q, k, v, g, b, w, state, scale)
+  o, state = step.gdn2_step_mosaic_gpu(q, k, v, g, b, w, state, scale)
   return tuple(x.reshape(B, H, G, *x.shape[2:]) for x in (o, state))

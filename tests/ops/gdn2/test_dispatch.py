@@ -48,8 +48,9 @@ def hopper(monkeypatch):
 
 def use_kernels(monkeypatch, forward=None, backward=None):
   forward = forward or kernel_stand_in.forward
+  monkeypatch.setattr(mosaic_gpu, "forward", forward)
   backward = backward or kernel_stand_in.backward
-  monkeypatch.setattr(mosaic_gpu, "_kernels", lambda: (forward, backward))
+  monkeypatch.setattr(mosaic_gpu, "backward", backward)
 
 
 def test_without_a_gpu_xla_is_chosen_and_kernels_say_why(rng):

@@ -24,8 +24,8 @@ HOPPER = types.SimpleNamespace(device_kind="H100", compute_capability="9.0")
 def hopper(monkeypatch):
   """Calls seem to run on a Hopper GPU, whose kernels are stand-ins."""
   monkeypatch.setattr(choice, "device_of", lambda x: HOPPER)
-  kernels = kernel_stand_in.forward, kernel_stand_in.backward
-  monkeypatch.setattr(mosaic_gpu, "_kernels", lambda: kernels)
+  monkeypatch.setattr(mosaic_gpu, "forward", kernel_stand_in.forward)
+  monkeypatch.setattr(mosaic_gpu, "backward", kernel_stand_in.backward)
 
 
 def make_projections(rng, B=2, T=70, H=2, HV=4, K=48, V=32):
@@ -96,7 +96,8 @@ def rates_reach(monkeypatch, p, backward=kernel_stand_in.backward):
     seen.append(rates is not None)
     return kernel_stand_in.forward(q, k, v, g, b, w, rates, *rest, **options)
 
-  monkeypatch.setattr(mosaic_gpu, "_kernels", lambda: (forward, backward))
+  monkeypatch.setattr(mosaic_gpu, "forward", forward)
+  monkeypatch.setattr(mosaic_gpu, "backward", backward)
   jax.eval_shape(lambda p: gdn2_fused_gates(p)[0], p)
   return seen[-1]
 
