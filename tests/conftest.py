@@ -1,4 +1,9 @@
-"""Suite-wide settings: eight fake CPU devices, strict shapes, no network."""
+"""Suite-wide settings: eight fake CPU devices, strict shapes, quick compiles.
+
+Almost all the time of the suite is compiling, and most programs run once: XLA's
+passes over HLO run as always, LLVM's expensive ones do not. A subprocess, and a
+module that uses `optimized`, compiles as users do.
+"""
 
 import gc
 import os
@@ -12,6 +17,7 @@ import pytest
 if os.environ["JAX_PLATFORMS"] == "cpu":
   jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -34,16 +40,18 @@ def rng():
 
 
 @pytest.fixture(scope="module")
-def fast_compiles():
-  """Programs of a module are left as they are after XLA's passes over HLO.
-
-  LLVM would optimise for longer than programs take that run once. Not where a
-  bound on errors is that of an optimised program.
-  """
-  old = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
+def optimized():
+  """Programs of a module are compiled as they are for users."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  jax.clear_caches()
   yield
-  jax.config.update("jax_disable_most_optimizations", old)
+  jax.config.update("jax_disable_most_optimizations", True)
+  jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def fast_compiles():
+  """To be removed."""
 
 
 @pytest.fixture(scope="module")
