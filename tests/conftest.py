@@ -50,11 +50,6 @@ def optimized():
 
 
 @pytest.fixture(scope="module")
-def fast_compiles():
-  """To be removed."""
-
-
-@pytest.fixture(scope="module")
 def frozen_heap():
   """What is there already is out of the collector's sight for a module.
 

@@ -14,9 +14,6 @@ PAGES = [
   "docs/weights.md",
 ]
 
-# Programs run once or twice: optimising them would take far longer.
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 
 def blocks_of(page: str) -> list[str]:
   """The Python blocks, each with the line numbers that it has in the page."""

@@ -19,7 +19,6 @@ from gdn2_jax.ops.gdn2.api import gdn2
 from tests.model.models import small_config, tokens_of
 from tests.random_params import random_params
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [1] * 8], np.int32)
 SYMBOLS = ("q", "k", "v", "g", "b", "w", "o")
 

@@ -107,7 +107,7 @@ def test_a_made_state_is_one_of_that_length():
 
 
 @pytest.fixture(scope="module")
-def result(fast_compiles):
+def result():
   """Everything but GDN-2, which compiles for longest."""
   options = serve.read_options(
     flags(rehearse=True, models=["hybrid", "softmax"], price_per_hour=3.0)

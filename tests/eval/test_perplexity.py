@@ -18,8 +18,6 @@ from gdn2_jax.model.lm import LM
 from gdn2_jax.sharding import MeshConfig, make_mesh, shardings_of, use_mesh
 from tests.random_params import random_params
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 CONFIG = ModelConfig(
   vocab_size=30,
   model_dim=32,

@@ -10,8 +10,6 @@ from gdn2_jax.inference.sampling import GREEDY, Sampler
 from gdn2_jax.inference.state import init_state
 from tests.inference.conftest import damage_params, damage_state, make_tiny
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 WARM = Sampler(temperature=1.3, top_k=30, top_p=0.98)
 HOT = Sampler(temperature=2.0)
 # Prompt, new tokens, seed, sampler.

@@ -24,8 +24,6 @@ from tests.inference.conftest import (
 from tests.inference.states import make_model
 from tests.inference.test_state import assert_close
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 FULL = np.array([LENGTH] * 3, np.int32)
 
 

@@ -16,8 +16,6 @@ from gdn2_jax.inference.sampling import GREEDY, Sampler
 from gdn2_jax.inference.state import init_state
 from tests.inference.conftest import damage_params, damage_state
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [7], [8, 8]]
 NEW = 14  # 10 + 14 = 24 tokens, the length the full forward is compiled for
 KEY = jax.random.key(0)

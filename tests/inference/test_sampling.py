@@ -13,8 +13,6 @@ from gdn2_jax.inference.sampling import (
   sample,
 )
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 
 def oracle(logits, temperature, top_k, top_p):
   """The distribution of one row in float64, straight from the definition."""

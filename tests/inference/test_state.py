@@ -12,8 +12,6 @@ from gdn2_jax.inference import state as state_lib
 from gdn2_jax.inference.state import decode_step, init_state, prefill
 from tests.numerics import rel_rms
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 # Two float32 programs for the same logits: measured at most 5.2e-7 relative RMS
 # over the three models here. The contract for logits is 1e-4.
 TOLERANCE = 2 * 6e-7

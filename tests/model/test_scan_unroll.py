@@ -12,8 +12,6 @@ from flax import linen as nn
 from gdn2_jax.model.lm import LM, init_cache
 from tests.model.models import small_config, tokens_of
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 # Another program sums in another order: losses of 4.1 nats differed by 5e-7,
 # gradients, of which the largest is 5.3, by 2e-6.
 ATOL = 5e-6

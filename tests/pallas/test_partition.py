@@ -14,7 +14,6 @@ from gdn2_jax.pallas.gdn2 import api as mosaic_gpu
 from gdn2_jax.pallas.partition import fingerprint, over_batch_and_heads
 from tests import kernel_stand_in, numerics
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
 TOKENS, STATES = P("data", None, "heads"), P("data", "heads")
 GATHERS = ("all-gather", "all-to-all", "collective-permute")
 

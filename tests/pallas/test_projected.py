@@ -13,7 +13,7 @@ from gdn2_jax.ops.gdn2.fused_gates import Projections, gdn2_fused_gates
 from tests import numerics
 from tests.pallas.gdn2.test_chunk_kernels import CONTRACT, interpreted
 
-pytestmark = [pytest.mark.usefixtures("fast_compiles"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 BFLOAT16 = jnp.bfloat16
 KEYS = ("q", "k", "f", "b")
 NAMES = ("q", "k", "v", "f", "b", "w", "a_log", "dt_bias")

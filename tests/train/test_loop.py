@@ -23,9 +23,6 @@ from gdn2_jax.train.report.report import DivergedError, Report
 from gdn2_jax.train.report.writer import read_rows
 from tests.train.conftest import make_config
 
-# Runs are compared with others that were compiled in the same way.
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
 
 class Faulty:
   """A dataset that does something at chosen steps.

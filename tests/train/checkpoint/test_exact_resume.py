@@ -18,8 +18,6 @@ from tests.train.conftest import make_config
 from tests.train.test_loop import Faulty, bits, interrupted, losses, poisoned
 
 STEPS = 6
-# Every run is compared with one that was compiled in the same way.
-pytestmark = pytest.mark.usefixtures("fast_compiles")
 
 
 @pytest.fixture(autouse=True)

@@ -14,10 +14,6 @@ VERSIONS = sorted(
 )
 
 
-# Rounding differs by less than what is compared.
-pytestmark = pytest.mark.usefixtures("fast_compiles")
-
-
 def test_there_is_one():
   assert "0.1.0" in VERSIONS
 
