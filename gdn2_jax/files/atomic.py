@@ -65,7 +65,7 @@ def remove_leftovers(folder: str | os.PathLike[str], names: str) -> None:
     names: regular expression of the names that were to be written.
   """
   # A temporary file may itself have been written through another one.
-  leftover = re.compile(rf"\.{{1,2}}(?:{names})(?:\.tmp[.-][0-9a-f]+){{1,2}}")
+  leftover = re.compile(rf"\.{{1,2}}(?:{names})(?:\.tmp\.[0-9a-f]+){{1,2}}")
   with os.scandir(folder) as found:
     for entry in found:
       if not leftover.fullmatch(entry.name):

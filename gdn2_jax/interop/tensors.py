@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import struct
-import uuid
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from gdn2_jax.files import sync_folder, write_atomically
+from gdn2_jax.files import replacing, write_atomically
 from gdn2_jax.interop.disk import PICKLES, is_plain_name, json_bytes, read_json
 from gdn2_jax.interop.header import DTYPES, Lazy, read_header
 
@@ -89,8 +88,7 @@ def save_tensors(
   for key, value in metadata.items():
     if not isinstance(key, str) or not isinstance(value, str):
       raise ValueError(f"metadata[{key!r}]={value!r}: expected text by name")
-  temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-  try:
+  with replacing(path) as temporary:
     temporary.touch()
     mode = temporary.stat().st_mode
     try:
@@ -100,12 +98,6 @@ def save_tensors(
     os.chmod(temporary, mode)  # the library's files are for their owner alone
     with open(temporary, "r+b") as file:
       _sort_metadata(file)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
-  sync_folder(path.parent)
 
 
 def save_shards(

@@ -135,7 +135,7 @@ def test_nothing_else_is_touched(tmp_path, size):
   for name in foreign:
     (folder / name).write_bytes(b"x" * size)
   entry = f"{1:010d}-{'0' * 64}.safetensors"
-  dead = [f".{entry}.tmp.0", f"..{entry}.tmp.0.tmp-0"]
+  dead = [f".{entry}.tmp.0", f"..{entry}.tmp.0.tmp.0"]
   alive = f".{entry}.tmp.1"
   for name in [*dead, alive]:
     (folder / name).write_bytes(b"x")

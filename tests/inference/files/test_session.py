@@ -271,7 +271,7 @@ def test_a_save_that_fails_leaves_the_old_file(saved, monkeypatch):
     assert os.listdir(saved.parent) == [saved.name]
 
   # What kill -9 leaves behind goes with the next save, in time.
-  dead, alive = (saved.with_name(f".{saved.name}.tmp-{n}") for n in "01")
+  dead, alive = (saved.with_name(f".{saved.name}.tmp.{n}") for n in "01")
   for path in (dead, alive):
     path.touch()
   os.utime(dead, (0, 0))
