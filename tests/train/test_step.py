@@ -136,17 +136,23 @@ def test_fsdp_equals_single_device(sharded, batch, expected):
 
 
 @pytest.mark.parametrize(
-  "mesh",
-  [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=2, context=4)],
+  ("mesh", "devices", "microbatches"),
+  [
+    (MeshConfig(data=2, fsdp=2, tensor=2), 8, 2),
+    (MeshConfig(fsdp=2, context=4), 8, 2),
+    pytest.param(MeshConfig(data=8), 8, 1, marks=pytest.mark.slow),
+    pytest.param(ONE, 1, 4, marks=pytest.mark.slow),
+  ],
 )
-def test_two_microbatches_on_a_mesh_equal_one_on_a_device(
-  module_config, batch, expected, mesh
+def test_meshes_and_microbatches_change_nothing(
+  module_config, batch, expected, mesh, devices, microbatches
 ):
-  # They differ in unmasked tokens, so a mean of means would be off.
-  mask = {"loss_mask": jnp.asarray(batch["loss_mask"])}
-  first, second = split_microbatches(mask, 2)["loss_mask"].sum((1, 2))
-  assert first != second
-  trainer = Trainer(module_config, mesh, 8, accumulate=2)
+  if microbatches > 1:
+    # They differ in unmasked tokens, so a mean of means would be off.
+    mask = {"loss_mask": jnp.asarray(batch["loss_mask"])}
+    counts = split_microbatches(mask, microbatches)["loss_mask"].sum((1, 2))
+    assert len(set(counts.tolist())) > 1
+  trainer = Trainer(module_config, mesh, devices, accumulate=microbatches)
   assert_same_training(trainer, batch, expected)
 
 
