@@ -49,11 +49,12 @@ plan: $(READY) ## parameters, memory and FLOPs of CONFIG, nothing allocated
 	$(BIN)/python -m gdn2_jax.plan --config=$(CONFIG) $(ARGS)
 
 test: $(READY) ## run the test suite, but for the slow tests
-	$(BIN)/python -m pytest -q -n $(WORKERS) --durations=10 -m 'not slow' \
-	  $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m 'not slow' \
+	  --durations=10 $(ARGS)
 
 test-slow: $(READY) ## run rehearsals, kill loops and long interpreter cases
-	$(BIN)/python -m pytest -q -n $(WORKERS) --durations=10 -m slow $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m slow \
+	  --durations=10 $(ARGS)
 
 lint: $(READY) ## check style and formatting
 	$(BIN)/ruff check .
