@@ -24,7 +24,13 @@ def blocks_of(page: str) -> list[str]:
   ]
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+  "page",
+  [
+    pytest.param(page, marks=() if page == "README.md" else pytest.mark.slow)
+    for page in PAGES
+  ],
+)
 def test_the_blocks_of_a_page_run_top_to_bottom(page, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   blocks = blocks_of(page)

@@ -58,6 +58,7 @@ def _is_upper(row):
   return text == text.upper() and text != text.lower()
 
 
+@pytest.mark.slow
 def test_the_same_global_batches_for_any_hosts_and_workers(config):
   straight = _take(config, 0, 12)
   for hosts in (2, 4):

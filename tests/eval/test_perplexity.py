@@ -123,6 +123,7 @@ def test_every_length_scores_the_same_targets(dataset):
     )
 
 
+@pytest.mark.slow
 def test_the_mesh_does_not_change_the_loss(dataset):
   """Three rows on four shards of the batch: the fourth is padding."""
   one = evaluate_loss(

@@ -109,6 +109,7 @@ def test_extend_names_the_row_and_the_token_of_nan():
   assert np.isnan(logits[1, 2:]).all() and np.isfinite(logits[1, :2]).all()
 
 
+@pytest.mark.slow
 def test_the_number_of_programs_is_bounded(attention):
   """Many lengths of prompts and outputs compile nothing after a few."""
   compiled = []

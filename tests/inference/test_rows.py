@@ -11,6 +11,9 @@ import pytest
 from gdn2_jax.inference.rows import batch, fork, put, take, unbatch
 from tests.inference.states import CONFIG, assert_equal, random_state
 
+# Without optimizations a NaN of bfloat16 loses bits on its way through float32.
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def rows_of(state, rows):
   """These rows by the documented layout, on the host."""

@@ -66,8 +66,8 @@ def on_one_device():
 @pytest.mark.parametrize(
   "mesh",
   [
-    MeshConfig(context=2),
-    MeshConfig(context=4),
+    pytest.param(MeshConfig(context=2), marks=pytest.mark.slow),
+    pytest.param(MeshConfig(context=4), marks=pytest.mark.slow),
     MeshConfig(fsdp=2, tensor=2, context=2),
   ],
   ids=lambda m: f"fsdp{m.fsdp}-tensor{m.tensor}-context{m.context}",
@@ -132,6 +132,7 @@ def check_collectives(text, mesh):
       assert kinds.count(("all-to-all", f"(f32[{part},16,{width}]")) == 2
 
 
+@pytest.mark.slow
 def test_a_cache_is_filled_and_used_on_shards():
   """Prefill and one token; the attention's ring is left to XLA."""
   config, params, batch = model_and_batch()

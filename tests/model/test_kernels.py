@@ -9,7 +9,7 @@ import pytest
 from gdn2_jax.kernels import target
 from gdn2_jax.model.lm import LM
 from gdn2_jax.sharding import MeshConfig, make_mesh, use_mesh
-from tests.model.models import small_config
+from tests.model.models import small_config, small_gdn2
 from tests.random_params import random_params
 
 ALWAYS = {"short_conv", "short_conv_grad", "gated_norm", "gated_norm_grad"}
@@ -27,7 +27,7 @@ ATTENTION = {"attention", "attention_grad_q", "attention_grad_kv"}
   ids=["heads", "tokens"],
 )
 def test_every_kernel_is_in_the_gradient(mesh, kernels):
-  config = small_config("GS", vocab_size=64)
+  config = small_config("GS", vocab_size=64, gdn2=small_gdn2(""))
   config.dtype = "bfloat16"
   config.gdn2.key_dim = config.gdn2.value_dim = 64
   config.attention.head_dim = 64

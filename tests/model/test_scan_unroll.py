@@ -50,6 +50,7 @@ def loops_of(scan_unroll: int) -> int:
   return lowered.as_text().count("stablehlo.while")
 
 
+@pytest.mark.slow
 def test_parameters_are_the_same_to_the_bit():
   jax.tree.map(np.testing.assert_array_equal, params_of(0), params_of(1))
 
@@ -63,6 +64,7 @@ def test_losses_and_gradients_are_the_same():
   )
 
 
+@pytest.mark.slow
 def test_a_cache_goes_through_unrolled_groups():
   tokens, params = tokens_of(2, 12), params_of(1)
   want = LM(config_of(1)).apply({"params": params}, tokens)[0]

@@ -85,6 +85,7 @@ def test_gradients_on_a_mesh_gather_nothing(rng):
     assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), 4)
 
 
+@pytest.mark.slow
 def test_a_mesh_without_a_split_of_heads_or_with_odd_rows(rng):
   arrays, kinds = arrays_of(rng, B=3, H=3), kinds_of(3, 64)
   expected = gradient_of(kinds)(*arrays)
@@ -102,6 +103,7 @@ def test_a_mesh_without_a_split_of_heads_or_with_odd_rows(rng):
   assert_equal(uneven(*arrays), expected)
 
 
+@pytest.mark.slow
 def test_under_scan_and_remat_on_a_mesh(rng):
   arrays, kinds = arrays_of(rng), kinds_of(4, 64)
 
@@ -168,6 +170,7 @@ def test_shard_map(axes, rng):
   assert_equal(actual, expected)
 
 
+@pytest.mark.slow
 def test_vmap_is_more_rows(rng):
   arrays, kinds = arrays_of(rng, B=2), kinds_of(2, 64)
   q, *others = arrays

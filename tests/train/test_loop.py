@@ -146,6 +146,7 @@ def test_sigterm_saves_and_resume_is_bit_exact(
   assert losses(tmp_path) == losses(workdir)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_its_layers_unrolled(
   config, dataset, tmp_path, monkeypatch
 ):

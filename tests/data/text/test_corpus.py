@@ -166,7 +166,7 @@ def test_data_imports_neither_jax_nor_the_rest_of_the_package():
 import sys
 import gdn2_jax.data.__main__, gdn2_jax.data.pipeline
 ours = [m for m in sys.modules if m.startswith("gdn2_jax.")]
-allowed = ("gdn2_jax.data", "gdn2_jax.config_class")
+allowed = ("gdn2_jax.data", "gdn2_jax.files", "gdn2_jax.config_class")
 assert all(m.startswith(allowed) for m in ours), ours
 assert not {"jax", "flax", "grain"} & set(sys.modules)
 """

@@ -12,6 +12,8 @@ from gdn2_jax.train.config import TrainConfig
 from tests.random_params import random_params
 from tests.tiny_run import make_run, run_many
 
+pytestmark = pytest.mark.slow
+
 MODULE = "gdn2_jax.interop.export.__main__"
 
 

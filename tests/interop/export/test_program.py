@@ -22,6 +22,8 @@ from gdn2_jax.ops.gdn2 import xla
 from tests.model.models import small_config
 from tests.random_params import random_params
 
+pytestmark = pytest.mark.slow
+
 CONFIG = small_config(
   "GS",
   num_layers=2,

@@ -245,6 +245,7 @@ def test_no_visible_key_gives_zeros_even_beside_nan():
     np.testing.assert_array_equal(x, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [256, None])
 def test_memory_is_linear_in_time(window):
   """Compiled temporaries of value and gradient at T = 4096 and 8192."""

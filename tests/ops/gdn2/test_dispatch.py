@@ -251,6 +251,7 @@ def count_runs(monkeypatch):
   return runs
 
 
+@pytest.mark.slow
 def test_right_kernels_are_chosen_in_silence_and_checked_once(
   checks, monkeypatch
 ):
@@ -339,6 +340,7 @@ def test_the_step_is_checked_by_itself(checks, monkeypatch):
   assert key.startswith("mosaic_gpu step | bfloat16")
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_used_is_no_loss(checks, monkeypatch):
   use_kernels(monkeypatch)
   checks.parent.mkdir()

@@ -176,6 +176,7 @@ def test_n10_no_decay_and_parallel_keys(dtype, spread, rng):
   numerics.assert_close(numerics.evaluate(XLA, case), exact, bound)
 
 
+@pytest.mark.slow
 def test_n11_negative_eigenvalues_stay_bounded(rng):
   case = make(rng, T=16384, H=1, V=16, g=-1e-4, b=2.0)
   case["v"][:, 1000:] = 0
@@ -194,8 +195,7 @@ def test_n11_negative_eigenvalues_stay_bounded(rng):
   assert np.abs(actual["o"]).max() < 2 * np.abs(exact["o"]).max()
 
 
-@pytest.mark.parametrize("A_log", [-10.0, 0.0, 5.0, 10.0, 20.0])
-def test_n12_gate_gradients_are_finite_at_any_rate(A_log, rng):
+def test_n12_gate_gradients_are_finite_at_any_rate(rng):
   case = make(rng)
   x = jnp.asarray(rng.normal(size=case["g"].shape), jnp.float32)
   q, k, v, _, b, w = (jnp.asarray(case[n]) for n in numerics.INPUTS)
@@ -207,10 +207,10 @@ def test_n12_gate_gradients_are_finite_at_any_rate(A_log, rng):
     g = -jnp.exp(A_log) * jax.nn.softplus(x)
     return jnp.sum(jnp.square(gdn2(q, k, v, g, b, w)[0]))
 
-  dA_log, dx = gradient((jnp.float32(A_log), x))
-  assert np.isfinite(dA_log) and np.isfinite(dx).all()
-  if A_log <= 5:
-    assert dA_log != 0
+  for A_log in (-10.0, 0.0, 5.0, 10.0, 20.0):
+    dA_log, dx = gradient((jnp.float32(A_log), x))
+    assert np.isfinite(dA_log) and np.isfinite(dx).all(), A_log
+    assert dA_log != 0 or A_log > 5
 
 
 def test_n13_pairs_on_the_diagonal_have_no_decay_gradient(rng):
@@ -250,6 +250,7 @@ def test_n14_poisoned_padding_at_every_length(rng):
       np.testing.assert_array_equal(actual[name], x, err_msg=name)
 
 
+@pytest.mark.slow
 def test_n15_sums_of_gate_gradients_keep_their_precision(rng):
   case = make(rng, B=16, T=1024, H=1, V=16, dtype=jnp.bfloat16)
   actual = numerics.evaluate(XLA, case)

@@ -91,6 +91,7 @@ def test_vmap_equals_a_loop(rng):
       assert numerics.rel_rms(many[i], one) < numerics.FLOAT32_BOUND, name
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing(rng):
   inputs = arrays_of(numerics.make_case(rng, T=10))
 
@@ -167,6 +168,7 @@ def test_a_replicated_input_gets_the_sum_of_its_gradients(rng):
   assert numerics.rel_rms(dk, expected) < numerics.FLOAT32_BOUND
 
 
+@pytest.mark.slow
 def test_backward_memory_grows_with_states_per_chunk_only(rng):
   def temporaries(T):
     shape = jax.ShapeDtypeStruct((1, T, 2, 32), jnp.float32)

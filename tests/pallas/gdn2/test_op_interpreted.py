@@ -17,6 +17,7 @@ from tests import numerics
 BOUND = 2**-7
 
 
+@pytest.mark.slow
 def test_a_call_with_everything_in_it(rng):
   padding = slice(40, 50)
   segments = np.array([[1] * 40 + [0] * 10 + [2] * 80], np.int32)

@@ -127,6 +127,7 @@ def spike(batch):
   return batch | {"loss_mask": mask}
 
 
+@pytest.mark.slow
 def test_loss_spike_is_left_out_and_comes_again(config, dataset, tmp_path):
   """skip_norm leaves it out; a replay from the checkpoint shows it again."""
   # Compiled twice: a model that compiles fast.

@@ -9,6 +9,8 @@ import pytest
 from gdn2_jax.train.checkpoint.meta import read_meta
 from tests.train.checkpoint.make_golden import FOLDER, SAVED, go_on
 
+pytestmark = pytest.mark.slow
+
 VERSIONS = sorted(
   path.name.removesuffix(".tar.xz") for path in FOLDER.iterdir()
 )

@@ -247,6 +247,7 @@ def test_two_tasks_of_slurm_meet(port):
     assert f"met {i} 2 SLURM" in out
 
 
+@pytest.mark.slow
 def test_absent_peers_are_named_within_the_time_out(port):
   """A peer that never starts, seen from both sides, and a wrong address."""
   address = f"127.0.0.1:{port}"
