@@ -1,4 +1,4 @@
-"""The op's accuracy as users get it, compiled with all optimizations.
+"""The op's accuracy, compiled quickly and, among slow tests, as users compile.
 
 Ground truth: the float64 vectors of tests/vectors and the float64 recurrence of
 tests/numerics.py. Every output and every gradient is compared by name.
@@ -12,11 +12,20 @@ import pytest
 
 from tests import numerics
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 VECTORS = pathlib.Path(__file__).parents[2] / "vectors"
 EXACT = (*numerics.OUTPUTS, *numerics.GRADIENTS)
 IMPLEMENTATIONS = ("reference", "xla")
+
+
+@pytest.fixture(
+  scope="module",
+  autouse=True,
+  params=["quick", pytest.param("optimized", marks=pytest.mark.slow)],
+)
+def programs(request):
+  """Programs of the tests of this module, with fewer optimizations or all."""
+  if request.param == "optimized":
+    request.getfixturevalue("optimized")
 
 
 def load_vector(name: str) -> tuple[dict, dict]:

@@ -7,6 +7,7 @@ segments, padding that holds NaN, a state) arrives and comes back right.
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from gdn2_jax.kernels import target
 from gdn2_jax.ops.gdn2.api import gdn2, select_implementation
