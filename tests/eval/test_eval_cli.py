@@ -66,6 +66,7 @@ def test_table_and_file_hold_what_the_library_computes(workdir, tmp_path):
   assert "32-63" in done.stdout
 
 
+@pytest.mark.slow
 def test_lengths_batches_and_refusals(workdir, tmp_path):
   ok = f"--workdir={workdir}"
   refused = [

@@ -98,6 +98,7 @@ def test_positions_split_the_loss(dataset):
   assert "0-31" in text and f"{late:,}" in text
 
 
+@pytest.mark.slow
 def test_every_length_scores_the_same_targets(dataset):
   """5 rows of 16 tokens: at 4x that is a row and a quarter."""
   config = EvalConfig(batches=5, batch_size=1, length_multiples=(1, 2, 4))

@@ -63,11 +63,12 @@ def on_one_device():
   return compile_gradient(config, params, batch)(params, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "mesh",
   [
-    pytest.param(MeshConfig(context=2), marks=pytest.mark.slow),
-    pytest.param(MeshConfig(context=4), marks=pytest.mark.slow),
+    MeshConfig(context=2),
+    MeshConfig(context=4),
     MeshConfig(fsdp=2, tensor=2, context=2),
   ],
   ids=lambda m: f"fsdp{m.fsdp}-tensor{m.tensor}-context{m.context}",

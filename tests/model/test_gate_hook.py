@@ -243,6 +243,7 @@ def test_gates_on_shards_of_tokens(x):
   assert rel_rms(got, want) < BOUND
 
 
+@pytest.mark.slow
 def test_collected_gates_are_those_of_the_subclass(monkeypatch):
   config = small_config("GS")
   params, tokens = random_params(config), tokens_of(2, 8)

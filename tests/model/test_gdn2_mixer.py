@@ -24,6 +24,7 @@ def x():
   return 3 * jax.random.normal(jax.random.key(1), (2, 12, 64))
 
 
+@pytest.mark.slow
 def test_linear_maps_start_xavier_uniform_with_the_papers_gain(x):
   params, _, _ = run(GDN2Config(num_heads=4, key_dim=32, value_dim=64), x)
   for name, fan in {
@@ -44,6 +45,7 @@ def test_linear_maps_start_xavier_uniform_with_the_papers_gain(x):
   np.testing.assert_array_equal(params["o_norm"], 1)
 
 
+@pytest.mark.slow
 def test_decay_starts_in_the_papers_ranges(x):
   config = GDN2Config(num_heads=64, key_dim=64, value_dim=16)
   params, _, _ = run(config, x)

@@ -22,7 +22,9 @@ ATTENTION = {"attention", "attention_grad_q", "attention_grad_kv"}
   [
     (MeshConfig(fsdp=2, tensor=2), ALWAYS | ATTENTION),
     # Keys from the shard before are context, which the kernels do not take.
-    (MeshConfig(tensor=2, context=2), ALWAYS),
+    pytest.param(
+      MeshConfig(tensor=2, context=2), ALWAYS, marks=pytest.mark.slow
+    ),
   ],
   ids=["heads", "tokens"],
 )

@@ -21,6 +21,11 @@ from tests.numerics import rel_rms
 ATOL = 1e-5
 # Where the chunkwise form of the op has to agree with its single tokens.
 MIXERS = (("G", "xla"), *((pattern, "reference") for pattern in PATTERNS))
+# Attention alone is tried by itself in tests/ops/attention, too.
+SLOW_ATTENTION = (
+  "G",
+  *(pytest.param(pattern, marks=pytest.mark.slow) for pattern in "SA"),
+)
 
 
 def close(a, b):
@@ -76,7 +81,7 @@ def test_packed_equals_separate(pattern, implementation):
     close(packed[:, document], alone)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", SLOW_ATTENTION)
 def test_cache_after_a_packed_row_is_that_of_its_last_document(pattern):
   _, _, apply = small_model(pattern)
   tokens = tokens_of(1, 22)
@@ -107,7 +112,7 @@ def test_causal_by_exact_zero_gradients(pattern):
   assert np.abs(grad[tokens[0, 0]]).max() > 0
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", SLOW_ATTENTION)
 def test_scan_equals_unrolled(pattern):
   _, params, apply = small_model(pattern)
   unrolled = LM(small_config(pattern, scan_layers=False))

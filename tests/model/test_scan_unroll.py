@@ -55,6 +55,7 @@ def test_parameters_are_the_same_to_the_bit():
   jax.tree.map(np.testing.assert_array_equal, params_of(0), params_of(1))
 
 
+@pytest.mark.slow
 def test_losses_and_gradients_are_the_same():
   params, tokens = params_of(1), tokens_of(2, 17)
   want = grads_of(config_of(1))(params, tokens)

@@ -201,7 +201,12 @@ def test_vmap_is_more_rows(rng):
 
 
 @pytest.mark.parametrize(
-  ("T", "K", "V"), [(1, 16, 16), (70, 48, 80), (128, 96, 64)]
+  ("T", "K", "V"),
+  [
+    (1, 16, 16),
+    (70, 48, 80),
+    pytest.param(128, 96, 64, marks=pytest.mark.slow),
+  ],
 )
 def test_padding_to_tiles_changes_nothing(T, K, V, rng):
   case = numerics.make_case(rng, T=T, K=K, V=V, dtype=jnp.bfloat16)

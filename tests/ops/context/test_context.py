@@ -87,7 +87,7 @@ def packed_case():
   [
     (2, None, "xla"),
     (4, "doubling", "reference"),
-    (8, "all_to_all", "xla"),
+    pytest.param(8, "all_to_all", "xla", marks=pytest.mark.slow),
     (8, "ring", "reference"),
   ],
 )
@@ -250,6 +250,7 @@ def test_one_shard_is_the_op(rng):
   np.testing.assert_array_equal(state, want_state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restart", [False, True])
 def test_the_kernels_give_the_map_of_a_shard(rng, restart):
   """Interpreted, on one device: the interpreter knows no other."""

@@ -100,9 +100,9 @@ def test_convolution(rng, devices, packed):
   [
     (2, 7, True),
     (8, 5, False),
-    (8, 12, True),
+    pytest.param(8, 12, True, marks=pytest.mark.slow),
     (4, None, True),
-    (4, None, False),
+    pytest.param(4, None, False, marks=pytest.mark.slow),
     (2, 1, True),
   ],
 )

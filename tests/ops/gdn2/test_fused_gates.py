@@ -70,9 +70,8 @@ def test_gates_lie_in_their_ranges(rng):
   np.testing.assert_array_equal(activate(p)[4] * 2, b)
 
 
-@pytest.mark.parametrize(
-  "erase_scale", [pytest.param(1.0, marks=pytest.mark.slow), 2.0]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("erase_scale", [1.0, 2.0])
 def test_the_kernels_get_projections_and_give_their_gradients(
   erase_scale, hopper, rng
 ):

@@ -73,6 +73,7 @@ def test_rows_one_by_one_where_the_states_outgrow_the_cache(rng, monkeypatch):
     assert numerics.rel_rms(x, y) < numerics.FLOAT32_BOUND
 
 
+@pytest.mark.slow
 def test_vmap_equals_a_loop(rng):
   cases = [numerics.make_case(rng, B=1, T=10) for _ in range(2)]
   stacked = [jnp.stack(x) for x in zip(*map(arrays_of, cases), strict=True)]

@@ -79,6 +79,7 @@ def test_flipped_arrays_pass_without_digests(run, monkeypatch):
     run.resume()
 
 
+@pytest.mark.slow
 def test_every_kind_of_file_and_damage(run, config, tmp_path):
   """Never a wrong number; at worst the step before, with a warning."""
   chance = random.Random(0)
