@@ -40,6 +40,7 @@ def test_arguments_are_exact_and_sharded(one):
   assert two["memory_per_device"]["parameters"] < 0.6 * memory["parameters"]
 
 
+@pytest.mark.slow
 def test_accumulation_needs_less_memory(one):
   config = tiny("S")
   whole = one["memory_per_device"]["temporaries"]

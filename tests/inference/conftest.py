@@ -74,7 +74,7 @@ def damage_state(state, row: int):
   return state.replace(cache=jax.tree.map(spoil, state.cache))
 
 
-@pytest.fixture(params=["G", "S", "GS"])
+@pytest.fixture(params=["G", pytest.param("S", marks=pytest.mark.slow), "GS"])
 def tiny(request) -> Tiny:
   return make_tiny(request.param)
 

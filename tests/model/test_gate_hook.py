@@ -120,6 +120,7 @@ def test_gradients_of_a_sequence_are_those_of_its_tokens(x):
   assert rel_rms(*kernels) > 1e-2
 
 
+@pytest.mark.slow
 def test_packed_documents_are_those_read_alone(x):
   mixer = SquaredErase(CONFIG)
   params = params_of(mixer, x)

@@ -88,7 +88,9 @@ def test_row_of_padding_returns_its_state():
   np.testing.assert_array_equal(last[2, 1:], x[2, :2])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+  "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("ids", [None, IDS], ids=["whole", "packed"])
 def test_split_and_carry_gives_the_same_bits(ids, dtype):
   x, kernel, bias, state = inputs(4, dtype)

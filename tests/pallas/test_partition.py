@@ -204,7 +204,7 @@ def test_vmap_is_more_rows(rng):
   ("T", "K", "V"),
   [
     (1, 16, 16),
-    (70, 48, 80),
+    pytest.param(70, 48, 80, marks=pytest.mark.slow),
     pytest.param(128, 96, 64, marks=pytest.mark.slow),
   ],
 )

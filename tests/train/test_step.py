@@ -138,7 +138,9 @@ def test_fsdp_equals_single_device(sharded, batch, expected):
 @pytest.mark.parametrize(
   ("mesh", "devices", "microbatches"),
   [
-    (MeshConfig(data=2, fsdp=2, tensor=2), 8, 2),
+    pytest.param(
+      MeshConfig(data=2, fsdp=2, tensor=2), 8, 2, marks=pytest.mark.slow
+    ),
     pytest.param(MeshConfig(fsdp=2, context=4), 8, 2, marks=pytest.mark.slow),
     pytest.param(MeshConfig(data=8), 8, 1, marks=pytest.mark.slow),
     pytest.param(ONE, 1, 4, marks=pytest.mark.slow),

@@ -204,6 +204,7 @@ def hammer(folder: pathlib.Path, seed: int, max_bytes: int, rounds: int) -> int:
   return hits
 
 
+@pytest.mark.slow
 def test_threads_and_processes_share_a_folder(tmp_path, size):
   room = 4 * size + size // 2  # of eight: some are evicted all the time
   command = f"import pathlib, sys; from {__name__} import hammer"

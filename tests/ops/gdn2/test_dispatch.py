@@ -136,7 +136,9 @@ def test_nothing_of_pallas_is_loaded_without_a_gpu():
   subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-@pytest.mark.parametrize("value_heads", [1, 2])
+@pytest.mark.parametrize(
+  "value_heads", [pytest.param(1, marks=pytest.mark.slow), 2]
+)
 def test_the_call_reaches_the_kernels(value_heads, hopper, rng):
   segments = np.array([[1] * 20 + [0] * 5 + [2] * 45, [3] * 70], np.int32)
   case = numerics.make_case(

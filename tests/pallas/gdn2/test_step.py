@@ -14,7 +14,11 @@ from gdn2_jax.kernels import target
 from gdn2_jax.pallas.gdn2 import step
 from tests import numerics
 
-DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+DTYPES = (
+  jnp.float32,
+  jnp.bfloat16,
+  pytest.param(jnp.float16, marks=pytest.mark.slow),
+)
 INPUTS = numerics.INPUTS
 
 
