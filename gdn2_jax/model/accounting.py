@@ -38,7 +38,10 @@ class ParameterCount:
 def abstract_params(config: ModelConfig):
   """Shapes and dtypes of the parameters, boxed with their logical axes."""
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  variables = jax.eval_shape(LM(config).init, jax.random.key(0), tokens)
+  # The key is made inside: a mesh of devices that only compile cannot run it.
+  variables = jax.eval_shape(
+    lambda tokens: LM(config).init(jax.random.key(0), tokens), tokens
+  )
   return variables["params"]
 
 
