@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from gdn2_jax.interop.tree import param_leaves
+from gdn2_jax.model.accounting import abstract_params
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.lm import LM
 
 MAX_POSITION = 2**31 - 1  # tokens of one sequence, counted in int32
 
@@ -198,20 +199,11 @@ def require_params(params: Any, config: ModelConfig) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  def init():
-    return LM(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-
-  return _shapes(jax.eval_shape(init)["params"])
+  return _shapes(abstract_params(config))
 
 
 def _shapes(params) -> dict[str, tuple[int, ...]]:
-  # Boxes of axis names add keys of another kind to a path.
-  keyed = jax.tree_util.DictKey
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  return {
-    "/".join(str(e.key) for e in path if isinstance(e, keyed)): leaf.shape
-    for path, leaf in leaves
-  }
+  return {"/".join(path): leaf.shape for path, leaf in param_leaves(params)}
 
 
 def _tell(shape) -> str:

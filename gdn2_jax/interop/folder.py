@@ -22,7 +22,6 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -50,8 +49,8 @@ from gdn2_jax.interop.tree import (
   param_specs,
   unflatten_params,
 )
+from gdn2_jax.model.accounting import abstract_params
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.lm import LM
 from gdn2_jax.sharding import shardings_of
 
 FORMAT = "gdn2_jax"
@@ -222,11 +221,8 @@ def _read_params(tensors: Any, config: ModelConfig, mesh: Mesh | None) -> Any:
   if mesh is None:
     return unflatten_params(tensors, config)
   params = unflatten_params(tensors, config, place=np.asarray)
-  tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  boxed = jax.eval_shape(LM(config).init, jax.random.key(0), tokens)
-  return jax.tree.map(
-    jax.device_put, params, shardings_of(boxed["params"], mesh)
-  )
+  shardings = shardings_of(abstract_params(config), mesh)
+  return jax.tree.map(jax.device_put, params, shardings)
 
 
 def check_target(folder: str | os.PathLike, overwrite: bool) -> bool:

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdn2_jax.model.accounting import abstract_params
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.lm import LM
 
 _MOST_LAYERS = 100_000
 _SHOWN = 6
@@ -69,7 +69,7 @@ def flatten_params(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
     ValueError: parameters of another model; lists what differs.
   """
   tensors = {}
-  for path, leaf in _leaves(params):
+  for path, leaf in param_leaves(params):
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
       raise ValueError(
         f"params: {'.'.join(path)} is spread over several processes: gather it"
@@ -203,16 +203,22 @@ def nested(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=16)
 def _traced(config: ModelConfig) -> list[tuple[tuple[str, ...], Any]]:
-  tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
   try:
-    boxed = jax.eval_shape(LM(config).init, jax.random.key(0), tokens)
+    return param_leaves(abstract_params(config))
   except OverflowError as e:
     raise ValueError("model: sizes that no array can have") from e
-  return _leaves(boxed["params"])
 
 
-def _leaves(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
-  """Leaves by their path of dictionary keys, through boxes."""
+def leaves_by_path(tree: Any, separator: str) -> dict[str, Any]:
+  """{path: leaf} of any tree, as in "params/embedding/table" with "/"."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator=separator): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def param_leaves(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
+  """Leaves and their dictionary keys; boxes of axis names add no key."""
   keyed = jax.tree_util.DictKey
   return [
     (tuple(str(e.key) for e in path if isinstance(e, keyed)), leaf)

@@ -24,7 +24,6 @@ import json
 import os
 import pathlib
 import re
-from typing import Any
 
 import jax
 import numpy as np
@@ -37,7 +36,7 @@ from gdn2_jax.inference.state import State, init_state
 from gdn2_jax.interop.disk import regular_size
 from gdn2_jax.interop.header import Header, read_header
 from gdn2_jax.interop.tensors import save_tensors
-from gdn2_jax.interop.tree import check_tensors
+from gdn2_jax.interop.tree import check_tensors, leaves_by_path
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.kv_cache import KVCache
 
@@ -113,7 +112,7 @@ def write_state(
   positions = state.position.tolist()
   if min(positions) < 0:
     raise ValueError(f"state: position={positions}: expected >= 0")
-  tensors = _named(_with_slots(state, max(1, *positions)))
+  tensors = leaves_by_path(_with_slots(state, max(1, *positions)), ".")
   for name in _recurrent(tensors):
     with np.errstate(invalid="ignore"):  # a NaN stays one
       tensors[name] = tensors[name].astype(dtype, copy=False)
@@ -142,7 +141,7 @@ def read_state(
   # Without full attention the length decides no shape: one entry serves all.
   max_length = longest if "A" in identity.config.pattern else 1
   abstract = _abstract_state(identity.config, len(positions), max_length)
-  specs = _named(abstract)
+  specs = leaves_by_path(abstract, ".")
   for name in _recurrent(specs):
     specs[name] = jax.ShapeDtypeStruct(specs[name].shape, metadata["dtype"])
   check_tensors(entries, specs, str(path))
@@ -245,15 +244,6 @@ def _positions(path, text: str) -> list[int]:
   ):
     raise _mismatch(path, "positions", text, "a list of numbers of tokens")
   return found
-
-
-def _named(state: State) -> dict[str, Any]:
-  """Leaves by name, in the order of the tree."""
-  leaves = jax.tree_util.tree_leaves_with_path(state)
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="."): leaf
-    for path, leaf in leaves
-  }
 
 
 def _with_slots(state: State, count: int) -> State:

@@ -22,7 +22,12 @@ from jax import export, lax
 
 import gdn2_jax
 from gdn2_jax.inference.state import State, advance, init_state, read_chunk
-from gdn2_jax.interop.tree import leaf_sources, nested, param_specs
+from gdn2_jax.interop.tree import (
+  leaf_sources,
+  leaves_by_path,
+  nested,
+  param_specs,
+)
 from gdn2_jax.kernels import target
 from gdn2_jax.model.config import ModelConfig
 
@@ -92,12 +97,12 @@ def export_programs(
     none = jnp.zeros((tokens.shape[0], config.vocab_size), jnp.float32)
     params, state = trees(params, state)
     logits, new = read_chunk(params, tokens, lengths, state, none)
-    return logits, named_leaves(new)
+    return logits, leaves_by_path(new, ".")
 
   def decode(params, token, state):
     params, state = trees(params, state)
     logits, new = advance(params, token, state)
-    return logits, named_leaves(new)
+    return logits, leaves_by_path(new, ".")
 
   serialise = functools.partial(_serialise, platforms=platforms)
   spec = {
@@ -152,14 +157,6 @@ def check_request(chunk_size: int, platforms: Sequence[str]) -> None:
     )
 
 
-def named_leaves(tree: Any) -> dict[str, Any]:
-  """The leaves of a pytree by their path, as in "cache.0.conv_q"."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="."): leaf
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-  }
-
-
 def _serialise(f: Callable[..., Any], *args: Any, platforms) -> bytes:
   backends = {name: _BACKENDS[name] for name in platforms}
 
@@ -199,8 +196,8 @@ def _describe_params(config: ModelConfig) -> list[dict[str, Any]]:
 
 def _describe_state(empty: State, double: Any) -> list[dict[str, Any]]:
   """Names, shapes with "b", dtypes, and the number each leaf starts from."""
-  found, two = [], named_leaves(double)
-  for name, value in named_leaves(jax.device_get(empty)).items():
+  found, two = [], leaves_by_path(double, ".")
+  for name, value in leaves_by_path(jax.device_get(empty), ".").items():
     initial = value.flat[0].item()
     assert (value == initial).all(), name
     # The axis of the batch is the one whose size follows it.

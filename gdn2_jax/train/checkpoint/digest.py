@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped, UInt32
 
+from gdn2_jax.interop.tree import leaves_by_path
+
 _CONSTANTS = (0x9E3779B9, 0x3C6EF372)
 _UINTS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
@@ -70,19 +72,11 @@ def _compiled(mesh: Mesh | None):
 
 def digest(tree: Any) -> dict[str, str]:
   """{path: 16 hex digits} of every array of a tree; every process calls it."""
-  leaves = leaves_by_path(tree)
+  leaves = leaves_by_path(tree, "/")
   shardings = [x.sharding for x in leaves.values()]
   mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
   sums = jax.device_get(_compiled(mesh)([*leaves.values()]))
   return {
     path: f"{first:08x}{second:08x}"
     for path, (first, second) in zip(leaves, sums, strict=True)
-  }
-
-
-def leaves_by_path(tree: Any) -> dict[str, Any]:
-  """{path: leaf} of a tree, with paths such as "params/embedding/table"."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
   }

@@ -14,8 +14,8 @@ from typing import Any
 
 from gdn2_jax.config_json import from_dict
 from gdn2_jax.interop.disk import PICKLES, read_json
+from gdn2_jax.interop.tree import leaves_by_path
 from gdn2_jax.model.config import EXECUTION, NUMERICS, ModelConfig, without
-from gdn2_jax.train.checkpoint.digest import leaves_by_path
 from gdn2_jax.train.config import TrainConfig, differences
 
 FORMAT = 2
@@ -75,7 +75,7 @@ def tree_spec(tree: Any) -> dict[str, list]:
   """{path: [shape, dtype]} of every leaf, as stored in the meta data."""
   return {
     path: [list(leaf.shape), str(leaf.dtype)]
-    for path, leaf in leaves_by_path(tree).items()
+    for path, leaf in leaves_by_path(tree, "/").items()
   }
 
 

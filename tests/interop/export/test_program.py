@@ -17,6 +17,7 @@ from gdn2_jax.inference.state import advance
 from gdn2_jax.interop import folder as folder_lib
 from gdn2_jax.interop import load_model, save_model
 from gdn2_jax.interop.export import program
+from gdn2_jax.interop.tree import leaves_by_path
 from gdn2_jax.model.gdn2 import GDN2Config
 from gdn2_jax.ops.gdn2 import xla
 from tests.model.models import small_config
@@ -160,7 +161,7 @@ def test_run_needs_nothing_of_ours_and_says_what_is_wrong(alone):
 
 def test_the_description_is_that_of_the_state(folder):
   spec = json.loads((folder / "program.json").read_text())
-  state = program.named_leaves(init_state(CONFIG, 3))
+  state = leaves_by_path(init_state(CONFIG, 3), ".")
   assert [leaf["name"] for leaf in spec["state"]] == list(state)
   for leaf in spec["state"]:
     value = np.asarray(state[leaf["name"]])
