@@ -1,0 +1,1 @@
+"""Synthetic memory tasks with known answers."""
