@@ -26,7 +26,7 @@ biases and decay parameters out with --config.optimizer.decay_mask=matrices.
 """
 
 from gdn2_jax.data.pipeline import DataConfig
-from gdn2_jax.eval.perplexity import EvalConfig
+from gdn2_jax.eval.loss.perplexity import EvalConfig
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.train.config import CheckpointConfig, TrainConfig
 from gdn2_jax.train.optimizer import OptimizerConfig

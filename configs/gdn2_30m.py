@@ -9,10 +9,10 @@ yet).
 """
 
 from gdn2_jax.data.pipeline import DataConfig
-from gdn2_jax.eval.perplexity import EvalConfig
-from gdn2_jax.model.attention import AttentionConfig
+from gdn2_jax.eval.loss.perplexity import EvalConfig
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.gdn2 import GDN2Config
+from gdn2_jax.model.mixers.attention import AttentionConfig
+from gdn2_jax.model.mixers.gdn2 import GDN2Config
 from gdn2_jax.train.config import CheckpointConfig, TrainConfig
 from gdn2_jax.train.optimizer import OptimizerConfig
 

@@ -15,7 +15,7 @@ from gdn2_jax.config_class import (
   unknown_field,
 )
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.gdn2 import GDN2Config
+from gdn2_jax.model.mixers.gdn2 import GDN2Config
 from gdn2_jax.train.config import TrainConfig
 
 

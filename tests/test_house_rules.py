@@ -36,7 +36,7 @@ ALLOWED = {
   "interop": "typing files config_json sharding model data",
   "inference": "typing files config_json sharding ops model interop",
   "analysis": "typing ops model",
-  "eval": "typing config_class sharding model data",
+  "eval": "typing files config_class sharding ops model data interop inference",
   "train": "typing files config_class config_json sharding model data interop "
   "inference eval",
   "interop.convert": "files interop model data train",

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from gdn2_jax.data.pipeline import DataConfig, open_dataset
-from gdn2_jax.eval.perplexity import EvalConfig
+from gdn2_jax.eval.loss.perplexity import EvalConfig
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.gdn2 import GDN2Config
 from gdn2_jax.model.lm import LM
+from gdn2_jax.model.mixers.gdn2 import GDN2Config
 from gdn2_jax.sharding import MeshConfig, make_mesh, use_mesh
 from gdn2_jax.train.checkpoint.manager import Checkpointer
 from gdn2_jax.train.checkpoint.meta import make_meta

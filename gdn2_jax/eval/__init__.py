@@ -1,1 +1,1 @@
-"""Evaluations: held-out loss at several lengths, n-gram baselines."""
+"""Evaluations of trained models, one command each, and their statistics."""

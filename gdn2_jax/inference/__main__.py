@@ -54,14 +54,10 @@ from gdn2_jax.inference import (
 )
 from gdn2_jax.inference.files.session import Session, load_session, save_session
 from gdn2_jax.inference.identity import Identity, identify
-from gdn2_jax.interop.folder import Model, load_model
+from gdn2_jax.interop.folder import Model
 from gdn2_jax.kernels import self_check
-from gdn2_jax.train.checkpoint import load_run
+from gdn2_jax.train.checkpoint.open_model import check_flags, open_model
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
-_MODEL = flags.DEFINE_string(
-  "model", None, "Folder of a published model, instead of --workdir."
-)
 _SESSION = flags.DEFINE_string(
   "session",
   None,
@@ -92,9 +88,6 @@ _SEED = flags.DEFINE_integer(
   None,
   "Seed of the draws, 0 to 2**32 - 1; by default that of the session, or 0.",
 )
-_STEP = flags.DEFINE_integer(
-  "step", None, "Step of the checkpoint to load; by default the newest."
-)
 _SELF_CHECK = cli.define_self_check()
 
 _TOKENS_PER_DISPATCH = 8
@@ -107,7 +100,7 @@ def main(argv: list[str]) -> None:
   self_check.enable(_SELF_CHECK.value)
   with cli.one_line_errors():
     sampler = _check_flags()
-    name, model = _load_model()
+    name, model = open_model()
     identity = None
     if _SESSION.value:
       identity = identify(model.params, model.config, model.tokenizer)
@@ -136,15 +129,7 @@ def main(argv: list[str]) -> None:
 
 def _check_flags() -> Sampler:
   """Refuses bad flags before anything is loaded; returns the sampler."""
-  if not _WORKDIR.value and not _MODEL.value:
-    raise ValueError(
-      "--workdir is missing, e.g. --workdir=runs/tiny; or --model, a folder "
-      "with a published model"
-    )
-  if _WORKDIR.value and _MODEL.value:
-    raise ValueError("--workdir and --model: expected one of them, got both")
-  if _MODEL.value and _STEP.value is not None:
-    raise ValueError(f"--step={_STEP.value}: only a --workdir has steps")
+  check_flags()
   if _SESSION.value is not None:
     _check_session(_SESSION.value)
   elif not _PROMPT.value:
@@ -174,24 +159,6 @@ def _check_session(file: str) -> None:
     raise ValueError(f"--session={file}: no such folder: {path.parent}")
   if not os.access(folder, os.W_OK):
     raise ValueError(f"--session={file}: cannot write to {path.parent}")
-
-
-def _load_model() -> tuple[str, Model]:
-  """The model of --workdir or --model, and its name in reports."""
-  if _MODEL.value:
-    model = load_model(_MODEL.value)
-    if model.tokenizer is None:
-      raise ValueError(
-        f"--model={_MODEL.value}: the folder has no tokenizer.json, so the "
-        "model can neither read nor write text"
-      )
-    return pathlib.Path(_MODEL.value).absolute().name, model
-  run = load_run(_WORKDIR.value, _STEP.value)
-  # Compiles into the cache that training made, if it made one.
-  cache = pathlib.Path(_WORKDIR.value) / ".jax_cache"
-  if cache.is_dir():
-    jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))
-  return f"step {run.step}", Model(run.config.model, run.params, run.tokenizer)
 
 
 def _begin(identity: Identity | None, prompt_tokens: int) -> Session:

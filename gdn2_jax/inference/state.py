@@ -26,8 +26,8 @@ from gdn2_jax.inference.checks import (
   require_step,
 )
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.kv_cache import KVCache
 from gdn2_jax.model.lm import LM, init_cache
+from gdn2_jax.model.mixers.kv_cache import KVCache
 
 CHUNK_SIZE = 512  # tokens that one prefill dispatch takes, per row
 _SMALLEST_BUCKET = 16

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from gdn2_jax.model.attention import AttentionMixer
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.gdn2 import GDN2Mixer, init_gdn2_cache
-from gdn2_jax.model.kv_cache import CacheLayer, init_kv_cache
 from gdn2_jax.model.layers import RMSNorm, SwiGLU
+from gdn2_jax.model.mixers.attention import AttentionMixer
+from gdn2_jax.model.mixers.gdn2 import GDN2Mixer, init_gdn2_cache
+from gdn2_jax.model.mixers.kv_cache import CacheLayer, init_kv_cache
 from gdn2_jax.typing import Activations, SegmentIds
 
 

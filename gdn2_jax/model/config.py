@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any
 
 from gdn2_jax.config_class import config_class
-from gdn2_jax.model.attention import AttentionConfig
-from gdn2_jax.model.gdn2 import GDN2Config
+from gdn2_jax.model.mixers.attention import AttentionConfig
+from gdn2_jax.model.mixers.gdn2 import GDN2Config
 
 KINDS = {
   "G": "Gated DeltaNet-2",

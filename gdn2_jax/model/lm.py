@@ -9,13 +9,13 @@ from jaxtyping import Array, Float
 
 from gdn2_jax.model.block import Group, init_mixer_cache
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.kv_cache import lost_tokens
 from gdn2_jax.model.layers import (
   Embedding,
   RMSNorm,
   fan_in_uniform,
   parameter,
 )
+from gdn2_jax.model.mixers.kv_cache import lost_tokens
 from gdn2_jax.model.on_shards import shards_as_rows
 from gdn2_jax.ops.loss import cross_entropy
 from gdn2_jax.typing import Activations, SegmentIds, Tokens

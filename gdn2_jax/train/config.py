@@ -14,7 +14,7 @@ from typing import Any
 from gdn2_jax import config_json
 from gdn2_jax.config_class import config_class
 from gdn2_jax.data.pipeline import DataConfig
-from gdn2_jax.eval.perplexity import EvalConfig
+from gdn2_jax.eval.loss.perplexity import EvalConfig
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.sharding import MeshConfig, check_divisible, mesh_shape
 from gdn2_jax.train import optimizer as optimizer_lib

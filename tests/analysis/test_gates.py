@@ -14,7 +14,7 @@ from gdn2_jax.analysis.gates import (
   effective_memory,
   half_life,
 )
-from gdn2_jax.model.gdn2 import GDN2Config
+from gdn2_jax.model.mixers.gdn2 import GDN2Config
 from gdn2_jax.ops.gdn2.api import gdn2
 from tests.model.models import small_config, tokens_of
 from tests.random_params import random_params

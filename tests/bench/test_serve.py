@@ -14,7 +14,7 @@ from gdn2_jax.bench.serve import run as serve
 from gdn2_jax.bench.serve import time as serve_time
 from gdn2_jax.inference.state import init_state
 from gdn2_jax.model.accounting import count_parameters
-from gdn2_jax.model.kv_cache import KVCache, RingCache
+from gdn2_jax.model.mixers.kv_cache import KVCache, RingCache
 from tests.random_params import random_params
 
 pytestmark = pytest.mark.slow

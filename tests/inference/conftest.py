@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdn2_jax.model.attention import AttentionConfig
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.gdn2 import GDN2Config
 from gdn2_jax.model.lm import LM
+from gdn2_jax.model.mixers.attention import AttentionConfig
+from gdn2_jax.model.mixers.gdn2 import GDN2Config
 from tests.random_params import random_params
 
 VOCAB = 61

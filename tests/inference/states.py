@@ -9,9 +9,9 @@ import numpy as np
 
 from gdn2_jax.inference.identity import Identity, identify
 from gdn2_jax.inference.state import State, init_state
-from gdn2_jax.model.attention import AttentionConfig
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.gdn2 import GDN2Config
+from gdn2_jax.model.mixers.attention import AttentionConfig
+from gdn2_jax.model.mixers.gdn2 import GDN2Config
 from tests.random_params import random_params
 
 CONFIG = ModelConfig(

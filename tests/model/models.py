@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gdn2_jax.model.attention import AttentionConfig
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.gdn2 import GDN2Config
 from gdn2_jax.model.lm import LM
+from gdn2_jax.model.mixers.attention import AttentionConfig
+from gdn2_jax.model.mixers.gdn2 import GDN2Config
 
 PATTERNS = ("G", "S", "A")
 MAX_LENGTH = 40  # of the caches of "A"

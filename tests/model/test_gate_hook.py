@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from gdn2_jax.analysis.gates import collect_gates
 from gdn2_jax.model import block, gdn2
-from gdn2_jax.model.gdn2 import GDN2Config, GDN2Mixer, init_gdn2_cache
+from gdn2_jax.model.mixers.gdn2 import GDN2Config, GDN2Mixer, init_gdn2_cache
 from gdn2_jax.ops.gdn2.api import gdn2 as op
 from gdn2_jax.sharding import MeshConfig, make_mesh, use_mesh
 from tests.model.models import small_config, tokens_of

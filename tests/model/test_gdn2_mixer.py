@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from gdn2_jax.model.gdn2 import GDN2Config, GDN2Mixer
+from gdn2_jax.model.mixers.gdn2 import GDN2Config, GDN2Mixer
 
 
 def run(config, x, seed=0):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from gdn2_jax.model.gdn2 import GDN2Config, GDN2Mixer, init_gdn2_cache
+from gdn2_jax.model.mixers.gdn2 import GDN2Config, GDN2Mixer, init_gdn2_cache
 from tests.numerics import rel_rms
 from tests.pallas.gdn2.test_chunk_kernels import interpreted
 

@@ -14,11 +14,11 @@ from flax import linen as nn
 
 from gdn2_jax.inference.state import State, init_state
 from gdn2_jax.model.accounting import abstract_params, count_parameters
-from gdn2_jax.model.attention import AttentionConfig
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.gdn2 import GDN2Cache, GDN2Config
-from gdn2_jax.model.kv_cache import KVCache, RingCache
 from gdn2_jax.model.lm import LM
+from gdn2_jax.model.mixers.attention import AttentionConfig
+from gdn2_jax.model.mixers.gdn2 import GDN2Cache, GDN2Config
+from gdn2_jax.model.mixers.kv_cache import KVCache, RingCache
 
 PATTERNS = {"GDN-2": "G", "hybrid": "GS", "softmax": "A"}
 ROOM = 512  # tokens that a round of timing may generate after a length

@@ -38,7 +38,7 @@ from gdn2_jax.interop.header import Header, read_header
 from gdn2_jax.interop.tensors import save_tensors
 from gdn2_jax.interop.tree import check_tensors, leaves_by_path
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.kv_cache import KVCache
+from gdn2_jax.model.mixers.kv_cache import KVCache
 
 FORMAT = "gdn2_jax.state"
 VERSION = "1"

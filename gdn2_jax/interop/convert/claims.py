@@ -12,7 +12,7 @@ from typing import Any
 from gdn2_jax.interop.convert.tensors import Tensors
 from gdn2_jax.interop.names import GDN2, Dialect
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.gdn2 import GDN2Config
+from gdn2_jax.model.mixers.gdn2 import GDN2Config
 
 _OF_GDN2 = {theirs for _, theirs, _ in GDN2}
 

@@ -12,8 +12,8 @@ from gdn2_jax.interop.convert.claims import (
   split_width,
   written_kinds,
 )
-from gdn2_jax.model.attention import AttentionConfig
 from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.model.mixers.attention import AttentionConfig
 
 _COMMON = {
   "vocab_size": 32000,

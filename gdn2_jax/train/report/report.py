@@ -10,9 +10,9 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from gdn2_jax.eval.ngram import ngram_baselines
-from gdn2_jax.eval.perplexity import evaluate_lengths
-from gdn2_jax.eval.report import LossReport, format_table
+from gdn2_jax.eval.loss.ngram import ngram_baselines
+from gdn2_jax.eval.loss.perplexity import evaluate_lengths
+from gdn2_jax.eval.loss.report import LossReport, format_table
 from gdn2_jax.model.accounting import train_flops_per_token
 from gdn2_jax.train.config import TrainConfig
 from gdn2_jax.train.report.plot import plot_loss

@@ -10,7 +10,7 @@ import pytest
 from gdn2_jax.interop.convert.options import Options
 from gdn2_jax.interop.convert.run import convert, open_model
 from gdn2_jax.interop.folder import load_model
-from gdn2_jax.model.gdn2 import GDN2Mixer
+from gdn2_jax.model.mixers.gdn2 import GDN2Mixer
 from tests.interop.convert import checkpoints
 from tests.numerics import FLOAT32_BOUND, rel_rms
 

@@ -12,9 +12,9 @@ from gdn2_jax.interop.convert import fla, official
 from gdn2_jax.interop.convert.options import Options
 from gdn2_jax.interop.convert.run import convert, open_model
 from gdn2_jax.interop.folder import save_model
-from gdn2_jax.model.attention import AttentionConfig
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.gdn2 import GDN2Config
+from gdn2_jax.model.mixers.attention import AttentionConfig
+from gdn2_jax.model.mixers.gdn2 import GDN2Config
 from tests.interop.convert import checkpoints
 from tests.random_params import random_params
 

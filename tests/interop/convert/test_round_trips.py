@@ -17,7 +17,7 @@ from gdn2_jax.interop.convert.run import convert, open_model
 from gdn2_jax.interop.folder import load_model, save_model
 from gdn2_jax.interop.tree import flatten_params
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.gdn2 import GDN2Config
+from gdn2_jax.model.mixers.gdn2 import GDN2Config
 from tests.interop.convert import checkpoints
 from tests.random_params import random_params
 

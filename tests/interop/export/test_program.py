@@ -18,7 +18,7 @@ from gdn2_jax.interop import folder as folder_lib
 from gdn2_jax.interop import load_model, save_model
 from gdn2_jax.interop.export import program
 from gdn2_jax.interop.tree import leaves_by_path
-from gdn2_jax.model.gdn2 import GDN2Config
+from gdn2_jax.model.mixers.gdn2 import GDN2Config
 from gdn2_jax.ops.gdn2 import xla
 from tests.model.models import small_config
 from tests.random_params import random_params

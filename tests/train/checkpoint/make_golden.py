@@ -17,10 +17,10 @@ import jax
 import numpy as np
 
 from gdn2_jax.config_json import from_dict
-from gdn2_jax.model.attention import AttentionConfig
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.gdn2 import GDN2Config
 from gdn2_jax.model.lm import LM
+from gdn2_jax.model.mixers.attention import AttentionConfig
+from gdn2_jax.model.mixers.gdn2 import GDN2Config
 from gdn2_jax.sharding import MeshConfig, make_mesh, use_mesh
 from gdn2_jax.train.checkpoint.manager import Checkpointer
 from gdn2_jax.train.checkpoint.meta import make_meta, read_meta

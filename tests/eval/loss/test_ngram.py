@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gdn2_jax.eval.ngram import (
+from gdn2_jax.eval.loss.ngram import (
   Bigram,
   Unigram,
   ngram_baselines,

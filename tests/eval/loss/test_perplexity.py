@@ -8,13 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdn2_jax.eval.perplexity import EvalConfig, evaluate_lengths, evaluate_loss
-from gdn2_jax.eval.report import format_positions, format_table, make_report
-from gdn2_jax.eval.targets import num_batches, validation_batches
-from gdn2_jax.model.attention import AttentionConfig
+from gdn2_jax.eval.loss.perplexity import (
+  EvalConfig,
+  evaluate_lengths,
+  evaluate_loss,
+)
+from gdn2_jax.eval.loss.report import (
+  format_positions,
+  format_table,
+  make_report,
+)
+from gdn2_jax.eval.loss.targets import num_batches, validation_batches
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.gdn2 import GDN2Config
 from gdn2_jax.model.lm import LM
+from gdn2_jax.model.mixers.attention import AttentionConfig
+from gdn2_jax.model.mixers.gdn2 import GDN2Config
 from gdn2_jax.sharding import MeshConfig, make_mesh, shardings_of, use_mesh
 from tests.random_params import random_params
 

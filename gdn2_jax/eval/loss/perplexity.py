@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdn2_jax.config_class import config_class
-from gdn2_jax.eval.report import LossReport, PositionLoss, make_report
-from gdn2_jax.eval.targets import validation_batches
+from gdn2_jax.eval.loss.report import LossReport, PositionLoss, make_report
+from gdn2_jax.eval.loss.targets import validation_batches
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.lm import LM
 from gdn2_jax.sharding import batch_sharding, shards_of

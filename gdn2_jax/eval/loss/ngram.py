@@ -10,8 +10,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, Integer
 
-from gdn2_jax.eval.report import LossReport, make_report
-from gdn2_jax.eval.targets import validation_batches
+from gdn2_jax.eval.loss.report import LossReport, make_report
+from gdn2_jax.eval.loss.targets import validation_batches
 
 
 class Unigram:

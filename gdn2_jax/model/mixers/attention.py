@@ -6,12 +6,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gdn2_jax.config_class import config_class
-from gdn2_jax.model.kv_cache import (
+from gdn2_jax.model.layers import Linear, fan_in_uniform
+from gdn2_jax.model.mixers.kv_cache import (
   CacheLayer,
   attend_and_store,
   runs_and_positions,
 )
-from gdn2_jax.model.layers import Linear, fan_in_uniform
 from gdn2_jax.model.on_shards import on_shards
 from gdn2_jax.ops.attention.api import IMPLEMENTATIONS, sliding_window_attention
 from gdn2_jax.ops.attention.rope import apply_rope

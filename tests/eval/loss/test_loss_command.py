@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from gdn2_jax.data.pipeline import open_dataset
-from gdn2_jax.eval.ngram import ngram_baselines
-from gdn2_jax.eval.perplexity import evaluate_loss
+from gdn2_jax.eval.loss.ngram import ngram_baselines
+from gdn2_jax.eval.loss.perplexity import evaluate_loss
 from gdn2_jax.train.checkpoint import load_run
 from tests.tiny_run import make_run, run_many, run_module
 

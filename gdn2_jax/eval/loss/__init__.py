@@ -1,0 +1,1 @@
+"""Loss on held-out text, beside n-gram models of the same tokens."""

@@ -1,0 +1,1 @@
+"""Layers that mix tokens, and the registry of their letters."""

@@ -1,0 +1,59 @@
+"""Flags --workdir, --step and --model of programs, and the model they name."""
+
+import pathlib
+
+import jax
+from absl import flags
+from jax.sharding import Mesh
+
+from gdn2_jax.interop.folder import Model, load_model
+from gdn2_jax.train.checkpoint import load_run
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
+_MODEL = flags.DEFINE_string(
+  "model", None, "Folder of a published model, instead of --workdir."
+)
+_STEP = flags.DEFINE_integer(
+  "step", None, "Step of the checkpoint to load; by default the newest."
+)
+
+
+def check_flags() -> None:
+  """Raises ValueError unless the flags name one model."""
+  if not _WORKDIR.value and not _MODEL.value:
+    raise ValueError(
+      "--workdir is missing, e.g. --workdir=runs/tiny; or --model, a folder "
+      "with a published model"
+    )
+  if _WORKDIR.value and _MODEL.value:
+    raise ValueError("--workdir and --model: expected one of them, got both")
+  if _MODEL.value and _STEP.value is not None:
+    raise ValueError(f"--step={_STEP.value}: only a --workdir has steps")
+
+
+def open_model(mesh: Mesh | None = None) -> tuple[str, Model]:
+  """The model that the flags name, and its name in reports.
+
+  Args:
+    mesh: devices to shard the parameters over; None puts them on the first.
+
+  Raises:
+    ValueError: the flags name none or two, or the folder is not a model with a
+      tokenizer.
+    OSError: no such directory.
+  """
+  check_flags()
+  if _MODEL.value:
+    model = load_model(_MODEL.value, mesh=mesh)
+    if model.tokenizer is None:
+      raise ValueError(
+        f"--model={_MODEL.value}: the folder has no tokenizer.json, so the "
+        "model can neither read nor write text"
+      )
+    return pathlib.Path(_MODEL.value).absolute().name, model
+  run = load_run(_WORKDIR.value, _STEP.value, mesh=mesh)
+  # Compiles into the cache that training made, if it made one.
+  cache = pathlib.Path(_WORKDIR.value) / ".jax_cache"
+  if cache.is_dir():
+    jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))
+  return f"step {run.step}", Model(run.config.model, run.params, run.tokenizer)
