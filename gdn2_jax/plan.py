@@ -27,8 +27,8 @@ from gdn2_jax.model.accounting import (
   state_bytes,
   train_flops_per_token,
 )
-from gdn2_jax.model.config import KINDS
-from gdn2_jax.model.lm import LM
+from gdn2_jax.model.lm import LM, has_growing_cache
+from gdn2_jax.model.mixers.registry import kind_of
 from gdn2_jax.sharding import (
   MESH_AXES,
   make_mesh,
@@ -73,10 +73,10 @@ def plan(
   train_flops = train_flops_per_token(model, seq_len)
   figures = {
     "parameters": dataclasses.asdict(count) | {"total": count.total},
-    "state_tokens": seq_len if "A" in model.pattern else None,
+    "state_tokens": seq_len if has_growing_cache(model) else None,
     "state_bytes_per_sequence": {
       "total": sum(by_kind.values()),
-      **{KINDS[kind]: size for kind, size in by_kind.items()},
+      **{kind_of(letter).name: size for letter, size in by_kind.items()},
     },
     "flops_per_token": {
       "forward": forward_flops_per_token(model, seq_len),

@@ -12,13 +12,14 @@ from jaxtyping import Array, Float, Int, Num
 
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.lm import LM
+from gdn2_jax.model.mixers.registry import kinds_of
 
 _NAMES = ("q", "k", "v", "g", "b", "w", "o")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerGates:
-  """Inputs and outputs of the recurrence of one GDN-2 layer, float32.
+  """Inputs and outputs of the recurrence of one layer, float32.
 
   Attributes:
     layer: index of the layer in the model, from 0, attention layers counted.
@@ -46,7 +47,7 @@ def collect_gates(
   tokens: Int[Array | np.ndarray, "B T"],
   segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
 ) -> list[LayerGates]:
-  """Runs the model and records every GDN-2 layer, in layer order.
+  """Runs the model and records every layer with gates, in layer order.
 
   Args:
     config: model config; layers may be scanned or not.
@@ -55,18 +56,24 @@ def collect_gates(
     segment_ids: [B, T], as in `gdn2_jax.gdn2`; None is one document.
 
   Raises:
-    ValueError: the pattern has no GDN-2 layer.
+    ValueError: no layer of the pattern has these gates.
   """
-  if "G" not in config.pattern:
+  shown = {
+    letter
+    for letter, kind in kinds_of(config.pattern).items()
+    if set(_NAMES) <= set(kind.gates)
+  }
+  if not shown:
     raise ValueError(
-      f"config.pattern={config.pattern!r}: expected at least one layer G"
+      f"config.pattern={config.pattern!r}: expected at least one layer whose "
+      f"mixer has the gates {', '.join(_NAMES)}, as 'G'"
     )
   # A copy: jit keeps the config as a cache key, and callers may change theirs.
   seen = _intermediates(copy.deepcopy(config), params, tokens, segment_ids)
   records = []
   for group in range(config.num_groups):
-    for place, kind in enumerate(config.pattern):
-      if kind != "G":
+    for place, letter in enumerate(config.pattern):
+      if letter not in shown:
         continue
       sown = _of_layer(seen, config, group, place)
       layer = group * len(config.pattern) + place

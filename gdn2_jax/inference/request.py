@@ -21,6 +21,7 @@ from gdn2_jax.inference.decode import Rows, pad_stops
 from gdn2_jax.inference.sampling import Sampler
 from gdn2_jax.inference.state import State, bucket, init_state, read
 from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.model.lm import has_growing_cache
 
 
 @dataclasses.dataclass
@@ -54,7 +55,7 @@ class Request:
     if self.state is not None:
       require_state(self.state, self.config, batch_size)
       position, limit = self.state.position, self.state.max_length
-    elif "A" in self.config.pattern:
+    elif has_growing_cache(self.config):
       limit = self.max_length
     require_room(position, self._lengths() + int(self.max_new_tokens), limit)
     self.index = self._index()

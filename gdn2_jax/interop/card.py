@@ -7,7 +7,9 @@ from collections.abc import Collection, Mapping
 
 from gdn2_jax.interop.tree import param_specs
 from gdn2_jax.model.accounting import state_bytes
-from gdn2_jax.model.config import KINDS, ModelConfig
+from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.model.lm import has_growing_cache
+from gdn2_jax.model.mixers.registry import kinds_of
 
 _TAGS = ("gated-deltanet-2", "linear-attention", "jax", "flax")
 PAPER = "https://arxiv.org/abs/2605.22791"
@@ -71,8 +73,8 @@ def _front_matter(card: Card) -> str:
 
 
 def _about(config: ModelConfig) -> str:
-  kinds = dict.fromkeys(config.pattern)
-  mixers = " and ".join(f"{KINDS[kind]} ({kind})" for kind in kinds)
+  kinds = kinds_of(config.pattern).items()
+  mixers = " and ".join(f"{kind.name} ({letter})" for letter, kind in kinds)
   return (
     f"A causal language model of {config.num_layers} layers with the pattern "
     f"`{config.pattern}`: {mixers}. Gated DeltaNet-2 is described in "
@@ -93,7 +95,7 @@ def _sizes(config: ModelConfig) -> dict[str, str]:
       f"{config.param_dtype}, {config.dtype}"
     ),
   }
-  if set(config.pattern) <= {"G", "S"}:
+  if not has_growing_cache(config):
     state = sum(state_bytes(config).values())
     found["memory per sequence, whatever its length"] = f"{state:,} bytes"
   return found

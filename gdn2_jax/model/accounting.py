@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.lm import LM, init_cache
+from gdn2_jax.model.mixers.registry import kind_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +62,10 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 def state_bytes(
   config: ModelConfig, max_length: int | None = None
 ) -> dict[str, int]:
-  """Bytes of the cache of one sequence, by layer kind.
+  """Bytes of the cache of one sequence, by letter of the pattern.
 
-  max_length, the most tokens that the sequence may have, is required for layers
-  "A", whose cache has a slot for each.
+  max_length, the most tokens that the sequence may have, is required for mixers
+  whose cache has a slot for each.
   """
   cache = jax.eval_shape(lambda: init_cache(config, 1, max_length))
   by_kind: dict[str, int] = {}
@@ -74,45 +75,16 @@ def state_bytes(
   return by_kind
 
 
-def recurrence_flops_per_token(config: ModelConfig) -> float:
-  """Forward operations of one GDN-2 recurrence per token, all heads.
-
-  Counted from Eq. 10 for every implementation: decay KV, erase 2KV, write 2KV,
-  output 2KV.
-  """
-  c = config.gdn2
-  return 7.0 * c.key_dim * c.value_dim * c.value_heads
-
-
-def attention_flops_per_token(
-  config: ModelConfig, seq_len: int, full: bool = False
-) -> float:
-  """Forward operations of an attention's products with keys and values.
-
-  The mean per token of a sequence of seq_len; `full` for a layer "A", without a
-  window.
-  """
-  c = config.attention
-  window = seq_len if full else min(c.window, seq_len)
-  # Token t sees min(t + 1, window) keys.
-  seen = window - window * (window - 1) / (2 * seq_len)
-  return 4.0 * c.head_dim * c.num_heads * seen
-
-
 def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
   """Operations of a forward pass, mean per token of a sequence.
 
-  Two per parameter (except the embedding table), plus the recurrences and the
-  attention products, which have no parameters.
+  Two per parameter (except the embedding table), plus what mixers compute
+  without parameters: recurrences and attention products.
   """
   count = count_parameters(config)
   flops = 2.0 * (count.total - count.embedding)
-  mixers = {
-    "G": recurrence_flops_per_token(config),
-    "S": attention_flops_per_token(config, seq_len),
-    "A": attention_flops_per_token(config, seq_len, full=True),
-  }
-  return flops + config.num_groups * sum(mixers[k] for k in config.pattern)
+  mixers = [kind_of(x).flops(config, seq_len) for x in config.pattern]
+  return flops + config.num_groups * sum(mixers)
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:

@@ -9,51 +9,31 @@ from jax import lax
 
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.layers import RMSNorm, SwiGLU
-from gdn2_jax.model.mixers.attention import AttentionMixer
-from gdn2_jax.model.mixers.gdn2 import GDN2Mixer, init_gdn2_cache
-from gdn2_jax.model.mixers.kv_cache import CacheLayer, init_kv_cache
+from gdn2_jax.model.mixers.kv_cache import CacheLayer
+from gdn2_jax.model.mixers.registry import kind_of
 from gdn2_jax.typing import Activations, SegmentIds
 
 
-def make_mixer(kind: str, config: ModelConfig) -> nn.Module:
-  """Creates the mixer of a layer kind, named "mixer"."""
-  types = {"dtype": config.dtype, "param_dtype": config.param_dtype}
-  match kind:
-    case "G":
-      return GDN2Mixer(config.gdn2, name="mixer", **types)
-    case "S" | "A":
-      return AttentionMixer(
-        config.attention,
-        config.num_layers,
-        full=kind == "A",
-        name="mixer",
-        **types,
-      )
-  raise AssertionError(kind)
-
-
 def init_mixer_cache(
-  kind: str, config: ModelConfig, batch_size: int, max_length: int | None
+  letter: str, config: ModelConfig, batch_size: int, max_length: int | None
 ) -> Any:
-  """Empty cache of the layers at one position of the pattern, in all groups.
+  """Empty cache of the layers at one place of the pattern, in all groups.
 
-  Leaves are [groups, B, ...]. Only "A" needs max_length.
+  Leaves are [groups, B, ...]. Only kinds whose cache grows need max_length.
   """
+  kind = kind_of(letter)
+  cache = kind.init_cache(config, batch_size, max_length)
+  if kind.is_indexed:
+    return cache
   groups = config.num_groups
-  if kind == "G":
-    cache = init_gdn2_cache(config.gdn2, batch_size, config.dtype)
-    return jax.tree.map(
-      lambda a: jnp.broadcast_to(a[None], (groups, *a.shape)).copy(), cache
-    )
-  c, ring = config.attention, kind == "S"
-  slots = c.window if ring else max_length
-  shape = (groups, batch_size, c.kv_heads, slots, c.head_dim)
-  return init_kv_cache(shape, config.dtype, ring=ring)
+  return jax.tree.map(
+    lambda a: jnp.broadcast_to(a[None], (groups, *a.shape)).copy(), cache
+  )
 
 
 def _layer_of(kind, cache, index):
   """One layer's part of the cache of all groups."""
-  if kind != "G":
+  if kind.is_indexed:
     return CacheLayer(cache, index)
   return jax.tree.map(
     lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), cache
@@ -66,7 +46,7 @@ def _with_layer(kind, cache, index, new):
   Caches are a scan's carry and not its inputs and outputs, which would be two
   arrays and a copy.
   """
-  if kind != "G":
+  if kind.is_indexed:
     return new.cache
   return jax.tree.map(
     lambda a, b: lax.dynamic_update_index_in_dim(
@@ -80,7 +60,7 @@ def _with_layer(kind, cache, index, new):
 class Block(nn.Module):
   """Residual layer: x += mixer(norm(x)), then x += mlp(norm(x))."""
 
-  kind: str
+  letter: str
   config: ModelConfig
 
   @nn.compact
@@ -90,7 +70,8 @@ class Block(nn.Module):
     c = self.config
     types = {"dtype": c.dtype, "param_dtype": c.param_dtype}
     norm = RMSNorm(c.norm_eps, c.param_dtype, name="mixer_norm")
-    y, cache = make_mixer(self.kind, c)(norm(x), segment_ids, cache)
+    mixer = kind_of(self.letter).make(c, name="mixer", **types)
+    y, cache = mixer(norm(x), segment_ids, cache)
     x = _constrain(x + y)
     norm = RMSNorm(c.norm_eps, c.param_dtype, name="mlp_norm")
     y = SwiGLU(c.mlp_dim, c.num_layers, name="mlp", **types)(norm(x))
@@ -112,8 +93,9 @@ class Group(nn.Module):
     """Runs the group; the carry is activations and all groups' caches."""
     x, caches = carry
     caches = None if caches is None else list(caches)
-    for i, kind in enumerate(self.config.pattern):
-      block = Block(kind, self.config, name=f"layer_{i}")
+    for i, letter in enumerate(self.config.pattern):
+      kind = kind_of(letter)
+      block = Block(letter, self.config, name=f"layer_{i}")
       if caches is None:
         x, _ = block(x, segment_ids, None)
       else:

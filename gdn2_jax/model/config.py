@@ -4,14 +4,11 @@ import dataclasses
 from typing import Any
 
 from gdn2_jax.config_class import config_class
+from gdn2_jax.model.mixers import kinds as _built_in  # noqa: F401, registers
 from gdn2_jax.model.mixers.attention import AttentionConfig
-from gdn2_jax.model.mixers.gdn2 import GDN2Config
+from gdn2_jax.model.mixers.gdn2_config import GDN2Config
+from gdn2_jax.model.mixers.registry import kinds_of
 
-KINDS = {
-  "G": "Gated DeltaNet-2",
-  "S": "sliding-window attention",
-  "A": "full attention",
-}
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _REMAT = ("none", "dots", "full")
 
@@ -42,12 +39,15 @@ class ModelConfig:
     model_dim: Width D of the residual stream.
     num_layers: Layers (a mixer and an MLP each), a multiple of the pattern's
       length.
-    pattern: Layer kinds, repeated: "G" Gated DeltaNet-2, "S" sliding-window
-      attention, "A" full attention. "G" is recurrent, "GS" a hybrid, "A" a
-      softmax transformer, whose cache has a slot for every token.
+    pattern: Letters of the layers' mixers, repeated: "G" Gated DeltaNet-2, "K"
+      Kimi Delta Attention, "D" Gated DeltaNet, "E" DeltaNet, "S" sliding-window
+      attention, "A" full attention, and what `register` adds. "G" is recurrent,
+      "GS" a hybrid, "A" a softmax transformer, whose cache has a slot for every
+      token.
     mlp_dim: Hidden width F of every SwiGLU MLP.
-    gdn2: Mixer of layers "G".
+    gdn2: Mixer of layers "G", and of "K", "D" and "E" but for their gates.
     attention: Mixer of layers "S" and "A".
+    options: Settings "name=value" of mixers that were registered from outside.
     norm_eps: Added to the mean square in the RMS norms of the residual stream.
     dtype: Dtype of activations and matrix products.
     param_dtype: Dtype of parameters; A_log and dt_bias are always float32.
@@ -70,6 +70,7 @@ class ModelConfig:
   attention: AttentionConfig = dataclasses.field(
     default_factory=AttentionConfig
   )
+  options: tuple[str, ...] = ()
   norm_eps: float = 1e-5
   dtype: str = "bfloat16"
   param_dtype: str = "float32"
@@ -93,11 +94,12 @@ class ModelConfig:
     for name in ("vocab_size", "model_dim", "mlp_dim", "loss_chunk"):
       if getattr(self, name) < 1:
         raise ValueError(f"{path}.{name}={getattr(self, name)}: expected >= 1")
-    if not self.pattern or set(self.pattern) - set(KINDS):
-      known = ", ".join(f"{k} ({v})" for k, v in KINDS.items())
-      raise ValueError(
-        f"{path}.pattern={self.pattern!r}: expected letters among {known}"
-      )
+    if not self.pattern:
+      raise ValueError(f"{path}.pattern='': expected at least one letter")
+    try:
+      kinds = kinds_of(self.pattern)
+    except ValueError as e:
+      raise ValueError(f"{path}.pattern={self.pattern!r}: {e}") from None
     if self.num_layers < 1 or self.num_layers % len(self.pattern):
       raise ValueError(
         f"{path}.num_layers={self.num_layers}: expected a positive multiple "
@@ -116,6 +118,8 @@ class ModelConfig:
         )
     self.gdn2.validate(f"{path}.gdn2")
     self.attention.validate(f"{path}.attention")
+    for kind in kinds.values():
+      kind.validate(self, path)
 
 
 def without(tree: dict[str, Any], *names: str) -> dict[str, Any]:

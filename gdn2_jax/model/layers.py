@@ -41,17 +41,39 @@ def _variance_scaling(scale: float, mode: str, in_dims: int) -> Initializer:
   return init
 
 
-def init_a_log(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-  """Logarithm of U(1, 16)."""
-  return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
+def init_a_log(low: float = 1.0, high: float = 16.0) -> Initializer:
+  """Logarithm of U(low, high)."""
+
+  def init(key, shape, dtype=jnp.float32):
+    return jnp.log(jax.random.uniform(key, shape, dtype, low, high))
+
+  return init
 
 
-def init_dt_bias(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-  """Inverse softplus of dt, log-uniform in [1e-3, 1e-1], at least 1e-4."""
-  low, high = math.log(1e-3), math.log(1e-1)
-  dt = jnp.exp(jax.random.uniform(key, shape, dtype, low, high))
-  dt = jnp.maximum(dt, 1e-4)
-  return dt + jnp.log(-jnp.expm1(-dt))
+def init_dt_bias(low: float = 1e-3, high: float = 1e-1) -> Initializer:
+  """Inverse softplus of dt, log-uniform in [low, high], at least 1e-4."""
+
+  def init(key, shape, dtype=jnp.float32):
+    ends = math.log(low), math.log(high)
+    dt = jnp.exp(jax.random.uniform(key, shape, dtype, *ends))
+    dt = jnp.maximum(dt, 1e-4)
+    return dt + jnp.log(-jnp.expm1(-dt))
+
+  return init
+
+
+def conv_kernel(*, on_current: bool = False) -> Initializer:
+  """Taps [W, ...] in U(-1, 1) / sqrt(W), with 1 added to the current token's.
+
+  The addition, if on_current, lets a layer read the current token from its
+  first step on, not a mixture of W tokens.
+  """
+
+  def init(key, shape, dtype=jnp.float32):
+    taps = fan_in_uniform()(key, shape, dtype)
+    return taps.at[-1].add(1.0) if on_current else taps
+
+  return init
 
 
 def parameter(

@@ -16,6 +16,7 @@ from gdn2_jax.model.layers import (
   parameter,
 )
 from gdn2_jax.model.mixers.kv_cache import lost_tokens
+from gdn2_jax.model.mixers.registry import kinds_of
 from gdn2_jax.model.on_shards import shards_as_rows
 from gdn2_jax.ops.loss import cross_entropy
 from gdn2_jax.typing import Activations, SegmentIds, Tokens
@@ -89,7 +90,7 @@ class LM(nn.Module):
       cache: From `init_cache` or an earlier call; None for training.
 
     Returns:
-      Activations [B, T, D], NaN at tokens that a cache of layers "A" has no
+      Activations [B, T, D], NaN at tokens that a cache of full attention has no
       slot for, and the new cache, None without one.
     """
     x = self.embedding(tokens)
@@ -156,26 +157,32 @@ def init_cache(
 
   Recurrent states are float32; inputs of convolutions, keys and values have the
   model's dtype. The size does not grow with the tokens that are read. That of
-  layers "A" has slots for max_length tokens; logits of later tokens are NaN.
+  full attention has slots for max_length tokens; logits of later ones are NaN.
 
   Args:
     config: Config of the model.
     batch_size: Rows B.
     max_length: Most tokens of a row, prompt and generated ones together.
-      Required if the pattern has an "A", ignored otherwise.
+      Required if `has_growing_cache(config)`, ignored otherwise.
 
   Raises:
     ValueError: batch_size < 1, or a required max_length is missing or below 1.
   """
   if batch_size < 1:
     raise ValueError(f"batch_size={batch_size}: expected >= 1")
-  if "A" in config.pattern and (max_length is None or max_length < 1):
+  grows = has_growing_cache(config)
+  if grows and (max_length is None or max_length < 1):
     raise ValueError(
       f"max_length={max_length}: expected >= 1, the tokens that a sequence may "
       f"read, prompt and generated ones together; the cache of pattern="
       f"{config.pattern!r} has that many slots"
     )
   return tuple(
-    init_mixer_cache(kind, config, batch_size, max_length)
-    for kind in config.pattern
+    init_mixer_cache(letter, config, batch_size, max_length)
+    for letter in config.pattern
   )
+
+
+def has_growing_cache(config: ModelConfig) -> bool:
+  """True if the cache has a slot for every token of a sequence."""
+  return any(kind.grows for kind in kinds_of(config.pattern).values())

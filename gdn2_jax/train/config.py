@@ -16,6 +16,7 @@ from gdn2_jax.config_class import config_class
 from gdn2_jax.data.pipeline import DataConfig
 from gdn2_jax.eval.loss.perplexity import EvalConfig
 from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.model.mixers.registry import MixerKind, kinds_of
 from gdn2_jax.sharding import MeshConfig, check_divisible, mesh_shape
 from gdn2_jax.train import optimizer as optimizer_lib
 from gdn2_jax.train.optimizer import OptimizerConfig
@@ -155,35 +156,36 @@ def preflight(
     ("--config.model.mlp_dim", "mlp", model.mlp_dim),
     ("--config.model.vocab_size", "vocab", model.vocab_size),
   ]
-  if "G" in model.pattern:
+  kinds = kinds_of(model.pattern).values()
+  for kind in kinds:
     sizes += [
-      ("--config.model.gdn2.num_heads", "heads", model.gdn2.num_heads),
-      (
-        "--config.model.gdn2.num_value_heads",
-        "heads",
-        model.gdn2.value_heads,
-      ),
-    ]
-  if set("SA") & set(model.pattern):
-    path = "--config.model.attention"
-    sizes += [
-      (f"{path}.num_heads", "heads", model.attention.num_heads),
-      (f"{path}.num_kv_heads", "kv_heads", model.attention.kv_heads),
+      (f"--config.model.{field}", axis, size)
+      for field, axis, size in kind.sizes(model)
     ]
   check_divisible(shape, sizes)
-  tokens, taps = config.data.seq_len // shape["context"], 0
-  if "G" in model.pattern and shape["context"] > 1:
-    taps = model.gdn2.conv_width - 1
-  if tokens < taps:
-    raise ValueError(
-      f"--config.mesh.context={shape['context']} leaves {tokens} of"
-      f" --config.data.seq_len={config.data.seq_len} tokens to a device;"
-      f" --config.model.gdn2.conv_width={taps + 1} needs {taps}"
-    )
+  if shape["context"] > 1:
+    for kind in kinds:
+      _check_split(kind, config, shape["context"])
   if batch_size % num_processes:
     raise ValueError(
       f"--config.data.batch_size={batch_size} does not divide over "
       f"{num_processes} processes"
+    )
+
+
+def _check_split(kind: MixerKind, config: TrainConfig, parts: int) -> None:
+  """Refuses rows split into parts that a mixer cannot run on."""
+  tokens, least = config.data.seq_len // parts, kind.min_shard(config.model)
+  if least is None:
+    raise ValueError(
+      f"--config.mesh.context={parts}: expected 1, as {kind.name} in pattern="
+      f"{config.model.pattern!r} cannot split the tokens of a row"
+    )
+  if tokens < least:
+    raise ValueError(
+      f"--config.mesh.context={parts} leaves {tokens} of"
+      f" --config.data.seq_len={config.data.seq_len} tokens to a device;"
+      f" {kind.name} needs {least}"
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from gdn2_jax.analysis.gates import collect_gates
-from gdn2_jax.model import block, gdn2
+from gdn2_jax.model.mixers import gdn2, kinds, registry
 from gdn2_jax.model.mixers.gdn2 import GDN2Config, GDN2Mixer, init_gdn2_cache
 from gdn2_jax.ops.gdn2.api import gdn2 as op
 from gdn2_jax.sharding import MeshConfig, make_mesh, use_mesh
@@ -245,13 +245,14 @@ def test_gates_on_shards_of_tokens(x):
 
 
 @pytest.mark.slow
-def test_collected_gates_are_those_of_the_subclass(monkeypatch):
+def test_collected_gates_are_those_of_the_subclass():
   config = small_config("GS")
   params, tokens = random_params(config), tokens_of(2, 8)
   standard = collect_gates(config, params, tokens)
-  monkeypatch.setattr(block, "GDN2Mixer", SquaredErase)
-  # Programs are kept by config: this one is no other test's.
-  config = small_config("GS", loss_chunk=8)
+  registry.register(
+    "q", kinds.gdn2_kind("squared erase", SquaredErase), replace=True
+  )
+  config = small_config("qS")
   records = collect_gates(config, params, tokens)
   assert rel_rms(records[0].b, standard[0].b ** 2) < BOUND
   for record in records:

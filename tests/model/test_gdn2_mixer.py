@@ -116,7 +116,7 @@ def test_collecting_gates_changes_nothing(x):
     ("value_dim", 512, "value_dim=512"),
     ("conv_width", 1, "conv_width=1"),
     ("output_gate", "tanh", "output_gate='tanh'"),
-    ("erase_gate", "off", "erase_gate='off'"),
+    ("erase_gate", "of", "erase_gate='of'"),
     ("implementation", "cuda", "implementation='cuda'"),
   ],
 )

@@ -22,7 +22,7 @@ from gdn2_jax.inference.state import advance, init_state, read_chunk
 from gdn2_jax.kernels.errors import relative_rms
 from gdn2_jax.model.accounting import state_bytes
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.lm import LM
+from gdn2_jax.model.lm import LM, has_growing_cache
 
 Row = dict[str, Any]
 # Relative RMS error of logits: decoding against the whole sequence at once.
@@ -229,14 +229,14 @@ def prefill(
       row = subject.row("prefill", 1, length) | {"chunk": min(chunk, length)}
       result.append(row)
       # Full attention takes up to four times as long for twice the tokens.
-      power = 2 if "A" in subject.config.pattern else 1
+      power = 2 if has_growing_cache(subject.config) else 1
       before, seconds = last.get(subject.name, (length, 0.0))
       expected = seconds * (length / before) ** power
       if expected > most_seconds:
         row["note"] = f"not run: may take {expected:.0f} s"
         last[subject.name] = length, expected
         continue
-      grows = "A" in subject.config.pattern
+      grows = has_growing_cache(subject.config)
       key = subject.name, row["chunk"], length if grows else None
       if key not in kept:
         kept[key] = _Reader(subject, length, row["chunk"])

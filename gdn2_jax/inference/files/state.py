@@ -38,6 +38,7 @@ from gdn2_jax.interop.header import Header, read_header
 from gdn2_jax.interop.tensors import save_tensors
 from gdn2_jax.interop.tree import check_tensors, leaves_by_path
 from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.model.lm import has_growing_cache
 from gdn2_jax.model.mixers.kv_cache import KVCache
 
 FORMAT = "gdn2_jax.state"
@@ -139,7 +140,7 @@ def read_state(
   positions = _positions(path, metadata["positions"])
   longest = max(1, *positions)
   # Without full attention the length decides no shape: one entry serves all.
-  max_length = longest if "A" in identity.config.pattern else 1
+  max_length = longest if has_growing_cache(identity.config) else 1
   abstract = _abstract_state(identity.config, len(positions), max_length)
   specs = leaves_by_path(abstract, ".")
   for name in _recurrent(specs):

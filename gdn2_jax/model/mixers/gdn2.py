@@ -5,6 +5,9 @@ b = sigmoid(x W_b), w = sigmoid(x W_w)
 g = -exp(A_log) softplus(x W_f1 W_f2 + dt_bias)        float32
 o = gdn2(q, k, v, *gates(g, b, w))      gates: the identity unless overridden
 y = (rms_norm(o) * act(x W_g1 W_g2 + bias)) W_o
+
+GDN2Config has settings that make KDA, Gated DeltaNet and DeltaNet of it, and
+the ablations of Table 5.
 """
 
 from typing import Any
@@ -14,10 +17,10 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float
 
-from gdn2_jax.config_class import config_class
 from gdn2_jax.model import layers
+from gdn2_jax.model.mixers.gdn2_config import GDN2Config
 from gdn2_jax.model.on_shards import length_axis, on_shards
-from gdn2_jax.ops.gdn2.api import IMPLEMENTATIONS, gdn2, gdn2_step
+from gdn2_jax.ops.gdn2.api import gdn2, gdn2_step
 from gdn2_jax.ops.gdn2.fused_gates import (
   Projections,
   activate,
@@ -29,8 +32,6 @@ from gdn2_jax.ops.short_conv import short_conv
 from gdn2_jax.typing import Activations, SegmentIds
 
 _GAIN = 2.0**-2.5  # Xavier gain of the layer's linear maps
-_ACTIVATIONS = ("silu", "sigmoid")
-_GATES = ("channel", "scalar")
 
 # Logical axis names of the ops' arrays, for on_shards.
 _IDS = ("batch", "length")
@@ -52,82 +53,6 @@ _NORM = {
   "weight": (None,),
   "bias": ("heads", None),
 }
-
-
-@config_class
-class GDN2Config:
-  """Config of a Gated DeltaNet-2 layer.
-
-  Attributes:
-    num_heads: Key heads H.
-    num_value_heads: Value heads HV, a multiple of H; 0 means H.
-    key_dim: Key channels K of a head, 16 to 256.
-    value_dim: Value channels V of a head, 16 to 256; also the rank of the
-      decay and output-gate bottlenecks.
-    conv_width: Taps of the short convolution.
-    negative_eigenvalues: Erase gate in [0, 2] instead of [0, 1].
-    output_gate: "silu" (the paper) or "sigmoid" (fla's variant).
-    norm_eps: Added to the mean square in the output norm.
-    erase_gate: "channel", or "scalar": b averaged over a head's key channels
-      (the write-only ablation of Table 5).
-    write_gate: "channel", or "scalar": w averaged over a head's value channels
-      (the erase-only ablation of Table 5).
-    implementation: Implementation of the op, for sequences and single tokens;
-      "" chooses one that supports the call. A named one runs or raises:
-      "triton" is for decoding and refuses to train.
-  """
-
-  num_heads: int = 16
-  num_value_heads: int = 0
-  key_dim: int = 128
-  value_dim: int = 128
-  conv_width: int = 4
-  negative_eigenvalues: bool = False
-  output_gate: str = "silu"
-  norm_eps: float = 1e-5
-  erase_gate: str = "channel"
-  write_gate: str = "channel"
-  implementation: str = ""
-
-  @property
-  def value_heads(self) -> int:
-    """Number of value heads HV."""
-    return self.num_value_heads or self.num_heads
-
-  @property
-  def erase_scale(self) -> float:
-    """Upper end of the erase gate's range."""
-    return 2.0 if self.negative_eigenvalues else 1.0
-
-  def validate(self, path: str) -> None:
-    """Raises ValueError naming the first field under `path` that is wrong."""
-    if self.num_heads < 1:
-      raise ValueError(f"{path}.num_heads={self.num_heads}: expected >= 1")
-    if self.value_heads % self.num_heads:
-      raise ValueError(
-        f"{path}.num_value_heads={self.num_value_heads}: expected a multiple "
-        f"of num_heads={self.num_heads}, or 0"
-      )
-    for name in ("key_dim", "value_dim"):
-      if not 16 <= getattr(self, name) <= 256:
-        raise ValueError(
-          f"{path}.{name}={getattr(self, name)}: expected 16 to 256"
-        )
-    if not self.norm_eps > 0:
-      raise ValueError(f"{path}.norm_eps={self.norm_eps}: expected > 0")
-    if self.conv_width < 2:
-      raise ValueError(f"{path}.conv_width={self.conv_width}: expected >= 2")
-    choices = {
-      "output_gate": _ACTIVATIONS,
-      "erase_gate": _GATES,
-      "write_gate": _GATES,
-      "implementation": ("", *IMPLEMENTATIONS),
-    }
-    for name, allowed in choices.items():
-      if getattr(self, name) not in allowed:
-        raise ValueError(
-          f"{path}.{name}={getattr(self, name)!r}: expected one of {allowed}"
-        )
 
 
 @struct.dataclass
@@ -187,16 +112,12 @@ class GDN2Mixer(nn.Module):
     q, conv_q = self._short_conv("q", x, key_head, segment_ids, tails[0])
     k, conv_k = self._short_conv("k", x, key_head, segment_ids, tails[1])
     v, conv_v = self._short_conv("v", x, value_head, segment_ids, tails[2])
-    b, w = (
-      self._linear(f"{name}_proj", (heads, size), ("embed", "heads", axis))(x)
-      for name, (heads, size, axis) in (("b", key_head), ("w", value_head))
-    )
+    b, w = self._erase_and_write(x, key_head, value_head)
     f, a_log, dt_bias = self._decay(x)
     p = Projections(q, k, v, f, b, w, a_log, dt_bias)
     is_split = length_axis((q, _TOKENS), (v, _TOKENS)) is not None
     is_token = cache is not None and segment_ids is None and x.shape[1] == 1
-    # Kernels with fused gates compute the standard gates only.
-    from_projections = not (is_token or is_split) and _are_standard(self)
+    from_projections = not (is_token or is_split) and _are_fusible(self)
     is_sown = self.is_mutable_collection("intermediates")
     # Called at most once: `gates` may create parameters.
     inputs = None
@@ -241,8 +162,8 @@ class GDN2Mixer(nn.Module):
 
     Args:
       g: Log-decay [B, T, H, K], <= 0, float32.
-      b: Erase gate [B, T, H, K], averaged if config.erase_gate is "scalar".
-      w: Write gate [B, T, HV, V], averaged if config.write_gate is "scalar".
+      b: Erase gate [B, T, H, K], as config.gates and config.erase_gate say.
+      w: Write gate [B, T, HV, V], as config.gates and config.write_gate say.
 
     Returns:
       (g, b, w) of the same shapes, with g <= 0.
@@ -280,7 +201,7 @@ class GDN2Mixer(nn.Module):
     kernel = layers.parameter(
       self,
       f"{name}_conv",
-      layers.fan_in_uniform(),
+      layers.conv_kernel(on_current=self.config.conv_init == "current"),
       ("taps", *axes),
       (W, *shape),
     ).astype(self.dtype)
@@ -295,27 +216,55 @@ class GDN2Mixer(nn.Module):
     )
     return flat.reshape(y.shape), tail
 
+  def _erase_and_write(self, x, key_head, value_head):
+    """Gates b and w before the sigmoid, with all channels or with one."""
+    c = self.config
+    if c.gates == "tied":
+      beta = self._linear("beta_proj", (c.num_heads,), ("embed", "heads"))(x)
+      repeats = c.value_heads // c.num_heads
+      return beta[..., None], jnp.repeat(beta, repeats, axis=2)[..., None]
+
+    def gate(name, kind, head):
+      heads, size, axis = head
+      if kind == "off":
+        return None
+      if kind == "head":
+        return self._linear(name, (heads,), ("embed", "heads"))(x)[..., None]
+      return self._linear(name, (heads, size), ("embed", "heads", axis))(x)
+
+    b = gate("b_proj", c.erase_gate, key_head)
+    return b, gate("w_proj", c.write_gate, value_head)
+
   def _decay(self, x):
-    """Parts f [B, T, H, K], A_log [H] and dt_bias [H, K] of the log-decay."""
+    """Parts f, A_log [H] and dt_bias of the log-decay; None for no decay.
+
+    f is [B, T, H, K] and dt_bias [H, K], or with one channel to a head.
+    """
     # A_log and dt_bias are float32 in every model: rounding them to bfloat16
     # would change the decay of slow heads noticeably.
     c = self.config
-    f = self._linear("f_down", (c.value_dim,), ("embed", "gate_rank"))(x)
-    f = self._linear(
-      "f_up", (c.num_heads, c.key_dim), ("gate_rank", "heads", "key_dim")
-    )(f)
+    if c.decay == "none":
+      return None, None, None
+    if c.decay == "scalar":
+      f = self._linear("a_proj", (c.num_heads,), ("embed", "heads"))(x)
+      f, shape, axes = f[..., None], (c.num_heads,), ("heads",)
+    else:
+      shape, axes = (c.num_heads, c.key_dim), ("heads", "key_dim")
+      f = self._linear("f_down", (c.value_dim,), ("embed", "gate_rank"))(x)
+      f = self._linear("f_up", shape, ("gate_rank", *axes))(f)
+    a, dt = c.decay_ranges
     a_log = layers.parameter(
-      self, "A_log", layers.init_a_log, ("heads",), (c.num_heads,), "float32"
-    )
-    dt_bias = layers.parameter(
       self,
-      "dt_bias",
-      layers.init_dt_bias,
-      ("heads", "key_dim"),
-      (c.num_heads, c.key_dim),
+      "A_log",
+      layers.init_a_log(*a),
+      ("heads",),
+      (c.num_heads,),
       "float32",
     )
-    return f, a_log, dt_bias
+    dt_bias = layers.parameter(
+      self, "dt_bias", layers.init_dt_bias(*dt), axes, shape, "float32"
+    )
+    return f, a_log, dt_bias[:, None] if c.decay == "scalar" else dt_bias
 
   def _output(self, x, o):
     """Gated norm per head, then the output projection to D channels."""
@@ -349,10 +298,9 @@ class GDN2Mixer(nn.Module):
 _STANDARD_GATES = GDN2Mixer.gates
 
 
-def _are_standard(mixer):
-  """True if the gates are those that the kernels compute."""
-  c = mixer.config
-  if "scalar" in (c.erase_gate, c.write_gate):
+def _are_fusible(mixer):
+  """True if the gates are those that kernels compute from projections."""
+  if not mixer.config.has_fusible_gates:
     return False
   # Looked up as a call does: subclass, mixin or instance may override it.
   return getattr(mixer.gates, "__func__", None) is _STANDARD_GATES
@@ -363,6 +311,8 @@ def _op_inputs(mixer, p):
   """Computes q, k, v, g, b and w of the op, with the mixer's gates."""
   c = mixer.config
   q, k, v, g, b, w = activate(p, erase_scale=c.erase_scale)
+  if c.gates == "tied" and c.erase_scale != 1:
+    w = c.erase_scale * w
   if c.erase_gate == "scalar":
     b = jnp.broadcast_to(b.mean(-1, keepdims=True), b.shape)
   if c.write_gate == "scalar":

@@ -1,26 +1,146 @@
-"""Protocol of a sequence mixer, shared by every layer kind.
+"""Protocol of a mixer, and the registry of layer kinds by their letters.
 
     y, cache = mixer(x, segment_ids, cache)
 
 The same call serves training (no cache), prefill (T tokens) and decoding
 (T = 1). A cache is an immutable pytree whose leaves have the batch axis first;
 its size does not depend on the tokens that were read. Tokens with segment id 0
-do not change the cache. Attention gets the cache of all its layers and the
-index of its own (CacheLayer).
+do not change the cache, and the first token of a segment starts from an empty
+one.
+
+`register` adds a kind from outside of the package: everything else, training,
+checkpoints, generation, plans, asks the registry alone. A program that opens a
+model of such a kind must import the module that registers it; commands import
+the modules that the environment variable GDN2_JAX_MIXERS names, separated by
+commas.
 """
 
+import dataclasses
+import importlib
+import os
+from collections.abc import Callable
 from typing import Any, Protocol
+
+from flax import linen as nn
 
 from gdn2_jax.typing import Activations, SegmentIds
 
-Cache = Any  # GDN2Cache | CacheLayer
+PLUGINS = "GDN2_JAX_MIXERS"
+
+Config = Any  # ModelConfig, which this module may not import
+Size = tuple[str, str, int]
 
 
 class Mixer(Protocol):
   """Layer that mixes tokens, with a cache across calls."""
 
   def __call__(
-    self, x: Activations, segment_ids: SegmentIds | None, cache: Cache | None
-  ) -> tuple[Activations, Cache | None]:
+    self, x: Activations, segment_ids: SegmentIds | None, cache: Any
+  ) -> tuple[Activations, Any]:
     """Mixes T tokens per row; see the module's docstring."""
     ...
+
+
+def _nothing(config: Config, path: str) -> None:
+  """Accepts every config."""
+
+
+def _no_sizes(config: Config) -> list[Size]:
+  """Names no size that a mesh must divide."""
+  return []
+
+
+def _not_split(config: Config) -> None:
+  """Refuses rows whose tokens are split over devices."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixerKind:
+  """Everything that the package asks about the layers of one letter.
+
+  Only `name`, `make` and `init_cache` are required. Parameters are counted from
+  the module; a mesh splits them by the logical axis names that they carry
+  (`gdn2_jax.model.layers.parameter`).
+
+  Attributes:
+    name: Name in reports.
+    make: make(config, name=..., dtype=..., param_dtype=...) returns the linen
+      module, a Mixer, for a ModelConfig.
+    init_cache: init_cache(config, batch_size, max_length) returns the empty
+      cache of one layer, with leaves [B, ...]; with is_indexed that of all
+      layers at one place of the pattern, with leaves [layers, B, ...].
+    flops: flops(config, seq_len) returns the forward operations per token that
+      are not products with parameters, the mean over a sequence.
+    validate: validate(config, path) raises ValueError naming the first field
+      under `path` that is wrong.
+    sizes: sizes(config) lists (field, logical axis, size) that a mesh must
+      divide; the field is a path below the model's config.
+    min_shard: min_shard(config) returns the least tokens that a device may hold
+      of a row that is split over devices; None: the mixer cannot be split so.
+    gates: Symbols of the arrays that the module sows, see `collect_gates`.
+    is_indexed: The module gets the cache of all layers at its place of the
+      pattern and the index of its own (CacheLayer).
+    grows: The cache has a slot for every token, max_length in all.
+  """
+
+  name: str
+  make: Callable[..., nn.Module]
+  init_cache: Callable[[Config, int, int | None], Any]
+  flops: Callable[[Config, int], float] = lambda config, seq_len: 0.0
+  validate: Callable[[Config, str], None] = _nothing
+  sizes: Callable[[Config], list[Size]] = _no_sizes
+  min_shard: Callable[[Config], int | None] = _not_split
+  gates: tuple[str, ...] = ()
+  is_indexed: bool = False
+  grows: bool = False
+
+
+_KINDS: dict[str, MixerKind] = {}
+
+
+def register(letter: str, kind: MixerKind, *, replace: bool = False) -> None:
+  """Makes a letter of `config.model.pattern` stand for a mixer.
+
+  Args:
+    letter: One letter; built-in mixers use capital ones.
+    kind: What the letter stands for.
+    replace: Allow a letter that is in use, as a notebook's cell needs that runs
+      twice. Built-in letters cannot be replaced.
+
+  Raises:
+    ValueError: the letter is not one letter, or in use.
+  """
+  if len(letter) != 1 or not letter.isalpha():
+    raise ValueError(f"letter={letter!r}: expected one letter")
+  used = _KINDS.get(letter)
+  if used is not None and not (replace and letter not in _BUILT_IN):
+    raise ValueError(f"letter={letter!r}: in use, for {used.name}")
+  _KINDS[letter] = kind
+
+
+_BUILT_IN: set[str] = set()
+
+
+def register_built_in(letter: str, kind: MixerKind) -> None:
+  """Registers a kind whose letter nobody can replace."""
+  register(letter, kind)
+  _BUILT_IN.add(letter)
+
+
+def kind_of(letter: str) -> MixerKind:
+  """The kind that a letter of a pattern stands for; ValueError if unknown."""
+  if letter not in _KINDS:
+    for module in filter(None, os.environ.get(PLUGINS, "").split(",")):
+      importlib.import_module(module)
+  if letter not in _KINDS:
+    known = ", ".join(f"{k} ({v.name})" for k, v in _KINDS.items())
+    raise ValueError(
+      f"{letter!r} is no mixer: expected letters among {known}; a mixer of "
+      f"your own must be registered first, or its module named in {PLUGINS}"
+    )
+  return _KINDS[letter]
+
+
+def kinds_of(pattern: str) -> dict[str, MixerKind]:
+  """The different kinds of a pattern by letter, in order of appearance."""
+  return {letter: kind_of(letter) for letter in pattern}

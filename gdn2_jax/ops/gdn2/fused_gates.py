@@ -32,6 +32,9 @@ class Projections(NamedTuple):
     w: [B, T, HV, V], before the sigmoid.
     a_log: [H], float32.
     dt_bias: [H, K], float32.
+
+  f, b, w and dt_bias may have one channel that stands for all channels of a
+  head. For `activate` alone, f may be None (no decay) and b None (no erasing).
   """
 
   q: Any
@@ -46,12 +49,28 @@ class Projections(NamedTuple):
 
 def activate(p: Projections, *, erase_scale: float = 1.0) -> tuple[Any, ...]:
   """Computes q, k, v, g (float32), b and w of the op from projections."""
-  b, w = jax.nn.sigmoid(p.b), jax.nn.sigmoid(p.w)
+  b = jnp.zeros_like(p.k) if p.b is None else jax.nn.sigmoid(p.b)
+  w = jax.nn.sigmoid(p.w)
   if erase_scale != 1:
     b = erase_scale * b
-  dt = jax.nn.softplus(p.f.astype(jnp.float32) + p.dt_bias[None, None])
-  g = -jnp.exp(p.a_log)[None, None, :, None] * dt
+  if p.f is None:
+    g = jnp.zeros(p.k.shape, jnp.float32)
+  else:
+    dt = jax.nn.softplus(p.f.astype(jnp.float32) + p.dt_bias[None, None])
+    g = -jnp.exp(p.a_log)[None, None, :, None] * dt
+  g, b = (jnp.broadcast_to(x, p.k.shape) for x in (g, b))
+  w = jnp.broadcast_to(w, p.v.shape)
   return l2_norm(p.q), l2_norm(p.k), p.v, g, b, w
+
+
+def _with_all_channels(p: Projections) -> Projections:
+  """Repeats channels that stand for all of a head."""
+  return p._replace(
+    f=jnp.broadcast_to(p.f, p.k.shape),
+    b=jnp.broadcast_to(p.b, p.k.shape),
+    w=jnp.broadcast_to(p.w, p.v.shape),
+    dt_bias=jnp.broadcast_to(p.dt_bias, p.k.shape[2:]),
+  )
 
 
 def gdn2_fused_gates(
@@ -70,6 +89,7 @@ def gdn2_fused_gates(
       segment_ids=segment_ids,
       implementation=implementation,
     )
+  p = _with_all_channels(p)
   state = check_state(state, p.q, p.v, jnp.dtype(jnp.float32))
   segment_ids = check_segment_ids(segment_ids, p.q.shape[:2])
   *p, state, segment_ids = vary_together((*p, state, segment_ids))

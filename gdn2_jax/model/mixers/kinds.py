@@ -1,0 +1,120 @@
+"""The mixers that come with the package; importing this registers them.
+
+G, K, D and E are one module with different gates: Gated DeltaNet-2 as
+config.gdn2 says, and its special cases, which take all but the gates from
+config.gdn2.
+"""
+
+import dataclasses
+from typing import Any
+
+from gdn2_jax.model.mixers.attention import AttentionMixer
+from gdn2_jax.model.mixers.gdn2 import GDN2Mixer, init_gdn2_cache
+from gdn2_jax.model.mixers.gdn2_config import GDN2Config
+from gdn2_jax.model.mixers.kv_cache import init_kv_cache
+from gdn2_jax.model.mixers.registry import MixerKind, register_built_in
+
+OP_ARRAYS = ("q", "k", "v", "g", "b", "w", "o")
+
+
+def gdn2_kind(
+  name: str, mixer: type[GDN2Mixer] = GDN2Mixer, **gates: str
+) -> MixerKind:
+  """Kind of GDN2Mixer, or of a subclass with gates of its own.
+
+  Args:
+    name: Name in reports.
+    mixer: Class of the module.
+    **gates: Fields of GDN2Config that the letter decides; the others are those
+      of config.gdn2.
+  """
+
+  def settings(config: Any) -> GDN2Config:
+    return dataclasses.replace(config.gdn2, **gates) if gates else config.gdn2
+
+  def validate(config: Any, path: str) -> None:
+    for field in gates:
+      value = getattr(config.gdn2, field)
+      default = getattr(GDN2Config(), field)
+      if value not in (default, gates[field]):
+        raise ValueError(
+          f"{path}.gdn2.{field}={value!r}: expected {gates[field]!r}, which "
+          f"{name} in pattern={config.pattern!r} implies, or the default"
+        )
+    settings(config).validate(f"{path}.gdn2")
+
+  return MixerKind(
+    name=name,
+    make=lambda config, **fields: mixer(settings(config), **fields),
+    init_cache=lambda config, batch_size, _: init_gdn2_cache(
+      settings(config), batch_size, config.dtype
+    ),
+    flops=lambda config, _: recurrence_flops(config.gdn2),
+    validate=validate,
+    sizes=lambda config: [
+      ("gdn2.num_heads", "heads", config.gdn2.num_heads),
+      ("gdn2.num_value_heads", "heads", config.gdn2.value_heads),
+    ],
+    min_shard=lambda config: config.gdn2.conv_width - 1,
+    gates=OP_ARRAYS,
+  )
+
+
+def recurrence_flops(config: GDN2Config) -> float:
+  """Forward operations of one recurrence per token, all heads.
+
+  Counted from Eq. 10 for every implementation: decay KV, erase 2KV, write 2KV,
+  output 2KV.
+  """
+  return 7.0 * config.key_dim * config.value_dim * config.value_heads
+
+
+def _attention(name: str, *, full: bool) -> MixerKind:
+  """A kind of AttentionMixer, with a window or without."""
+
+  def make(config, **fields):
+    return AttentionMixer(
+      config.attention, config.num_layers, full=full, **fields
+    )
+
+  def init_cache(config, batch_size, max_length):
+    c = config.attention
+    slots = max_length if full else c.window
+    shape = (config.num_groups, batch_size, c.kv_heads, slots, c.head_dim)
+    return init_kv_cache(shape, config.dtype, ring=not full)
+
+  def flops(config, seq_len):
+    c = config.attention
+    window = seq_len if full else min(c.window, seq_len)
+    # Token t sees min(t + 1, window) keys.
+    seen = window - window * (window - 1) / (2 * seq_len)
+    return 4.0 * c.head_dim * c.num_heads * seen
+
+  return MixerKind(
+    name=name,
+    make=make,
+    init_cache=init_cache,
+    flops=flops,
+    validate=lambda config, path: config.attention.validate(
+      f"{path}.attention"
+    ),
+    sizes=lambda config: [
+      ("attention.num_heads", "heads", config.attention.num_heads),
+      ("attention.num_kv_heads", "kv_heads", config.attention.kv_heads),
+    ],
+    min_shard=lambda config: 0,
+    is_indexed=True,
+    grows=full,
+  )
+
+
+register_built_in("G", gdn2_kind("Gated DeltaNet-2"))
+register_built_in(
+  "K", gdn2_kind("Kimi Delta Attention", gates="tied", decay="channel")
+)
+register_built_in(
+  "D", gdn2_kind("Gated DeltaNet", gates="tied", decay="scalar")
+)
+register_built_in("E", gdn2_kind("DeltaNet", gates="tied", decay="none"))
+register_built_in("S", _attention("sliding-window attention", full=False))
+register_built_in("A", _attention("full attention", full=True))
