@@ -21,6 +21,7 @@ import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import jax
 from flax import linen as nn
 
 from gdn2_jax.typing import Activations, SegmentIds
@@ -96,6 +97,7 @@ class MixerKind:
 
 
 _KINDS: dict[str, MixerKind] = {}
+_BUILT_IN: set[str] = set()
 
 
 def register(letter: str, kind: MixerKind, *, replace: bool = False) -> None:
@@ -113,12 +115,12 @@ def register(letter: str, kind: MixerKind, *, replace: bool = False) -> None:
   if len(letter) != 1 or not letter.isalpha():
     raise ValueError(f"letter={letter!r}: expected one letter")
   used = _KINDS.get(letter)
-  if used is not None and not (replace and letter not in _BUILT_IN):
-    raise ValueError(f"letter={letter!r}: in use, for {used.name}")
+  if used is not None:
+    if not replace or letter in _BUILT_IN:
+      raise ValueError(f"letter={letter!r}: in use, for {used.name}")
+    # Programs are kept by config, which knows the letter alone.
+    jax.clear_caches()
   _KINDS[letter] = kind
-
-
-_BUILT_IN: set[str] = set()
 
 
 def register_built_in(letter: str, kind: MixerKind) -> None:
