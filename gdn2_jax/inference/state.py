@@ -159,7 +159,7 @@ def read_chunk(
 ) -> tuple[Float[Array, "B VOCAB"], State]:
   """Reads one chunk of prompts, for use inside a larger jitted function."""
   # A length below 1 means that the row has ended: it keeps its logits.
-  x, count, state = _hidden(params, tokens, lengths, state)
+  x, count, state = read_hidden(params, tokens, lengths, state)
   # Only the last position of a row goes through the head.
   last = jnp.maximum(count - 1, 0)[:, None, None]
   x_last = jnp.take_along_axis(x, last, axis=1)[:, 0]
@@ -207,7 +207,7 @@ def extend(
 
 @functools.partial(jax.jit, donate_argnames=("state",))
 def _extend(params, tokens, lengths, state):
-  x, count, state = _hidden(params, tokens, lengths, state)
+  x, count, state = read_hidden(params, tokens, lengths, state)
   logits = _head(params, x, state)
   padding = jnp.arange(x.shape[1])[None] >= count[:, None]
   return logits, state, padding | is_usable(logits)
@@ -229,8 +229,13 @@ def _require_usable(params, state, usable, lengths):
   raise NonFiniteError("tokens", failures)
 
 
-def _hidden(params, tokens, lengths, state):
-  """Activations [B, T, D], tokens read by each row [B], and the new state."""
+def read_hidden(
+  params: Any,
+  tokens: Int[Array | np.ndarray, "B T"],
+  lengths: Int[Array | np.ndarray, " B"],
+  state: State,
+) -> tuple[Float[Array, "B T D"], Int[Array, " B"], State]:
+  """Activations, tokens read by each row, and the new state; for use in jit."""
   require_params(params, state.config)
   real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
   x, cache = LM(state.config).apply(
