@@ -1,6 +1,7 @@
 """Evaluates trained models; each evaluation is a command with its own --help.
 
   python -m gdn2_jax.eval loss --workdir=runs/tiny      loss on held-out text
+  python -m gdn2_jax.eval ruler --workdir=runs/tiny     needles in haystacks
 
 Without a command it is `loss`. --workdir is a training run; --model, a folder
 with a published or converted model, can stand in its place.
@@ -12,7 +13,7 @@ import sys
 from gdn2_jax import cli
 
 # Each is a package of gdn2_jax.eval with a __main__ that can be run as well.
-COMMANDS = ("loss",)
+COMMANDS = ("loss", "ruler")
 
 
 def main() -> None:

@@ -1,69 +1,17 @@
 """Scores of token lists against the full forward pass, and greedy texts."""
 
 import dataclasses
-import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdn2_jax.data.tokenizer.api import BytesTokenizer
 from gdn2_jax.eval import scoring
 from gdn2_jax.eval.scoring import Score, first_stop, greedy, score
 from gdn2_jax.inference import NonFiniteError
-from gdn2_jax.interop.folder import Model
-from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.lm import LM
-from gdn2_jax.model.mixers.attention import AttentionConfig
-from gdn2_jax.model.mixers.gdn2 import GDN2Config
-from tests.random_params import random_params
+from tests.eval.plain import LENGTH, expected, forward, make_model
 
-VOCAB = 264  # five ids more than the tokenizer knows
 TOLERANCE = 5e-6  # nats; measured errors are below 8e-7
-PATTERNS = ["GS", "A"]
-
-
-@functools.cache
-def make_model(pattern: str) -> Model:
-  config = ModelConfig(
-    vocab_size=VOCAB,
-    model_dim=16,
-    num_layers=len(pattern),
-    pattern=pattern,
-    gdn2=GDN2Config(
-      num_heads=1, key_dim=16, value_dim=16, implementation="reference"
-    ),
-    attention=AttentionConfig(num_heads=1, head_dim=16, window=8),
-    mlp_dim=24,
-    dtype="float32",
-  )
-  return Model(config, random_params(config), BytesTokenizer())
-
-
-@functools.cache
-def forward(pattern: str):
-  model = make_model(pattern)
-  return jax.jit(lambda t: LM(model.config).apply({"params": model.params}, t))
-
-
-LENGTH = 64
-
-
-def expected(pattern: str, context, continuation) -> Score:
-  """The plain way: one full forward pass, log-softmax, gather."""
-  context = list(context) or [BytesTokenizer().eos_id]
-  tokens = context + list(continuation)
-  padded = np.zeros((1, LENGTH), np.int32)
-  padded[0, : len(tokens)] = tokens
-  logits = np.asarray(forward(pattern)(padded)[0], np.float64)[0]
-  logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-  at = np.arange(len(context) - 1, len(tokens) - 1)
-  best = logits[at, : BytesTokenizer().vocab_size].argmax(-1)
-  nats = logp[at, list(continuation)]
-  return Score(
-    float(nats.sum()), bool((best == continuation).all()), tuple(nats.tolist())
-  )
 
 
 def pairs(rng):
@@ -83,7 +31,9 @@ def assert_close(got: list[Score], want: list[Score]):
     assert a.is_greedy == b.is_greedy
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+  "pattern", ["G", pytest.param("A", marks=pytest.mark.slow)]
+)
 def test_scores_equal_the_full_forward_pass(pattern, rng, monkeypatch):
   # The head runs in two pieces per chunk.
   monkeypatch.setattr(scoring, "_HEAD_TOKENS", 8)

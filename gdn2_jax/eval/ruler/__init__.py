@@ -1,0 +1,1 @@
+"""RULER's needle-in-a-haystack tasks: prompts, scores, tables."""
