@@ -87,10 +87,10 @@ def _cell_of(name):
     found = result[name]
     if found is None:
       return "-"
-    text = f"{factor * found['mean']:.{digits}f}"
+    text = f"{factor * found['mean']:z.{digits}f}"
     if "low" in found:
       low, high = factor * found["low"], factor * found["high"]
-      text += f" [{low:.{digits}f}, {high:.{digits}f}]"
+      text += f" [{low:z.{digits}f}, {high:z.{digits}f}]"
     return text
 
   return cell

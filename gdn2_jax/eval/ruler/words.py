@@ -7,7 +7,7 @@ one another, but keys are shorter and more frequent words.
 
 import bisect
 import importlib.metadata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import overload, override
 
 from gdn2_jax.files import sha256_bytes
@@ -84,6 +84,14 @@ class Keys(Sequence[str]):
   @override
   def __len__(self) -> int:
     return self._ends[-1]
+
+  @override
+  def __iter__(self) -> Iterator[str]:
+    for part in self._parts:
+      if isinstance(part, str):
+        yield from (part + noun for noun in self._nouns)
+      else:
+        yield from part
 
   @overload
   def __getitem__(self, index: int) -> str: ...

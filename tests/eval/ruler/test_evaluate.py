@@ -32,13 +32,13 @@ PLAN = Plan(
 
 
 def test_forced_and_gain_are_those_of_full_forward_passes():
-  model = make_model("A")
+  model = make_model("G")
   encode = model.tokenizer.encode
-  (row,) = score_samples(model, [SAMPLE], ("forced", "gain"), 2)
-  right = expected("A", encode(SAMPLE.prompt), encode(" 123"))
+  (row,) = score_samples(model, [SAMPLE], ("forced", "gain"), 4)
+  right = expected("G", encode(SAMPLE.prompt), encode(" 123"))
   other = SAMPLE.with_value(other_value(SAMPLE))
   assert other.prompt != SAMPLE.prompt
-  wrong = expected("A", encode(other.prompt), encode(" 123"))
+  wrong = expected("G", encode(other.prompt), encode(" 123"))
   # The error of a sum of 4 tokens, of which each has less than 1e-6.
   assert row["value_logprob"] == pytest.approx(right.logprob, abs=2e-5)
   assert row["gain"] == pytest.approx(right.logprob - wrong.logprob, abs=4e-5)

@@ -14,6 +14,7 @@ def test_keys_are_the_sorted_set_of_all_pairs():
   keys = Keys("test", adjectives, nouns)
   want = sorted({f"{a}-{n}" for a in adjectives for n in nouns})
   assert list(keys) == want and len(keys) == len(want)
+  assert [keys[i] for i in range(len(want))] == want
   assert keys[-1] == want[-1] and keys[2:5] == want[2:5]
   with pytest.raises(IndexError):
     keys[len(want)]
