@@ -58,7 +58,13 @@ class RowStore:
     self._file = open(self._path, "a+b")  # noqa: SIM115, closed by `close`
     try:
       self._lock(f"{name}={folder}")
-      _agree(self._path.parent / SETTINGS, settings, f"{name}={folder}")
+      settings_file = self._path.parent / SETTINGS
+      if self._path.stat().st_size and not settings_file.exists():
+        raise ValueError(
+          f"{name}={folder}: has {ROWS} but no {SETTINGS}, which tells what "
+          "they are: expected a new folder"
+        )
+      _agree(settings_file, settings, f"{name}={folder}")
       self._remove_unfinished()
       for row in self.rows():
         self._keys.add(row[_KEY])

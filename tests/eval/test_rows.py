@@ -71,6 +71,17 @@ def test_other_settings_are_refused_by_name(tmp_path):
     RowStore(tmp_path, SETTINGS)
 
 
+def test_rows_without_settings_are_refused(tmp_path):
+  with RowStore(tmp_path, SETTINGS) as store:
+    store.add("a", {})
+  (tmp_path / "settings.json").unlink()
+  with pytest.raises(ValueError, match=r"has rows\.jsonl but no settings"):
+    RowStore(tmp_path, SETTINGS)
+  # A process that was killed before it wrote anything leaves no rows.
+  (tmp_path / "rows.jsonl").write_text("")
+  RowStore(tmp_path, SETTINGS).close()
+
+
 def test_only_one_process_writes(tmp_path):
   with RowStore(tmp_path, SETTINGS):
     with pytest.raises(ValueError, match="another process"):

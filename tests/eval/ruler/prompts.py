@@ -8,10 +8,11 @@ from gdn2_jax.eval.ruler.essays import Essays, make_essays, split_sentences
 from gdn2_jax.eval.ruler.tasks import Haystacks
 from gdn2_jax.eval.ruler.words import Keys, short_keys
 
+TOKEN = re.compile(r"\w+|[^\w\s]")  # a word or a punctuation mark
+
 
 def count_tokens(text: str) -> int:
-  """Words and punctuation marks."""
-  return len(re.findall(r"\w+|[^\w\s]", text))
+  return len(TOKEN.findall(text))
 
 
 @functools.cache

@@ -2,10 +2,12 @@
 
 import json
 
+from gdn2_jax.eval.__main__ import COMMANDS
 from tests.tiny_run import make_run, run_many
 
 
 def test_the_command_scores_resumes_and_refuses(tmp_path):
+  assert "ruler" in COMMANDS
   workdir = make_run(tmp_path)
   essays = tmp_path / "essays.txt"
   essays.write_text("Some prose. " * 300)
