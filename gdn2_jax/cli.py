@@ -84,4 +84,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
 def run(main: Callable[[list[str]], Any], help_text: str) -> None:
   """app.run with one-line flag errors; `help_text` opens --help."""
   sys.modules["__main__"].__doc__ = help_text.replace("%", "%%")
+  if main.__module__ != "__main__":
+    # --help lists the flags of the program's file, and `main` is in another.
+    for flag in flags.FLAGS.get_key_flags_for_module(main.__module__):
+      flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
   app.run(main, flags_parser=_parse_flags)

@@ -10,8 +10,8 @@ r"""RULER's needle-in-a-haystack tasks: S-NIAH-1, -2, -3 and MK-NIAH-1.
 A text states a random value for a random key; a question at its end asks for
 the value. A length counts the tokens of the prompt and 128 for the answer, with
 the model's own tokenizer. --generator=ruler makes the prompts of NVIDIA RULER,
---generator=lm_eval those of lm-eval 0.4.13, which fill less of it: figures
-of the two do not compare. Essays are not part of this package: without --essays
+--generator=lm_eval those of lm-eval 0.4.13, which fill less of it: figures of
+the two do not compare. Essays are not part of this package: without --essays
 the documentation of Python stands in their place.
 
 Three scores, each of the same samples: the greedy answer contains the value
@@ -44,8 +44,10 @@ from gdn2_jax.eval.ruler.words import load_keys
 from gdn2_jax.files import write_atomically
 from gdn2_jax.inference.identity import identify
 from gdn2_jax.kernels import self_check
+from gdn2_jax.train.checkpoint import open_model as opening
 from gdn2_jax.train.checkpoint.open_model import check_flags, open_model
 
+flags.adopt_module_key_flags(opening)  # so that --help lists them
 _TASKS = flags.DEFINE_list("tasks", list(TASKS), f"Some of {', '.join(TASKS)}.")
 _LENGTHS = flags.DEFINE_list(
   "lengths",

@@ -2,8 +2,10 @@
 
 import json
 
+import pytest
+
 from gdn2_jax.eval.__main__ import COMMANDS
-from tests.tiny_run import make_run, run_many
+from tests.tiny_run import make_run, run_many, run_module
 
 
 def test_the_command_scores_resumes_and_refuses(tmp_path):
@@ -56,3 +58,10 @@ def test_the_command_scores_resumes_and_refuses(tmp_path):
   for got, message in zip(refused, messages, strict=True):
     assert got["code"] == 1 and message in got["err"], got
     assert got["err"].count("\n") == 1
+
+
+@pytest.mark.slow
+def test_help_lists_the_flags_of_the_command():
+  help_text = run_module("gdn2_jax.eval", "ruler", "--help").stdout
+  for flag in ("generator", "essays", "out", "workdir", "model", "step"):
+    assert f"--{flag}: " in help_text
