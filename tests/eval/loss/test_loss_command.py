@@ -82,7 +82,7 @@ def test_lengths_batches_and_refusals(workdir, tmp_path):
   ]
   accepted = [ok, "--lengths=3", "--batches=1", "--batch_size=2"]
   commands = [argv for argv, _ in refused] + [accepted, [ok, "junk"]]
-  *done, fine, junk = run_many(f"{MODULE}.__main__", commands)
+  *done, fine, junk = run_many(f"{MODULE}.loss.__main__", commands)
   for (argv, message), got in zip(refused, done, strict=True):
     assert got["code"] == 1, (argv, got)
     assert got["err"].startswith("error: ") and message in got["err"], got
