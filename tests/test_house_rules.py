@@ -36,7 +36,8 @@ ALLOWED = {
   "interop": "typing files config_json sharding model data",
   "inference": "typing files config_json sharding ops model interop",
   "analysis": "typing ops model",
-  "eval": "typing files config_class sharding ops model data interop inference",
+  "eval": "typing files config_class sharding ops model data interop inference "
+  "analysis",
   "train": "typing files config_class config_json sharding model data interop "
   "inference eval",
   "interop.convert": "files interop model data train",

@@ -1,0 +1,1 @@
+"""Our results in the layout of the paper's tables, beside its numbers."""
