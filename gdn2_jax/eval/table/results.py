@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from gdn2_jax.eval.recall.run import LENGTH
 from gdn2_jax.eval.rows import ROWS, SETTINGS
 
 
@@ -166,11 +167,13 @@ def _recall(common: Result, settings, rows):
   notes = []
   if settings["limit"] is not None:
     notes.append(f"first {settings['limit']} examples per task")
+  if settings["length"] != LENGTH:
+    notes.append(f"contexts of {settings['length']} tokens")
   return _means(
     common,
     {(task, "contains"): n for task, n in settings["examples"].items()},
     ((row["task"], "contains", row["contains"]) for row in rows),
-    note="".join(f"recall: {note}" for note in notes),
+    note="; ".join(f"recall: {note}" for note in notes),
   )
 
 

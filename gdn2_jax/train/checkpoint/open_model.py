@@ -1,11 +1,13 @@
 """Flags --workdir, --step and --model of programs, and the model they name."""
 
 import pathlib
+from typing import Any
 
 import jax
 from absl import flags
 from jax.sharding import Mesh
 
+from gdn2_jax.inference.identity import identify
 from gdn2_jax.interop.folder import Model, load_model
 from gdn2_jax.train.checkpoint import load_run
 
@@ -42,6 +44,40 @@ def open_model(mesh: Mesh | None = None) -> tuple[str, Model]:
       tokenizer.
     OSError: no such directory.
   """
+  step, model = _open(mesh)
+  if step is None:
+    return pathlib.Path(_MODEL.value).absolute().name, model
+  return f"step {step}", model
+
+
+def open_identified(mesh: Mesh | None = None) -> tuple[dict[str, Any], Model]:
+  """The model that the flags name, and what identifies it in files of results.
+
+  Args:
+    mesh: as in `open_model`.
+
+  Returns:
+    JSON values: "name" (the folder), "step" (None for a published model), and
+    the hashes "weights", "function" (of the config) and "tokenizer"; and the
+    model.
+
+  Raises:
+    ValueError, OSError: as `open_model`.
+  """
+  step, model = _open(mesh)
+  hashes = identify(model.params, model.config, model.tokenizer)
+  origin = {
+    "name": (_WORKDIR.value or _MODEL.value).rstrip("/"),
+    "step": step,
+    "weights": hashes.weights,
+    "function": hashes.model,
+    "tokenizer": hashes.tokenizer,
+  }
+  return origin, model
+
+
+def _open(mesh: Mesh | None) -> tuple[int | None, Model]:
+  """Step, None for a published model, and the model."""
   check_flags()
   if _MODEL.value:
     model = load_model(_MODEL.value, mesh=mesh)
@@ -50,10 +86,10 @@ def open_model(mesh: Mesh | None = None) -> tuple[str, Model]:
         f"--model={_MODEL.value}: the folder has no tokenizer.json, so the "
         "model can neither read nor write text"
       )
-    return pathlib.Path(_MODEL.value).absolute().name, model
+    return None, model
   run = load_run(_WORKDIR.value, _STEP.value, mesh=mesh)
   # Compiles into the cache that training made, if it made one.
   cache = pathlib.Path(_WORKDIR.value) / ".jax_cache"
   if cache.is_dir():
     jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))
-  return f"step {run.step}", Model(run.config.model, run.params, run.tokenizer)
+  return run.step, Model(run.config.model, run.params, run.tokenizer)

@@ -31,6 +31,7 @@ def recall(folder, tasks=TASKS, hits=1, expected=2, **changes):
     "evaluation": "recall",
     "model": MODEL,
     "limit": None,
+    "length": 2048,
     "examples": dict.fromkeys(tasks, expected),
   }
   rows = [
