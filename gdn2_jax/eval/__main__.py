@@ -2,6 +2,8 @@
 
   python -m gdn2_jax.eval loss --workdir=runs/tiny      loss on held-out text
   python -m gdn2_jax.eval ruler --workdir=runs/tiny     needles in haystacks
+  python -m gdn2_jax.eval harness --tasks=... --workdir=...  lm-eval's tasks
+  python -m gdn2_jax.eval recall --data=... --workdir=...  answers in texts
   python -m gdn2_jax.eval table --results=... --layout=4  beside the paper
   python -m gdn2_jax.eval recall --data=... --workdir=...  answers in texts
 
@@ -15,7 +17,7 @@ import sys
 from gdn2_jax import cli
 
 # Each is a package of gdn2_jax.eval with a __main__ that can be run as well.
-COMMANDS = ("loss", "recall", "ruler", "table")
+COMMANDS = ("harness", "loss", "recall", "ruler", "table")
 
 
 def main() -> None:

@@ -31,8 +31,8 @@ from absl import flags
 
 from gdn2_jax import cli
 from gdn2_jax.eval.recall.report import format_report
-from gdn2_jax.eval.recall.run import LENGTH, RESERVE, make_settings, run
-from gdn2_jax.eval.recall.tasks import TASKS, check_files
+from gdn2_jax.eval.recall.run import make_settings, run
+from gdn2_jax.eval.recall.tasks import LENGTH, RESERVE, TASKS, check_files
 from gdn2_jax.eval.rows import RowStore
 from gdn2_jax.eval.scoring import BATCH_SIZE
 from gdn2_jax.inference import NonFiniteError

@@ -5,6 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gdn2_jax.eval.recall.tasks import (
+  LENGTH,
+  MAX_NEW_TOKENS,
+  RESERVE,
+  STOP,
   TASKS,
   Example,
   contains,
@@ -15,9 +19,6 @@ from gdn2_jax.eval.rows import RowStore
 from gdn2_jax.eval.scoring import greedy
 from gdn2_jax.files import sha256_file
 from gdn2_jax.interop.folder import Model
-
-LENGTH, RESERVE, MAX_NEW_TOKENS = 2048, 50, 48
-STOP = "\n"
 
 
 def make_settings(

@@ -13,6 +13,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+LENGTH = 2048  # tokens of a context and its answer
+RESERVE = 50  # of them for the answer
+MAX_NEW_TOKENS, STOP = 48, "\n"
 SPLIT = "validation"
 _SUMMARY = "Summary of information above..."  # ends the pages of SWDE
 _MARKERS = re.compile(r"\[(?:PAR|DOC|TLE)\]")  # in the contexts of TriviaQA

@@ -5,8 +5,8 @@ r"""Prints our results in the layout of one of the paper's tables.
     --results=results/harness,results/ruler,results/recall,eval.json
 
 --results names folders that `eval ruler`, `recall` and `harness` wrote with
---out, JSON files that `eval loss` wrote with --json, or folders of both. The
-layouts are those of the paper (arXiv 2605.22791): 2 language modeling and
+--out, files that `eval loss` and `ruler` wrote with --json, or folders of both.
+The layouts are those of the paper (arXiv 2605.22791): 2 language modeling and
 commonsense, 3 RULER, 4 recall, 5 ablations. The paper's rows come first, ours
 below; each row names its provenance, and no mean mixes the two. A result that
 is missing or not complete is blank. --out writes tableN.md and tableN.png.

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from gdn2_jax.eval.recall.run import LENGTH
+from gdn2_jax.eval.recall.tasks import LENGTH
 from gdn2_jax.eval.rows import ROWS, SETTINGS
 
 
@@ -45,9 +45,9 @@ def read_results(
   """Reads files and folders of results.
 
   Args:
-    paths: JSON files of `eval loss`, folders of `eval ruler`, `recall` and
-      `harness` (settings.json with rows.jsonl), or folders that hold such files
-      and folders directly.
+    paths: JSON files of `eval loss` and `eval ruler`; folders of `eval ruler`,
+      `recall` and `harness` (settings.json with rows.jsonl); or folders that
+      hold such files and folders directly.
 
   Returns:
     Results in the order of the paths; and those of tasks that are not complete,
@@ -73,9 +73,22 @@ def read_results(
         found, missing = _read_rows(file)
         unfinished += missing
       else:
-        found = list(_read_loss(file))
+        found = _read_summary(file)
       results += found
-  return results, unfinished
+  return _named(results, results), _named(unfinished, results)
+
+
+def _named(results: Iterable[Result], known: Iterable[Result]) -> list[Result]:
+  """Results whose files name only weights, with the names that others have."""
+  names = {r.weights: (r.model, r.step) for r in known if r.model and r.weights}
+  named = []
+  for result in results:
+    if not result.model:
+      unknown = (f"weights {result.weights[:8]}", None)
+      model, step = names.get(result.weights, unknown)
+      result = dataclasses.replace(result, model=model, step=step)
+    named.append(result)
+  return named
 
 
 def _result_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -99,14 +112,21 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
   return content
 
 
-def _read_loss(path: pathlib.Path) -> Iterator[Result]:
-  """Losses of the model by row length, without those of n-gram models."""
+def _read_summary(path: pathlib.Path) -> list[Result]:
+  """Results of a JSON file, by the fields that tell its evaluation."""
   content = _read_json(path)
-  if not content.keys() >= {"workdir", "step", "results"}:
-    raise ValueError(
-      f"--results: {path}: expected the fields workdir, step and results that "
-      "`eval loss --json` writes"
-    )
+  if content.keys() >= {"workdir", "step", "results"}:
+    return list(_loss(content, path))
+  if content.keys() >= {"generator", "essays", "weights", "results"}:
+    return list(_ruler_summary(content, path))
+  raise ValueError(
+    f"--results: {path}: expected what `eval loss --json` or `eval ruler "
+    "--json` writes"
+  )
+
+
+def _loss(content: dict[str, Any], path: pathlib.Path) -> Iterator[Result]:
+  """Losses of the model by row length, without those of n-gram models."""
   for report in content["results"]:
     if match := re.match(r"model (\d+)x", report["name"]):
       for metric in ("nats_per_token", "bits_per_byte", "perplexity"):
@@ -120,9 +140,21 @@ def _read_loss(path: pathlib.Path) -> Iterator[Result]:
         )
 
 
+def _ruler_summary(content, path) -> Iterator[Result]:
+  common = _ruler_common(content, path)
+  for cell in content["results"]:
+    if found := cell.get("generated"):
+      yield dataclasses.replace(
+        common,
+        source=("ruler", cell["task"], str(cell["length"])),
+        value=found["mean"],
+        note=_ruler_note(cell["samples"]),
+      )
+
+
 def _read_rows(path: pathlib.Path) -> tuple[list[Result], list[Result]]:
   settings = _read_json(path.parent / SETTINGS)
-  kind = settings.get("evaluation")
+  kind = settings.get("evaluation", "ruler" if "generator" in settings else "")
   if kind not in _READERS:
     raise ValueError(
       f"--results: {path.parent / SETTINGS}: evaluation={kind!r}, expected one "
@@ -134,92 +166,98 @@ def _read_rows(path: pathlib.Path) -> tuple[list[Result], list[Result]]:
       rows.append(json.loads(line))
     except ValueError:
       raise ValueError(f"--results: {path}: line {number} is damaged") from None
+  return _READERS[kind](settings, rows, path)
+
+
+def _common(settings: dict[str, Any], path: pathlib.Path) -> Result:
   model = settings["model"]
-  common = Result(
+  return Result(
     model=model["name"],
     step=model["step"],
     weights=model["weights"],
-    source=(kind, "", ""),
+    source=("", "", ""),
     value=0.0,
     file=str(path),
   )
-  return _READERS[kind](common, settings, rows)
 
 
-def _harness(common: Result, settings, rows):
-  """One row per task and metric: nothing is averaged here."""
+def _harness(settings, rows, path):
+  """One row per task, with all its metrics: nothing is averaged here."""
   limit = settings["limit"]
   note = "" if limit is None else f"harness: first {limit} examples per task"
   return [
     dataclasses.replace(
-      common,
-      source=("harness", row["task"], row["metric"]),
-      value=row["value"],
+      _common(settings, path),
+      source=("harness", result["task"], result["metric"]),
+      value=result["value"],
       note=note,
     )
     for row in rows
-    if row["value"] is not None and row["filter"] == "none"
+    for result in row["results"]
+    if result["value"] is not None and result["filter"] == "none"
   ], []
 
 
-def _recall(common: Result, settings, rows):
-  """One row per example."""
+def _recall(settings, rows, path):
+  """One row per example, whose number the settings have."""
   notes = []
   if settings["limit"] is not None:
     notes.append(f"first {settings['limit']} examples per task")
   if settings["length"] != LENGTH:
     notes.append(f"contexts of {settings['length']} tokens")
-  return _means(
-    common,
-    {(task, "contains"): n for task, n in settings["examples"].items()},
-    ((row["task"], "contains", row["contains"]) for row in rows),
-    note="; ".join(f"recall: {note}" for note in notes),
-  )
-
-
-def _ruler(common: Result, settings, rows):
-  """One row per sample; the length in tokens stands in for the metric."""
-  return _means(
-    dataclasses.replace(
-      common,
-      variant=f"generator {settings['generator']}, essays {settings['essays']}",
-    ),
-    {
-      (task, str(length)): settings["samples"]
-      for task in settings["tasks"]
-      for length in settings["lengths"]
-    },
-    ((row["task"], str(row["length"]), row["contains"]) for row in rows),
-    note=f"RULER: {settings['samples']} samples",
-  )
-
-
-_READERS = {"harness": _harness, "recall": _recall, "ruler": _ruler}
-
-
-def _means(
-  common: Result,
-  expected: dict[tuple[str, str], int],
-  scores: Iterable[tuple[str, str, float | bool]],
-  note: str,
-) -> tuple[list[Result], list[Result]]:
-  """Means by task and metric, of complete ones and of others."""
-  by_source = collections.defaultdict(list)
-  for task, metric, value in scores:
-    by_source[task, metric].append(value)
+  note = "; ".join(f"recall: {note}" for note in notes)
+  by_task = collections.defaultdict(list)
+  for row in rows:
+    by_task[row["task"]].append(row["contains"])
   results, unfinished = [], []
-  for (task, metric), values in by_source.items():
-    source = (common.source[0], task, metric)
-    count = expected[task, metric]
+  for task, values in by_task.items():
+    count = settings["examples"][task]
     found = dataclasses.replace(
-      common, source=source, value=statistics.fmean(values), note=note
+      _common(settings, path),
+      source=("recall", task, "contains"),
+      value=statistics.fmean(values),
+      note=note,
     )
     if len(values) == count:
       results.append(found)
       continue
     amount = (
-      f"{' '.join(source)}: {len(values)} of {count} examples in "
-      f"{common.file}; left blank until it is complete"
+      f"recall {task}: {len(values)} of {count} examples in {path}; left blank "
+      "until it is complete"
     )
     unfinished.append(dataclasses.replace(found, note=amount))
   return results, unfinished
+
+
+def _ruler(settings, rows, path):
+  """One row per sample, of which more can be added at any time."""
+  by_cell = collections.defaultdict(list)
+  for row in rows:
+    if "generated" in row:
+      by_cell[row["task"], str(row["length"])].append(row["generated"])
+  return [
+    dataclasses.replace(
+      _ruler_common(settings, path),
+      source=("ruler", *cell),
+      value=statistics.fmean(values),
+      note=_ruler_note(len(values)),
+    )
+    for cell, values in by_cell.items()
+  ], []
+
+
+def _ruler_common(settings: dict[str, Any], path: pathlib.Path) -> Result:
+  variant = f"generator {settings['generator']}, essays {settings['essays']}"
+  if isinstance(settings.get("model"), dict):
+    common = _common(settings, path)
+  else:
+    common = Result("", None, settings["weights"], ("", "", ""), 0.0)
+  return dataclasses.replace(common, variant=variant, file=str(path))
+
+
+def _ruler_note(samples: int) -> str:
+  # The paper has 500 of each task and length.
+  return "" if samples == 500 else f"RULER: {samples} samples"
+
+
+_READERS = {"harness": _harness, "recall": _recall, "ruler": _ruler}

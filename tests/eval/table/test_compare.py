@@ -77,39 +77,62 @@ def test_an_incomplete_task_is_blank_and_named(tmp_path):
   assert not results and len(unfinished) == 6
   table = compare("4", results, unfinished)
   assert not ours(table)
-  assert "recall swde contains: 2 of 3 examples in" in table.notes[0]
+  assert "recall swde: 2 of 3 examples in" in table.notes[0]
   assert not any(
     "recall" in note for note in compare("3", [], unfinished).notes
   )
 
 
-def test_generators_and_essays_have_rows_of_their_own(tmp_path):
-  settings = {
-    "evaluation": "ruler",
-    "model": MODEL,
-    "generator": "ruler",
+def ruler(generator, **changes):
+  return {
+    "generator": generator,
     "essays": "a.json",
-    "samples": 4,
-    "tasks": ["niah_single_2"],
-    "lengths": [4096],
-  }
+    "model": "a hash of the config",
+    "weights": MODEL["weights"],
+  } | changes
+
+
+def test_generators_and_essays_have_rows_of_their_own(tmp_path):
   for i, generator in enumerate(("ruler", "lm_eval")):
     rows = [
-      {"task": "niah_single_2", "length": 4096, "contains": n <= i}
+      {"task": "niah_single_2", "length": 4096, "generated": n <= i}
       for n in range(4)
     ]
-    write_rows(tmp_path / generator, settings | {"generator": generator}, rows)
+    write_rows(tmp_path / generator, ruler(generator), rows)
   recall(tmp_path / "recall")
   table = compare("5", *read_results([str(tmp_path)]))
   rows = ours(table)
+  # Files of RULER have the weights alone; those of recall name the model.
+  assert list(rows) == ["runs/a, step 5", "runs/a, step 5'"]
   assert [row["S-NIAH-2 4K"] for row in rows.values()] == ["50.0", "25.0"]
   # What does not depend on the generator is in both.
   assert [row["recall avg"] for row in rows.values()] == ["50.00", "50.00"]
-  assert [row["from"].split("; ")[2] for row in rows.values()] == [
-    "generator lm_eval, essays a.json",
-    "generator ruler, essays a.json",
+  assert [row["from"].split("; ")[2:] for row in rows.values()] == [
+    ["generator lm_eval, essays a.json", "RULER: 4 samples"],
+    ["generator ruler, essays a.json", "RULER: 4 samples"],
   ]
   assert all(row["Wiki ppl"] == "" for row in rows.values())
+
+
+def test_summaries_of_ruler_are_read_as_well(tmp_path):
+  cells = [
+    {"length": length, "samples": 500, "generated": {"mean": mean}}
+    for length, mean in ((1024, 1.0), (2048, 0.5))
+  ]
+  content = ruler("ruler", model=MODEL) | {
+    "results": [{"task": "niah_single_1"} | cell for cell in cells]
+    + [{"task": "niah_single_3", "length": 1024, "generated": None}]
+  }
+  (tmp_path / "ruler.json").write_text(json.dumps(content))
+  (row,) = ours(compare("3", *read_results([str(tmp_path)]))).values()
+  assert row["S-NIAH-1 1K"] == "100.0" and row["S-NIAH-1 2K"] == "50.0"
+  assert row["S-NIAH-1 4K"] == row["S-NIAH-3 1K"] == ""
+  assert row["from"].endswith("generator ruler, essays a.json")
+  # Without a model's name, its weights stand in the row.
+  content["model"] = "a hash of the config"
+  (tmp_path / "ruler.json").write_text(json.dumps(content))
+  table = compare("3", *read_results([str(tmp_path)]))
+  assert list(ours(table)) == ["weights abababab"]
 
 
 def test_harness_rows_fill_the_columns_of_their_metrics(tmp_path):
@@ -121,7 +144,7 @@ def test_harness_rows_fill_the_columns_of_their_metrics(tmp_path):
   write_rows(
     tmp_path / "h",
     {"evaluation": "harness", "model": MODEL, "limit": 100},
-    [row | {"filter": "none"} for row in rows],
+    [{"results": [row | {"filter": "none"}]} for row in rows],
   )
   loss = {
     "workdir": "runs/a",
@@ -183,7 +206,7 @@ def test_the_command_writes_markdown_and_a_figure(tmp_path):
     (["--layout=4", f"--results={damaged}"], "line 2 is damaged"),
     (
       ["--layout=4", f"--results={tmp_path}/loss.json"],
-      "expected the fields workdir, step and results",
+      "expected what `eval loss --json` or `eval ruler",
     ),
   ]
   out = tmp_path / "tables"
