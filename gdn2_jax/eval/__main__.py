@@ -5,7 +5,6 @@
   python -m gdn2_jax.eval harness --tasks=... --workdir=...  lm-eval's tasks
   python -m gdn2_jax.eval recall --data=... --workdir=...  answers in texts
   python -m gdn2_jax.eval table --results=... --layout=4  beside the paper
-  python -m gdn2_jax.eval recall --data=... --workdir=...  answers in texts
 
 Without a command it is `loss`. --workdir is a training run; --model, a folder
 with a published or converted model, can stand in its place.

@@ -110,7 +110,9 @@ def _cell(
 
 
 def _provenance(variant: str, results: Sequence[Result]) -> str:
-  notes = dict.fromkeys(r.note for r in results if r.note)
+  notes = dict.fromkeys(
+    n for r in results if r.note for n in r.note.split("; ")
+  )
   weights = next((r.weights for r in results if r.weights), "")
   tag = f"weights {weights[:8]}" if weights else ""
   return "; ".join(filter(None, ["gdn2_jax", tag, variant, *notes]))

@@ -44,6 +44,8 @@ class Cell:
   def text(self, digits: int) -> str:
     """The number, "?" where it is uncertain, "" where there is none."""
     number = "" if self.value is None else f"{self.value:.{digits}f}"
+    if len(number) > 9:  # perplexities of untrained models
+      number = f"{self.value:.2e}"
     return number + "?" * self.uncertain
 
 

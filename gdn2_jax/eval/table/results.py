@@ -184,13 +184,15 @@ def _common(settings: dict[str, Any], path: pathlib.Path) -> Result:
 def _harness(settings, rows, path):
   """One row per task, with all its metrics: nothing is averaged here."""
   limit = settings["limit"]
-  note = "" if limit is None else f"harness: first {limit} examples per task"
+  notes = [] if limit is None else [f"harness: first {limit} examples per task"]
+  # Other programs score documents in windows, with less context on average.
+  carried = [*notes, "WikiText: state carried through documents"]
   return [
     dataclasses.replace(
       _common(settings, path),
       source=("harness", result["task"], result["metric"]),
       value=result["value"],
-      note=note,
+      note="; ".join(carried if result["task"] == "wikitext" else notes),
     )
     for row in rows
     for result in row["results"]

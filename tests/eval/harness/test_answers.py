@@ -25,6 +25,13 @@ class Instance:
   args: tuple
 
 
+@pytest.fixture(autouse=True)
+def short_pieces(monkeypatch):
+  """Texts are read 16 tokens at a time, so that short ones have borders."""
+  pieces = functools.partial(score, chunk_size=16)
+  monkeypatch.setattr(answers, "score", pieces)
+
+
 def ask(method, *arguments):
   requests = Requests(make_model("G"), batch_size=4)
   return getattr(requests, method)([Instance(args) for args in arguments])
@@ -51,9 +58,7 @@ def test_continuations_are_scored_after_their_contexts():
   assert found[4] == (0.0, True)
 
 
-def test_documents_are_read_with_the_state_carried_through(monkeypatch):
-  pieces = functools.partial(score, chunk_size=16)
-  monkeypatch.setattr(answers, "score", pieces)
+def test_documents_are_read_with_the_state_carried_through():
   text = "a document of more than two pieces, 16 tokens each"
   found = ask("loglikelihood_rolling", (text,), ("",), ("short",))
   tokens = TOKENIZER.encode(text)

@@ -9,8 +9,10 @@ from gdn2_jax.eval.recall import run as recall
 from gdn2_jax.eval.recall.report import format_report
 from gdn2_jax.eval.rows import RowStore
 from gdn2_jax.eval.table.results import read_results
+from gdn2_jax.inference.identity import identify
 from gdn2_jax.interop.folder import Model
 from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.train.checkpoint import load_run
 from tests.tiny_run import make_run, run_many
 
 FILES = {
@@ -131,6 +133,16 @@ def test_the_command_runs_a_model_and_refuses_bad_flags(data, tmp_path):
   assert different["code"] == 1 and "was begun with" in different["err"]
   rows = [json.loads(x) for x in (out / "rows.jsonl").read_text().splitlines()]
   assert len(rows) == 12 and all(len(row["text"]) for row in rows)
+  loaded = load_run(tmp_path / "run")
+  hashes = identify(loaded.params, loaded.config.model, loaded.tokenizer)
+  settings = json.loads((out / "settings.json").read_text())
+  assert settings["model"] == {
+    "name": str(tmp_path / "run"),
+    "step": 3,
+    "weights": hashes.weights,
+    "function": hashes.model,
+    "tokenizer": hashes.tokenizer,
+  }
   results, unfinished = read_results([str(out)])
   assert len(results) == 6 and not unfinished
   assert results[0].note == "recall: contexts of 100 tokens"

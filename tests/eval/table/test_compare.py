@@ -164,7 +164,10 @@ def test_harness_rows_fill_the_columns_of_their_metrics(tmp_path):
   (row,) = ours(table).values()
   assert row["Wiki ppl"] == "15.90" and row["Hella"] == "56.84"
   assert row["held-out bits/byte"] == "0.9000" and row["LMB"] == ""
-  assert row["from"].endswith("harness: first 100 examples per task")
+  assert row["from"] == (
+    "gdn2_jax; weights abababab; harness: first 100 examples per task; "
+    "WikiText: state carried through documents"
+  )
   # The paper has no such column: it is there for our sake alone.
   assert "held-out bits/byte" not in draw.markdown(compare("2", []))
 

@@ -75,6 +75,7 @@ def test_uncertain_cells_are_marked_and_only_in_table_3():
   assert Cell(29.0, uncertain=True).text(1) == "29.0?"
   assert Cell(None, uncertain=True).text(1) == "?"
   assert Cell().text(1) == "" and Cell(0.0).text(1) == "0.0"
+  assert Cell(12345678.9).text(2) == "1.23e+07"
 
 
 def test_columns_of_the_ablation_are_made_of_single_results():
