@@ -42,10 +42,9 @@ from gdn2_jax.eval.ruler.report import format_tables, summarize
 from gdn2_jax.eval.ruler.tasks import TASKS, Haystacks
 from gdn2_jax.eval.ruler.words import load_keys
 from gdn2_jax.files import write_atomically
-from gdn2_jax.inference.identity import identify
 from gdn2_jax.kernels import self_check
 from gdn2_jax.train.checkpoint import open_model as opening
-from gdn2_jax.train.checkpoint.open_model import check_flags, open_model
+from gdn2_jax.train.checkpoint.open_model import check_flags, open_identified
 
 flags.adopt_module_key_flags(opening)  # so that --help lists them
 _TASKS = flags.DEFINE_list("tasks", list(TASKS), f"Some of {', '.join(TASKS)}.")
@@ -87,9 +86,9 @@ def main(argv: list[str]) -> None:
     essays = read_essays(_ESSAYS.value)
     keys = load_keys()
     splitter, split = sentence_splitter()
-    name, model = open_model()
-    identity = identify(model.params, model.config, model.tokenizer)
+    origin, model = open_identified()
     settings = {
+      "evaluation": "ruler",
       "generator": plan.generator,
       "essays": essays.label,
       "essays_sha256": essays.sha256,
@@ -98,17 +97,17 @@ def main(argv: list[str]) -> None:
       "sentences": splitter,
       "seed": plan.seed,
       "scores": list(plan.scores),
-      "tokenizer": identity.tokenizer,
-      "model": identity.model,
-      "weights": identity.weights,
+      "model": origin,
     }
     facts = {
       name: settings[name]
       for name in ("generator", "essays", "keys", "sentences", "seed")
-    } | {"tokenizer": identity.tokenizer, "weights": identity.weights}
+    } | {name: origin[name] for name in ("tokenizer", "weights")}
+    step = "" if origin["step"] is None else f", step {origin['step']}"
     print(
-      f"{name}; generator={plan.generator}, essays={essays.label}, "
-      f"keys={keys.label}, sentences={splitter}, seed={plan.seed}"
+      f"{origin['name']}{step}; generator={plan.generator}, "
+      f"essays={essays.label}, keys={keys.label}, sentences={splitter}, "
+      f"seed={plan.seed}"
     )
     if keys.label.startswith("short"):
       print(
@@ -122,7 +121,7 @@ def main(argv: list[str]) -> None:
       _evaluate(model, haystacks, plan, store, facts)
       results = summarize(store.rows(), plan)
     if _JSON.value:
-      content = {"name": name, **settings, "results": results}
+      content = settings | {"results": results}
       data = json.dumps(content, indent=2) + "\n"
       write_atomically(pathlib.Path(_JSON.value), data.encode())
   print(f"\n{format_tables(results, plan)}")

@@ -75,20 +75,7 @@ def read_results(
       else:
         found = _read_summary(file)
       results += found
-  return _named(results, results), _named(unfinished, results)
-
-
-def _named(results: Iterable[Result], known: Iterable[Result]) -> list[Result]:
-  """Results whose files name only weights, with the names that others have."""
-  names = {r.weights: (r.model, r.step) for r in known if r.model and r.weights}
-  named = []
-  for result in results:
-    if not result.model:
-      unknown = (f"weights {result.weights[:8]}", None)
-      model, step = names.get(result.weights, unknown)
-      result = dataclasses.replace(result, model=model, step=step)
-    named.append(result)
-  return named
+  return results, unfinished
 
 
 def _result_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -117,7 +104,7 @@ def _read_summary(path: pathlib.Path) -> list[Result]:
   content = _read_json(path)
   if content.keys() >= {"workdir", "step", "results"}:
     return list(_loss(content, path))
-  if content.keys() >= {"generator", "essays", "weights", "results"}:
+  if content.keys() >= {"generator", "essays", "results"}:
     return list(_ruler_summary(content, path))
   raise ValueError(
     f"--results: {path}: expected what `eval loss --json` or `eval ruler "
@@ -154,7 +141,7 @@ def _ruler_summary(content, path) -> Iterator[Result]:
 
 def _read_rows(path: pathlib.Path) -> tuple[list[Result], list[Result]]:
   settings = _read_json(path.parent / SETTINGS)
-  kind = settings.get("evaluation", "ruler" if "generator" in settings else "")
+  kind = settings.get("evaluation")
   if kind not in _READERS:
     raise ValueError(
       f"--results: {path.parent / SETTINGS}: evaluation={kind!r}, expected one "
@@ -249,12 +236,9 @@ def _ruler(settings, rows, path):
 
 
 def _ruler_common(settings: dict[str, Any], path: pathlib.Path) -> Result:
-  variant = f"generator {settings['generator']}, essays {settings['essays']}"
-  if isinstance(settings.get("model"), dict):
-    common = _common(settings, path)
-  else:
-    common = Result("", None, settings["weights"], ("", "", ""), 0.0)
-  return dataclasses.replace(common, variant=variant, file=str(path))
+  names = ("generator", "essays", "keys")
+  variant = ", ".join(f"{name} {settings[name]}" for name in names)
+  return dataclasses.replace(_common(settings, path), variant=variant)
 
 
 def _ruler_note(samples: int) -> str:

@@ -13,7 +13,8 @@ from gdn2_jax.eval.harness.adapter import Requests
 from gdn2_jax.eval.harness.answers import encode_pairs
 from gdn2_jax.eval.harness.rows import format_rows, make_row
 from gdn2_jax.eval.scoring import score
-from tests.eval.test_scoring import TOLERANCE, expected, make_model
+from tests.eval.plain import expected, make_model
+from tests.eval.test_scoring import TOLERANCE
 
 TOKENIZER = BytesTokenizer()
 

@@ -41,7 +41,11 @@ def test_the_command_scores_resumes_and_refuses(tmp_path):
   ]
   assert rows[0]["generator"] == "lm_eval" and len(rows[0]["weights"]) == 64
   assert rows[0]["value_tokens"] == 8
-  (result,) = json.loads(summary.read_text())["results"]
+  content = json.loads(summary.read_text())
+  (result,) = content["results"]
+  assert content["model"]["name"] == str(workdir)
+  assert content["model"]["step"] == 3
+  assert content["model"]["weights"] == rows[0]["weights"]
   assert result["samples"] == 2
   gains = [row["gain"] for row in rows]
   assert abs(result["gain"]["mean"] - sum(gains) / 2) < 1e-12

@@ -83,13 +83,14 @@ def test_an_incomplete_task_is_blank_and_named(tmp_path):
   )
 
 
-def ruler(generator, **changes):
+def ruler(generator):
   return {
+    "evaluation": "ruler",
     "generator": generator,
     "essays": "a.json",
-    "model": "a hash of the config",
-    "weights": MODEL["weights"],
-  } | changes
+    "keys": "words",
+    "model": MODEL,
+  }
 
 
 def test_generators_and_essays_have_rows_of_their_own(tmp_path):
@@ -102,14 +103,13 @@ def test_generators_and_essays_have_rows_of_their_own(tmp_path):
   recall(tmp_path / "recall")
   table = compare("5", *read_results([str(tmp_path)]))
   rows = ours(table)
-  # Files of RULER have the weights alone; those of recall name the model.
   assert list(rows) == ["runs/a, step 5", "runs/a, step 5'"]
   assert [row["S-NIAH-2 4K"] for row in rows.values()] == ["50.0", "25.0"]
   # What does not depend on the generator is in both.
   assert [row["recall avg"] for row in rows.values()] == ["50.00", "50.00"]
   assert [row["from"].split("; ")[2:] for row in rows.values()] == [
-    ["generator lm_eval, essays a.json", "RULER: 4 samples"],
-    ["generator ruler, essays a.json", "RULER: 4 samples"],
+    ["generator lm_eval, essays a.json, keys words", "RULER: 4 samples"],
+    ["generator ruler, essays a.json, keys words", "RULER: 4 samples"],
   ]
   assert all(row["Wiki ppl"] == "" for row in rows.values())
 
@@ -119,7 +119,7 @@ def test_summaries_of_ruler_are_read_as_well(tmp_path):
     {"length": length, "samples": 500, "generated": {"mean": mean}}
     for length, mean in ((1024, 1.0), (2048, 0.5))
   ]
-  content = ruler("ruler", model=MODEL) | {
+  content = ruler("ruler") | {
     "results": [{"task": "niah_single_1"} | cell for cell in cells]
     + [{"task": "niah_single_3", "length": 1024, "generated": None}]
   }
@@ -127,12 +127,7 @@ def test_summaries_of_ruler_are_read_as_well(tmp_path):
   (row,) = ours(compare("3", *read_results([str(tmp_path)]))).values()
   assert row["S-NIAH-1 1K"] == "100.0" and row["S-NIAH-1 2K"] == "50.0"
   assert row["S-NIAH-1 4K"] == row["S-NIAH-3 1K"] == ""
-  assert row["from"].endswith("generator ruler, essays a.json")
-  # Without a model's name, its weights stand in the row.
-  content["model"] = "a hash of the config"
-  (tmp_path / "ruler.json").write_text(json.dumps(content))
-  table = compare("3", *read_results([str(tmp_path)]))
-  assert list(ours(table)) == ["weights abababab"]
+  assert row["from"].endswith("generator ruler, essays a.json, keys words")
 
 
 def test_harness_rows_fill_the_columns_of_their_metrics(tmp_path):
