@@ -40,8 +40,13 @@ def figure(table: Table) -> Figure:
     kind = "ours" if group == OURS else "paper"
     for row in rows:
       lines.append((kind, [row.model, *_texts(table, row), row.provenance]))
-  full = [cells for _, cells in lines if len(cells) == len(head)]
-  widths = [2 + max(len(cells[i]) for cells in full) for i in range(len(head))]
+  full = [
+    # Bold letters are wider.
+    [len(cell) * (1.2 if kind == "head" else 1.0) for cell in cells]
+    for kind, cells in lines
+    if len(cells) == len(head)
+  ]
+  widths = [2 + max(column) for column in zip(*full, strict=True)]
   width = sum(widths) * _CHARACTER + 0.3
   count = len(lines) + len(table.notes)
   height = count * _LINE + 0.8

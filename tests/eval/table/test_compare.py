@@ -224,11 +224,17 @@ def test_the_command_writes_markdown_and_a_figure(tmp_path):
   ]
   height, width, _ = matplotlib.image.imread(out / "table4.png").shape
   assert width > 1000 and height > 500
-  # Every text lies within the figure.
-  figure = draw.figure(compare("4", *read_results([str(folder)])))
+
+
+@pytest.mark.parametrize("layout", ["4", "5"])
+def test_texts_of_a_figure_do_not_overlap(layout, tmp_path):
+  folder = recall(tmp_path / "r")
+  figure = draw.figure(compare(layout, *read_results([str(folder)])))
   figure.draw_without_rendering()
-  box = figure.bbox
-  for text in figure.axes[0].texts:
-    extent = text.get_window_extent()
-    assert box.x0 <= extent.x0 and extent.x1 <= box.x1, text.get_text()
-    assert box.y0 <= extent.y0 and extent.y1 <= box.y1, text.get_text()
+  boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+  for box in boxes:
+    assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+    assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
+  full = [box for box in boxes if box.width]  # blank cells have none
+  for i, box in enumerate(full):
+    assert not any(box.overlaps(other) for other in full[:i])
