@@ -56,8 +56,10 @@ from gdn2_jax.inference.files.session import Session, load_session, save_session
 from gdn2_jax.inference.identity import Identity, identify
 from gdn2_jax.interop.folder import Model
 from gdn2_jax.kernels import self_check
+from gdn2_jax.train.checkpoint import open_model as opening
 from gdn2_jax.train.checkpoint.open_model import check_flags, open_model
 
+flags.adopt_module_key_flags(opening)  # so that --help lists them
 _SESSION = flags.DEFINE_string(
   "session",
   None,

@@ -39,8 +39,10 @@ from gdn2_jax.eval.rows import RowStore
 from gdn2_jax.eval.scoring import BATCH_SIZE
 from gdn2_jax.inference import NonFiniteError
 from gdn2_jax.kernels import self_check
+from gdn2_jax.train.checkpoint import open_model as opening
 from gdn2_jax.train.checkpoint.open_model import check_flags, open_identified
 
+flags.adopt_module_key_flags(opening)  # so that --help lists them
 _SUITE = flags.DEFINE_enum("suite", None, list(SUITES), "A list of tasks.")
 _TASKS = flags.DEFINE_list(
   "tasks", [], "Tasks, groups or tags of lm-eval, separated by commas."

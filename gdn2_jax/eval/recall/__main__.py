@@ -37,8 +37,10 @@ from gdn2_jax.eval.rows import RowStore
 from gdn2_jax.eval.scoring import BATCH_SIZE
 from gdn2_jax.inference import NonFiniteError
 from gdn2_jax.kernels import self_check
+from gdn2_jax.train.checkpoint import open_model as opening
 from gdn2_jax.train.checkpoint.open_model import check_flags, open_identified
 
+flags.adopt_module_key_flags(opening)  # so that --help lists them
 _DATA = flags.DEFINE_string("data", None, "Folder of the tasks' files.")
 _TASKS = flags.DEFINE_list(
   "tasks", list(TASKS), "Tasks to run, separated by commas."
