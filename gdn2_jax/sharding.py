@@ -45,6 +45,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
   ("value_dim", None),
   ("head_dim", None),
   ("gate_rank", None),
+  ("mimo_rank", None),
   ("taps", None),
   # The width of activations: "embed" would collide with the batch on fsdp.
   ("act_embed", None),

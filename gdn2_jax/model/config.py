@@ -7,6 +7,8 @@ from gdn2_jax.config_class import config_class
 from gdn2_jax.model.mixers import kinds as _built_in  # noqa: F401, registers
 from gdn2_jax.model.mixers.attention import AttentionConfig
 from gdn2_jax.model.mixers.gdn2_config import GDN2Config
+from gdn2_jax.model.mixers.mamba2 import Mamba2Config
+from gdn2_jax.model.mixers.mamba3 import Mamba3Config
 from gdn2_jax.model.mixers.registry import kinds_of
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -40,17 +42,20 @@ class ModelConfig:
     num_layers: Layers (a mixer and an MLP each), a multiple of the pattern's
       length.
     pattern: Letters of the layers' mixers, repeated: "G" Gated DeltaNet-2, "K"
-      Kimi Delta Attention, "D" Gated DeltaNet, "E" DeltaNet, "S" sliding-window
-      attention, "A" full attention, and what `register` adds. "G" is recurrent,
-      "GS" a hybrid, "A" a softmax transformer, whose cache has a slot for every
-      token.
+      Kimi Delta Attention, "D" Gated DeltaNet, "E" DeltaNet, "M" Mamba-2,
+      "N" Mamba-3, "S" sliding-window attention, "A" full attention, and what
+      `register` adds. "G" is recurrent, "GS" a hybrid, "A" a softmax
+      transformer, whose cache has a slot for every token.
     mlp_dim: Hidden width F of every SwiGLU MLP.
     gdn2: Mixer of layers "G", and of "K", "D" and "E" but for their gates.
+    mamba2: Mixer of layers "M".
+    mamba3: Mixer of layers "N".
     attention: Mixer of layers "S" and "A".
     options: Settings "name=value" of mixers that were registered from outside.
     norm_eps: Added to the mean square in the RMS norms of the residual stream.
     dtype: Dtype of activations and matrix products.
-    param_dtype: Dtype of parameters; A_log and dt_bias are always float32.
+    param_dtype: Dtype of parameters; those of decays, and the skips, biases and
+      factors per head of Mamba, are always float32.
     remat: Activations that the backward pass recomputes: "none"; "dots", all
       but the results of matrix products; "full", all but the groups' inputs.
     scan_layers: Compile one group (one repetition of the pattern) and scan over
@@ -67,6 +72,8 @@ class ModelConfig:
   pattern: str = "G"
   mlp_dim: int = 6208
   gdn2: GDN2Config = dataclasses.field(default_factory=GDN2Config)
+  mamba2: Mamba2Config = dataclasses.field(default_factory=Mamba2Config)
+  mamba3: Mamba3Config = dataclasses.field(default_factory=Mamba3Config)
   attention: AttentionConfig = dataclasses.field(
     default_factory=AttentionConfig
   )
@@ -117,6 +124,8 @@ class ModelConfig:
           f"{path}.{name}={getattr(self, name)!r}: expected one of {allowed}"
         )
     self.gdn2.validate(f"{path}.gdn2")
+    self.mamba2.validate(f"{path}.mamba2")
+    self.mamba3.validate(f"{path}.mamba3")
     self.attention.validate(f"{path}.attention")
     for kind in kinds.values():
       kind.validate(self, path)

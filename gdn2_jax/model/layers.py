@@ -76,6 +76,16 @@ def conv_kernel(*, on_current: bool = False) -> Initializer:
   return init
 
 
+def conv_bias(width: int) -> Initializer:
+  """U(-1, 1) / sqrt(W), the default of torch's depthwise Conv1d."""
+
+  def init(key, shape, dtype=jnp.float32):
+    limit = width**-0.5
+    return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+  return init
+
+
 def parameter(
   module: nn.Module,
   name: str,

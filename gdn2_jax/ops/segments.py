@@ -11,14 +11,18 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 
+def previous_tokens(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+  """Index of the last token before each that is not padding, or -1."""
+  T = segment_ids.shape[1]
+  index_BT = jnp.where(segment_ids != 0, jnp.arange(T)[None], -1)
+  last_BT = lax.cummax(index_BT, axis=1)
+  return jnp.pad(last_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+
+
 def segment_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
   """True at tokens before which the state restarts from zero."""
-  T = segment_ids.shape[1]
   valid_BT = segment_ids != 0
-  index_BT = jnp.where(valid_BT, jnp.arange(T)[None], -1)
-  # Index of the last valid token strictly before t, -1 where there is none.
-  last_BT = lax.cummax(index_BT, axis=1)
-  last_BT = jnp.pad(last_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+  last_BT = previous_tokens(segment_ids)
   before_BT = jnp.take_along_axis(segment_ids, jnp.maximum(last_BT, 0), axis=1)
   return valid_BT & (last_BT >= 0) & (before_BT != segment_ids)
 
@@ -53,3 +57,35 @@ def drop_padding(
   """Sets every array to zero at padding tokens, which may hold NaN."""
   valid = (segment_ids != 0)[:, :, None, None]
   return tuple(jnp.where(valid, x, jnp.zeros((), x.dtype)) for x in arrays)
+
+
+def before_each(
+  x: Float[Array, "B T *axes"],
+  first: Float[Array, "B *axes"],
+  segment_ids: Int[Array, "B T"] | None,
+) -> Float[Array, "B T *axes"]:
+  """The token before each one, padding skipped; `first` if there is none."""
+  x = jnp.concatenate([first[:, None].astype(x.dtype), x], axis=1)
+  if segment_ids is None:
+    return x[:, :-1]
+  return _take(x, previous_tokens(segment_ids) + 1)
+
+
+def last_token(
+  x: Float[Array, "B T *axes"],
+  first: Float[Array, "B *axes"],
+  segment_ids: Int[Array, "B T"] | None,
+) -> Float[Array, "B *axes"]:
+  """Last token of a row that is not padding; `first` if there is none."""
+  if segment_ids is None:
+    return x[:, -1]
+  index_BT = jnp.where(segment_ids != 0, jnp.arange(x.shape[1])[None], -1)
+  last_B1 = index_BT.max(axis=1, keepdims=True)
+  x = jnp.concatenate([first[:, None].astype(x.dtype), x], axis=1)
+  return _take(x, last_B1 + 1)[:, 0]
+
+
+def _take(x, index_BT):
+  """Tokens of x [B, T, ...] by their index."""
+  index = index_BT.reshape(*index_BT.shape, *(1,) * (x.ndim - 2))
+  return jnp.take_along_axis(x, index, axis=1)

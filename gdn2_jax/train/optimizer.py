@@ -19,7 +19,14 @@ from gdn2_jax.config_class import config_class
 _DECAY_MASKS = ("all", "matrices")
 
 # A parameter with only these axes is one vector per head, not a matrix.
-_HEAD_AXES = {"heads", "kv_heads", "key_dim", "value_dim", "head_dim"}
+_HEAD_AXES = {
+  "heads",
+  "kv_heads",
+  "key_dim",
+  "value_dim",
+  "head_dim",
+  "mimo_rank",
+}
 
 
 @config_class

@@ -12,6 +12,8 @@ from gdn2_jax.model.mixers.attention import AttentionMixer
 from gdn2_jax.model.mixers.gdn2 import GDN2Mixer, init_gdn2_cache
 from gdn2_jax.model.mixers.gdn2_config import GDN2Config
 from gdn2_jax.model.mixers.kv_cache import init_kv_cache
+from gdn2_jax.model.mixers.mamba2 import Mamba2Mixer, init_mamba2_cache
+from gdn2_jax.model.mixers.mamba3 import Mamba3Mixer, init_mamba3_cache
 from gdn2_jax.model.mixers.registry import MixerKind, register_built_in
 
 OP_ARRAYS = ("q", "k", "v", "g", "b", "w", "o")
@@ -108,6 +110,54 @@ def _attention(name: str, *, full: bool) -> MixerKind:
   )
 
 
+def _mamba2() -> MixerKind:
+  """The kind of Mamba2Mixer."""
+  return MixerKind(
+    name="Mamba-2",
+    make=lambda config, **fields: Mamba2Mixer(
+      config.mamba2, config.num_layers, **fields
+    ),
+    init_cache=lambda config, batch_size, _: init_mamba2_cache(
+      config.mamba2, batch_size, config.dtype
+    ),
+    flops=lambda config, _: _writes_and_reads(config.mamba2, 1),
+    validate=lambda config, path: config.mamba2.validate(f"{path}.mamba2"),
+    sizes=lambda config: [
+      ("mamba2.inner_dim / head_dim", "heads", config.mamba2.num_heads)
+    ],
+    min_shard=lambda config: config.mamba2.conv_width - 1,
+    gates=OP_ARRAYS,
+  )
+
+
+def _mamba3() -> MixerKind:
+  """The kind of Mamba3Mixer, whose tokens cannot be split over devices."""
+  return MixerKind(
+    name="Mamba-3",
+    make=lambda config, **fields: Mamba3Mixer(
+      config.mamba3, config.num_layers, **fields
+    ),
+    init_cache=lambda config, batch_size, _: init_mamba3_cache(
+      config.mamba3, batch_size, config.dtype
+    ),
+    flops=lambda config, _: _writes_and_reads(
+      config.mamba3, config.mamba3.mimo_rank
+    ),
+    validate=lambda config, path: config.mamba3.validate(f"{path}.mamba3"),
+    sizes=lambda config: [
+      ("mamba3.inner_dim / head_dim", "heads", config.mamba3.num_heads)
+    ],
+  )
+
+
+def _writes_and_reads(config: Any, rank: int) -> float:
+  """Forward operations per token of recurrences that erase nothing.
+
+  Decay KV, and for every rank write 2KV and output 2KV, all heads.
+  """
+  return (1.0 + 4.0 * rank) * config.state_dim * config.inner_dim
+
+
 register_built_in("G", gdn2_kind("Gated DeltaNet-2"))
 register_built_in(
   "K", gdn2_kind("Kimi Delta Attention", gates="tied", decay="channel")
@@ -116,5 +166,7 @@ register_built_in(
   "D", gdn2_kind("Gated DeltaNet", gates="tied", decay="scalar")
 )
 register_built_in("E", gdn2_kind("DeltaNet", gates="tied", decay="none"))
+register_built_in("M", _mamba2())
+register_built_in("N", _mamba3())
 register_built_in("S", _attention("sliding-window attention", full=False))
 register_built_in("A", _attention("full attention", full=True))
