@@ -109,7 +109,7 @@ class Mamba3Cache:
 
   Attributes:
     state: h [B, H, state_dim, head_dim], float32.
-    angle: Accumulated angles [B, H, angles], float32, in [-pi, pi].
+    angle: Accumulated angles [B, H, angles] in half turns, float32, in [-1, 1].
     b: Rotated B of the last token, [B, R, H, state_dim].
     x: x of the last token [B, H, head_dim], of no rank.
   """
@@ -230,10 +230,10 @@ class Mamba3Mixer(nn.Module):
     return dt, -jnp.maximum(a, _MIN_A) * dt, jax.nn.sigmoid(lam)
 
   def _angle(self, x, dt, segment_ids, cache):
-    """Accumulated angles [B, T, H, angles], float32."""
+    """Accumulated angles [B, T, H, angles] in half turns, float32."""
     angle = ((self.config.num_angles,), ("key_dim",))
     speed = _wide(self._linear("angle_proj", *angle)(x))
-    step = dt[..., None] * (math.pi * jnp.tanh(speed))[:, :, None]
+    step = dt[..., None] * jnp.tanh(speed)[:, :, None]
     restarts = None
     if segment_ids is not None:
       step = jnp.where((segment_ids != 0)[:, :, None, None], step, 0)
@@ -299,10 +299,10 @@ class Mamba3Mixer(nn.Module):
 def accumulate_angles(
   step: Any, restarts: Any = None, first: Any = None
 ) -> Any:
-  """Running sums of angles over time, in [-pi, pi].
+  """Running sums of angles over time, in half turns, in [-1, 1].
 
-  Sums are brought back to one turn after every addition, so that their rounding
-  errors do not grow with the angle.
+  Whole turns, which are the number 2, are taken off after every addition.
+  Rounding errors then do not grow with the sum, as they do in radians.
 
   Args:
     step: Angles [B, T, H, S].
@@ -327,15 +327,16 @@ def accumulate_angles(
 def _add_angles(a, b):
   """a + b less whole turns; the gradient is that of the sum."""
   total = a + b
-  return total - 2 * math.pi * jnp.round(total / (2 * math.pi))
+  return total - 2.0 * jnp.round(0.5 * total)
 
 
 def _rotate(x, angle):
   """Rotates channels i and i + N/2 of x [B, T, R, H, N] by angle i.
 
-  Only as many pairs as there are angles [B, T, H, S].
+  Only as many pairs as there are angles [B, T, H, S], in half turns.
   """
   S, half = angle.shape[-1], x.shape[-1] // 2
+  angle = math.pi * angle
   cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
   x1, x2 = x[..., :S], x[..., half : half + S]
   return jnp.concatenate(
