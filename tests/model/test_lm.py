@@ -12,6 +12,7 @@ from gdn2_jax.model.lm import LM, init_cache
 from tests.model.models import (
   MAX_LENGTH,
   PATTERNS,
+  RELATIVES,
   small_config,
   small_model,
   tokens_of,
@@ -22,7 +23,11 @@ from tests.numerics import rel_rms
 # logits of order one; ten times that is still far below any real mistake.
 ATOL = 1e-5
 # Where the chunkwise form of the op has to agree with its single tokens.
-MIXERS = (("G", "xla"), *((pattern, "reference") for pattern in PATTERNS))
+MIXERS = (
+  ("G", "xla"),
+  *((pattern, "reference") for pattern in PATTERNS),
+  *(pytest.param(x, "xla", marks=pytest.mark.slow) for x in RELATIVES),
+)
 # Attention alone is tried by itself in tests/ops/attention, too.
 SLOW_ATTENTION = (
   "G",

@@ -69,7 +69,8 @@ def export_programs(
   platforms = tuple(dict.fromkeys(platforms))
   config = copy.deepcopy(config)
   # The same model on ops that every device and JAX version has.
-  config.gdn2.implementation = config.attention.implementation = "xla"
+  for mixer in (config.gdn2, config.mamba2, config.mamba3, config.attention):
+    mixer.implementation = "xla"
   config.remat, config.scan_unroll = "none", 1
   config.validate()
   (b,) = export.symbolic_shape("b")

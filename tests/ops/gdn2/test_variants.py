@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -154,3 +155,126 @@ def test_a_gate_of_the_wrong_shape_is_named(rng):
     variants.deltanet(*arrays, beta=scalars["beta"][:, :3])
   with pytest.raises(ValueError, match=r"variants: g"):
     variants.mamba2(*arrays, g=jnp.asarray(case["g"]), dt=scalars["dt"])
+
+
+def mimo_case(rng, T=24, R=3, H=2, HV=4, K=16, V=24):
+  """Inputs of mamba3_mimo with two value heads to a key head, float32."""
+
+  def draw(*shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+  return {
+    "q": draw(2, T, R, H, K),
+    "k": draw(2, T, R, H, K),
+    "v": draw(2, T, R, HV, V),
+    "g": -rng.uniform(0, 1, (2, T, H)).astype(np.float32),
+    "dt": rng.uniform(0, 1, (2, T, H)).astype(np.float32),
+    "lam": rng.uniform(0, 1, (2, T, H)).astype(np.float32),
+    "state": draw(2, HV, K, V),
+    "previous": (draw(2, R, H, K), draw(2, R, HV, V)),
+  }
+
+
+def mimo_oracle(case, ids):
+  """Eq. 16 token by token in float64; a restart forgets the token before."""
+  x = {n: np.asarray(case[n], np.float64) for n in case if n != "previous"}
+  k_before, v_before = (a.astype(np.float64) for a in case["previous"])
+  repeats = x["v"].shape[3] // x["k"].shape[3]
+  o = np.zeros_like(x["v"])
+  state = x["state"].copy()
+  for row, row_ids in enumerate(ids):
+    S, last = state[row], None
+    write = np.einsum(
+      "rhk,rhv->hkv",
+      np.repeat(k_before[row], repeats, axis=1),
+      v_before[row],
+    )
+    for t, segment in enumerate(row_ids):
+      if segment == 0:
+        continue
+      if last is not None and segment != last:
+        S, write = 0 * S, 0 * write
+      last = segment
+      g, dt, lam = (
+        np.repeat(x[n][row, t], repeats)[:, None, None]
+        for n in ("g", "dt", "lam")
+      )
+      q, k = (np.repeat(x[n][row, t], repeats, axis=1) for n in "qk")
+      now = np.einsum("rhk,rhv->hkv", k, x["v"][row, t])
+      S = np.exp(g) * (S + (1 - lam) * dt * write) + lam * dt * now
+      write = now
+      o[row, t] = np.einsum("rhk,hkv->rhv", q, S)
+    state[row] = S
+  return {"o": o, "final_state": state}
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_mamba3_mimo_with_segments_and_padding_anywhere(rng, implementation):
+  case = mimo_case(rng)
+  ids = np.ones((2, 24), np.int32)
+  ids[0, [0, 5, 6, 13, 23]], ids[0, 14:20] = 0, 2
+  ids[1] = 0
+  exact = mimo_oracle(case, ids)
+  for name in "qkv":
+    case[name][ids == 0] = np.nan
+  arrays = {n: jax.tree.map(jnp.asarray, x) for n, x in case.items()}
+  qkv = [arrays.pop(name) for name in "qkv"]
+  o, state = variants.mamba3_mimo(
+    *qkv,
+    **arrays,
+    segment_ids=jnp.asarray(ids),
+    implementation=implementation,
+  )
+  numerics.assert_close({"o": o, "final_state": state}, exact)
+  np.testing.assert_array_equal(state[1], case["state"][1])
+
+
+def test_mamba3_mimo_of_one_rank_is_mamba3(rng):
+  case = mimo_case(rng, R=1)
+  arrays = {n: jax.tree.map(jnp.asarray, x) for n, x in case.items()}
+  qkv = [arrays.pop(name) for name in "qkv"]
+  options = {"implementation": "reference"}
+  mimo, mimo_state = variants.mamba3_mimo(*qkv, **arrays, **options)
+  arrays["previous"] = tuple(x[:, 0] for x in arrays["previous"])
+  siso, siso_state = variants.mamba3(
+    *(x[:, :, 0] for x in qkv), **arrays, **options
+  )
+  np.testing.assert_array_equal(mimo[:, :, 0], siso)
+  np.testing.assert_array_equal(mimo_state, siso_state)
+  exact = mimo_oracle(case, np.ones((2, 24), np.int32))
+  numerics.assert_close({"o": mimo, "final_state": mimo_state}, exact)
+
+
+def test_mamba3_mimo_is_causal_bit_for_bit(rng):
+  case, other = mimo_case(rng, T=80), mimo_case(rng, T=80)
+  cut, outputs = 37, []
+
+  @jax.jit
+  def run(case):
+    arrays = dict(case)
+    qkv = [arrays.pop(name) for name in "qkv"]
+    return variants.mamba3_mimo(*qkv, **arrays, implementation="xla")[0]
+
+  for later in (case, other):
+    mixed = {
+      n: np.concatenate([case[n][:, :cut], later[n][:, cut:]], axis=1)
+      for n in ("q", "k", "v", "g", "dt", "lam")
+    }
+    outputs.append(np.asarray(run(case | mixed)))
+  np.testing.assert_array_equal(outputs[0][:, :cut], outputs[1][:, :cut])
+  assert np.abs(outputs[0][:, cut] - outputs[1][:, cut]).max() > 0
+
+
+def test_wrong_arguments_of_mamba3_are_named(rng):
+  case = {n: jax.tree.map(jnp.asarray, x) for n, x in mimo_case(rng).items()}
+  qkv = [case.pop(name) for name in "qkv"]
+  with pytest.raises(ValueError, match=r"mamba3: q: got \(2, 24, 2, 16\)"):
+    variants.mamba3_mimo(*(x[:, :, 0] for x in qkv), **case)
+  with pytest.raises(ValueError, match=r"mamba3: q: got .* \[B, T, heads"):
+    variants.mamba3(*qkv, **case)
+  with pytest.raises(ValueError, match=r"mamba3: lam: got shape \(2, 23, 2\)"):
+    variants.mamba3_mimo(*qkv, **(case | {"lam": case["lam"][:, 1:]}))
+  with pytest.raises(ValueError, match="mamba3: k, v: got shapes"):
+    variants.mamba3_mimo(qkv[0], qkv[1][:, :, :1], qkv[2], **case)
+  with pytest.raises(ValueError, match="mamba3: scheme: got 'ring'"):
+    variants.mamba3_mimo(*qkv, **case, scheme="ring")
