@@ -46,9 +46,18 @@ def define() -> flags.FlagHolder:
 
 
 def preset_names() -> list[str]:
-  """Names of the config files in the package."""
-  files = PRESETS.glob("*.py")
-  return sorted(file.stem for file in files if file.stem != "__init__")
+  """Names of the config files in the package, such as "baselines/kda"."""
+  names = (
+    file.relative_to(PRESETS).with_suffix("").as_posix()
+    for file in PRESETS.rglob("*.py")
+    if file.stem != "__init__"
+  )
+  return sorted(names, key=lambda name: (name.count("/"), name))
+
+
+def load(argument: str) -> TrainConfig:
+  """The TrainConfig of FILE[:RECIPE] or NAME[:RECIPE]; exits if it is wrong."""
+  return _ConfigFile().parse(argument)
 
 
 def read(holder: flags.FlagHolder) -> TrainConfig:
@@ -145,16 +154,27 @@ def _place(error: Exception) -> str:
 
 def _other_files(path: str) -> str:
   """Hint with existing config files, for one that does not exist."""
-  files = {name: name for name in preset_names()}
-  files |= {
+  own = {name: name for name in preset_names() if "/" not in name}
+  own |= {
     file.stem: str(file)
     for file in sorted(pathlib.Path(path).parent.glob("*.py"))
     if file.stem != "__init__"
   }
-  near = difflib.get_close_matches(pathlib.Path(path).stem, files, n=1)
-  if near:
-    return f"did you mean {files[near[0]]}?"
-  return "there are " + ", ".join([*files.values()][:_MAX_FILES])
+  # Those in folders are found by their last part, too. There are many: only a
+  # close one is meant.
+  below = {name: name for name in preset_names() if "/" in name}
+  for name in [*below]:
+    below.setdefault(name.rpartition("/")[2], name)
+  stem = pathlib.Path(path).stem
+  for sought, known, cutoff in (
+    (path, below, 0.8),
+    (stem, own, 0.6),
+    (stem, below, 0.8),
+  ):
+    if near := difflib.get_close_matches(sought, known, n=1, cutoff=cutoff):
+      return f"did you mean {known[near[0]]}?"
+  files = [*own.values(), *(name for name in below if "/" in name)]
+  return "there are " + ", ".join(files[:_MAX_FILES])
 
 
 def _check_overrides() -> None:

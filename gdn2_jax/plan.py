@@ -3,12 +3,14 @@ r"""Parameters, memory and FLOPs of a config, with nothing allocated.
   python -m gdn2_jax.plan --config=configs/gdn2_1p3b.py
   python -m gdn2_jax.plan --config=configs/gdn2_1p3b.py --devices=8 \
     --config.mesh.fsdp=-1 --config.grad_accum=4 --json
+  python -m gdn2_jax.plan --compare=baselines/gdn2:1p3b,baselines/kda:1p3b
 
 Parameters, state bytes of a sequence and FLOPs are counted. The memory of a
 training step per device comes from the compiled program, which is never run. It
 is compiled for the CPU backend with as many simulated devices as the mesh has:
 arguments (parameters, optimizer state, batch) are exact for any backend,
-temporaries (activations) are an estimate of those on a GPU.
+temporaries (activations) are an estimate of those on a GPU. --compare prints a
+table of several configs in place of that: parameters, states, FLOPs.
 """
 
 import dataclasses
@@ -27,6 +29,8 @@ from gdn2_jax.model.accounting import (
   state_bytes,
   train_flops_per_token,
 )
+from gdn2_jax.model.comparison import compare, format_comparison
+from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.lm import LM, has_growing_cache
 from gdn2_jax.model.mixers.registry import kind_of
 from gdn2_jax.sharding import (
@@ -45,6 +49,12 @@ _DEVICES = flags.DEFINE_integer(
   None,
   "Number of devices to plan for; default: the size of the mesh.",
   lower_bound=1,
+)
+_COMPARE = flags.DEFINE_list(
+  "compare",
+  [],
+  "Configs to compare, separated by commas, each a name or FILE[:RECIPE]; the "
+  "first is the reference.",
 )
 _JSON = flags.DEFINE_bool(
   "json", False, "Print one JSON object in place of text."
@@ -190,9 +200,31 @@ def _bytes(n: int) -> str:
   return f"{n:,.4g} GiB"
 
 
+def _read_models(names: list[str]) -> dict[str, tuple[ModelConfig, int]]:
+  """Models and row lengths of configs, by the names that were given."""
+  models = {}
+  for name in names:
+    config = config_flag.load(name)
+    try:
+      validate(config)
+    except ValueError as e:
+      cli.fail(f"--compare={name}: {e}")
+    models[name] = config.model, config.data.seq_len
+  return models
+
+
 def main(argv: list[str]) -> None:
-  """Entry point: prints the plan of --config."""
+  """Entry point: prints the plan of --config or the table of --compare."""
   cli.refuse_positional(argv, "--config.model.num_layers=12")
+  if _COMPARE.value:
+    if _CONFIG.value is not None:
+      cli.fail("--compare and --config: expected one of the two")
+    jax.config.update("jax_platforms", "cpu")
+    rows = compare(_read_models(_COMPARE.value))
+    print(
+      json.dumps(rows, indent=2) if _JSON.value else format_comparison(rows)
+    )
+    return
   config = config_flag.read(_CONFIG)
   with cli.one_line_errors():
     sizes = (getattr(config.mesh, axis) for axis in MESH_AXES)

@@ -221,3 +221,14 @@ def test_files_are_sought_where_the_command_runs(tmp_path, monkeypatch):
   (tmp_path / "mine.py").touch()
   assert "mine.py" in config_flag._other_files("nowhere.py")
   assert config_flag._other_files("mime") == "did you mean mine.py?"
+  for name in ("baselines/kad", "kdaa", "configs/baselines/kda_.py"):
+    hint = config_flag._other_files(name)
+    assert hint == "did you mean baselines/kda?"
+
+
+def test_names_reach_into_folders():
+  names = config_flag.preset_names()
+  assert names[0] == "gdn2_120m" and "ablations/no_erase" in names
+  assert not [name for name in names if "__init__" in name]
+  config = config_flag.load("baselines/kda:120m")
+  assert (config.model.pattern, config.model.num_layers) == ("K", 12)

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "gdn2_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A link to the folder beside the package, which a walk does not follow.
-FILES += sorted((PACKAGE / "configs").glob("*.py"))
+FILES += sorted((PACKAGE / "configs").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MAX_LINES = 400
 MAX_FILES = 12  # of a folder's own

@@ -58,6 +58,12 @@ def gdn2_kind(
       ("gdn2.num_value_heads", "heads", config.gdn2.value_heads),
     ],
     min_shard=lambda config: config.gdn2.conv_width - 1,
+    state_floats=lambda config: (
+      config.gdn2.value_heads * config.gdn2.key_dim * config.gdn2.value_dim
+    ),
+    has_fused_gates=lambda config: (
+      settings(config).has_fusible_gates and mixer.gates is GDN2Mixer.gates
+    ),
     gates=OP_ARRAYS,
   )
 

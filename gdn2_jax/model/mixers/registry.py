@@ -78,6 +78,11 @@ class MixerKind:
       divide; the field is a path below the model's config.
     min_shard: min_shard(config) returns the least tokens that a device may hold
       of a row that is split over devices; None: the mixer cannot be split so.
+    state_floats: state_floats(config) returns the numbers in the recurrent
+      state of one layer and sequence, 0 without one.
+    has_fused_gates: has_fused_gates(config) returns True if the GPU kernels
+      compute the gates from their projections, False if XLA computes them
+      before, None for a mixer without such kernels.
     gates: Symbols of the arrays that the module sows, see `collect_gates`.
     is_indexed: The module gets the cache of all layers at its place of the
       pattern and the index of its own (CacheLayer).
@@ -91,6 +96,8 @@ class MixerKind:
   validate: Callable[[Config, str], None] = _nothing
   sizes: Callable[[Config], list[Size]] = _no_sizes
   min_shard: Callable[[Config], int | None] = _not_split
+  state_floats: Callable[[Config], int] = lambda config: 0
+  has_fused_gates: Callable[[Config], bool | None] = lambda config: None
   gates: tuple[str, ...] = ()
   is_indexed: bool = False
   grows: bool = False

@@ -1,0 +1,21 @@
+"""GDN-2 that never erases: b = 0.
+
+Claim: old associations fade by decay alone; the parameters of the erase gate go
+into the MLPs.
+Cost: 1.2e16 to 1.3e16 FLOPs at 30m, 1.6e18 at 120m, 8.4e20 to 8.7e20 at 1p3b;
+not run yet.
+
+  python -m gdn2_jax.train --config=configs/ablations/no_erase.py:30m_swa \
+      --workdir=runs/no_erase_30m_swa
+"""
+
+from gdn2_jax.configs.baselines import sized
+from gdn2_jax.train.config import TrainConfig
+
+_MLP_DIMS = (1200, 1264, 6912, 1360, 1472, 7104)
+
+
+def get_config(recipe: str = "30m") -> TrainConfig:
+  config = sized(recipe, "G", _MLP_DIMS)
+  config.model.gdn2.erase_gate = "off"
+  return config

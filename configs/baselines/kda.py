@@ -1,0 +1,19 @@
+"""Kimi Delta Attention: one gate per head erases and writes.
+
+Claim: GDN-2's convolutions, decay and output gate with tied gates b = w = beta;
+the parameters of two gate projections go into the MLPs.
+Cost: 1.2e16 to 1.3e16 FLOPs at 30m, 1.6e18 at 120m, 8.4e20 to 8.7e20 at 1p3b;
+not run yet.
+
+  python -m gdn2_jax.train --config=configs/baselines/kda.py:30m_swa \
+      --workdir=runs/kda_30m_swa
+"""
+
+from gdn2_jax.configs.baselines import sized
+from gdn2_jax.train.config import TrainConfig
+
+_MLP_DIMS = (1360, 1520, 7552, 1456, 1600, 7488)
+
+
+def get_config(recipe: str = "30m") -> TrainConfig:
+  return sized(recipe, "K", _MLP_DIMS)
