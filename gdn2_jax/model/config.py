@@ -9,7 +9,7 @@ from gdn2_jax.model.mixers.attention import AttentionConfig
 from gdn2_jax.model.mixers.gdn2_config import GDN2Config
 from gdn2_jax.model.mixers.mamba2 import Mamba2Config
 from gdn2_jax.model.mixers.mamba3 import Mamba3Config
-from gdn2_jax.model.mixers.registry import kinds_of
+from gdn2_jax.model.mixers.registry import check_options, kinds_of
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _REMAT = ("none", "dots", "full")
@@ -127,6 +127,7 @@ class ModelConfig:
     self.mamba2.validate(f"{path}.mamba2")
     self.mamba3.validate(f"{path}.mamba3")
     self.attention.validate(f"{path}.attention")
+    check_options(self, path)
     for kind in kinds.values():
       kind.validate(self, path)
 

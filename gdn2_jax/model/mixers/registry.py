@@ -18,7 +18,7 @@ commas.
 import dataclasses
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -30,6 +30,7 @@ PLUGINS = "GDN2_JAX_MIXERS"
 
 Config = Any  # ModelConfig, which this module may not import
 Size = tuple[str, str, int]
+Option = bool | int | float | str
 
 
 class Mixer(Protocol):
@@ -84,6 +85,9 @@ class MixerKind:
       compute the gates from their projections, False if XLA computes them
       before, None for a mixer without such kernels.
     gates: Symbols of the arrays that the module sows, see `collect_gates`.
+    options: Settings of a mixer from outside of the package with their
+      defaults, by name; config.options changes them and `read_options` returns
+      them.
     is_indexed: The module gets the cache of all layers at its place of the
       pattern and the index of its own (CacheLayer).
     grows: The cache has a slot for every token, max_length in all.
@@ -99,6 +103,7 @@ class MixerKind:
   state_floats: Callable[[Config], int] = lambda config: 0
   has_fused_gates: Callable[[Config], bool | None] = lambda config: None
   gates: tuple[str, ...] = ()
+  options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
   is_indexed: bool = False
   grows: bool = False
 
@@ -153,3 +158,67 @@ def kind_of(letter: str) -> MixerKind:
 def kinds_of(pattern: str) -> dict[str, MixerKind]:
   """The different kinds of a pattern by letter, in order of appearance."""
   return {letter: kind_of(letter) for letter in pattern}
+
+
+def read_options(
+  config: Config, defaults: Mapping[str, Option]
+) -> dict[str, Option]:
+  """Settings of a mixer, those of config.options over its defaults.
+
+  Args:
+    config: ModelConfig with options "name=value"; of other names they belong to
+      other mixers.
+    defaults: Value by name; it has the type that the text is read as.
+
+  Raises:
+    ValueError: A value is not of its default's type, or a name comes twice.
+  """
+  values = dict(defaults)
+  for name, text in _split(config.options):
+    if name in defaults:
+      values[name] = _parse(name, text, type(defaults[name]))
+  return values
+
+
+def check_options(config: Config, path: str) -> None:
+  """Raises ValueError for an option that no mixer of the pattern has."""
+  known: dict[str, Option] = {}
+  for kind in kinds_of(config.pattern).values():
+    known |= kind.options
+  try:
+    for name, _ in _split(config.options):
+      if name not in known:
+        names = ", ".join(known) or "none"
+        raise ValueError(
+          f"{name!r} is no setting of the mixers in pattern="
+          f"{config.pattern!r}, which have {names}"
+        )
+    read_options(config, known)
+  except ValueError as e:
+    raise ValueError(f"{path}.options={config.options!r}: {e}") from None
+
+
+def _split(options: Iterable[str]) -> list[tuple[str, str]]:
+  """Names and texts of "name=value"; no name twice."""
+  pairs = []
+  for option in options:
+    name, equals, text = option.partition("=")
+    if not (name and equals):
+      raise ValueError(f"{option!r}: expected 'name=value'")
+    if name in dict(pairs):
+      raise ValueError(f"{name!r} is given twice")
+    pairs.append((name, text))
+  return pairs
+
+
+def _parse(name: str, text: str, kind: type) -> Option:
+  """The value that a text stands for."""
+  if kind is bool:
+    if text not in ("true", "false"):
+      raise ValueError(f"{name}={text!r}: expected true or false")
+    return text == "true"
+  try:
+    return kind(text)
+  except ValueError:
+    expected = {int: "an integer", float: "a number"}[kind]
+    raise ValueError(f"{name}={text!r}: expected {expected}") from None

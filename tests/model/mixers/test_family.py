@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax.model.lm import LM, init_cache
+from gdn2_jax.model.mixers import gdn2
 from gdn2_jax.model.mixers.registry import kind_of
 from gdn2_jax.sharding import MeshConfig, make_mesh, use_mesh
 from gdn2_jax.train.state import abstract_params
@@ -45,6 +46,8 @@ CASES = {
   "scalar_decay": ("G", {"decay": "scalar"}),
   "no_decay": ("G", {"decay": "none"}),
 }
+# XLA computes their gates: averages, no erasing, no decay, a write gate over 1.
+NOT_FUSED = {"deltanet", "no_decay", "no_erase", "w_only", "b_only", "kda_0_2"}
 
 
 def sigmoid(x):
@@ -234,3 +237,25 @@ def test_devices_compute_what_one_does(letter, mesh):
   errors = jax.tree.map(rel_rms, got, on_one_device(letter))
   worst = max(jax.tree.leaves_with_path(errors), key=lambda leaf: leaf[1])
   assert worst[1] <= FLOAT32_BOUND, worst
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_which_settings_run_fused_in_the_kernels(name, monkeypatch):
+  letter, settings = CASES[name]
+  config = small_config(letter)
+  config.gdn2 = dataclasses.replace(config.gdn2, **settings)
+  calls = []
+
+  def spy(*args, **options):
+    calls.append(options["erase_scale"])
+    return fused(*args, **options)
+
+  fused = gdn2.gdn2_fused_gates
+  monkeypatch.setattr(gdn2, "gdn2_fused_gates", spy)
+  kind = kind_of(letter)
+  mixer = kind.make(config, dtype="float32", param_dtype="float32")
+  x = jax.ShapeDtypeStruct((1, 4, D), jnp.float32)
+  jax.eval_shape(mixer.init, jax.random.key(0), x)
+  top = 2.0 if settings.get("negative_eigenvalues") else 1.0
+  assert calls == ([] if name in NOT_FUSED else [top])
+  assert kind.has_fused_gates(config) == (name not in NOT_FUSED)
