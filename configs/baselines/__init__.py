@@ -47,3 +47,9 @@ def sized(
   config.model.pattern = (hybrid or pattern + "S") if is_hybrid else pattern
   config.model.mlp_dim = mlp_dims[RECIPES.index(recipe)]
   return config
+
+
+def state_floats(config: TrainConfig) -> int:
+  """Numbers in the state of one GDN-2 layer, H K V, for layers of others."""
+  c = config.model.gdn2
+  return c.value_heads * c.key_dim * c.value_dim

@@ -50,7 +50,8 @@ def module(name):
 def model_of(name, *recipe):
   """The model of a config, counted without chunks and kernels."""
   model = module(name).get_config(*recipe).model
-  model.gdn2.implementation = "reference"
+  for layer in (model.gdn2, model.mamba2, model.mamba3):
+    layer.implementation = "reference"
   model.attention.implementation = "xla"
   return model
 
@@ -171,12 +172,19 @@ def test_the_solver_refuses_what_does_not_match():
 
 def test_kinds_say_what_states_and_gates_they_have():
   config = small_config("G")
-  kinds = kinds_of("GKDESA")
+  kinds = kinds_of("GKDEMNSA")
+  config.mamba2.inner_dim, config.mamba2.state_dim = 128, 16
   states = {k: kind.state_floats(config) for k, kind in kinds.items()}
-  assert states == dict.fromkeys("GKDE", 4 * 16 * 24) | {"S": 0, "A": 0}
+  assert states == dict.fromkeys("GKDE", 4 * 16 * 24) | {
+    "M": 128 * 16,
+    "N": 4096 * 64,
+    "S": 0,
+    "A": 0,
+  }
   fused = {k: kind.has_fused_gates(config) for k, kind in kinds.items()}
   known = {"G": True, "K": True, "D": True, "E": False}
-  assert fused == known | {"S": None, "A": None}
+  known |= {"M": False, "N": False, "S": None, "A": None}
+  assert fused == known
   config.gdn2.write_gate = "scalar"
   assert kinds_of("G")["G"].has_fused_gates(config) is False
 

@@ -132,6 +132,10 @@ def _mamba2() -> MixerKind:
       ("mamba2.inner_dim / head_dim", "heads", config.mamba2.num_heads)
     ],
     min_shard=lambda config: config.mamba2.conv_width - 1,
+    state_floats=lambda config: (
+      config.mamba2.inner_dim * config.mamba2.state_dim
+    ),
+    has_fused_gates=lambda config: False,
     gates=OP_ARRAYS,
   )
 
@@ -153,6 +157,10 @@ def _mamba3() -> MixerKind:
     sizes=lambda config: [
       ("mamba3.inner_dim / head_dim", "heads", config.mamba3.num_heads)
     ],
+    state_floats=lambda config: (
+      config.mamba3.inner_dim * config.mamba3.state_dim
+    ),
+    has_fused_gates=lambda config: False,
   )
 
 
