@@ -2,15 +2,22 @@
 
 A dialect is a table: for every part of the model its prefix, and rows
 (names of ours, name of theirs, layout) relative to it. The names of a GDN-2
-layer are the same in both.
+layer are the same in both. Letters of our mixers occur here and nowhere else in
+this folder.
 """
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from gdn2_jax.interop import layouts
 from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.model.mixers.registry import kind_of
+
+# Letters of our mixers that other programs have.
+GDN2, KDA = "G", "K"
+WINDOW, FULL = "S", "A"
+RECURRENT = {"gdn2": GDN2, "kda": KDA}
 
 Row = tuple[str, str, layouts.Layout]
 
@@ -18,7 +25,7 @@ _SAME, _FLAT, _LINEAR = layouts.Layout(), layouts.Flat(), layouts.Linear()
 _FROM_HEADS = layouts.Linear(in_axes=2)
 _CONV = layouts.Conv()
 
-GDN2: tuple[Row, ...] = (
+GDN2_ROWS: tuple[Row, ...] = (
   ("q_proj.kernel", "q_proj.weight", _LINEAR),
   ("k_proj.kernel", "k_proj.weight", _LINEAR),
   ("v_proj.kernel", "v_proj.weight", _LINEAR),
@@ -39,8 +46,10 @@ GDN2: tuple[Row, ...] = (
 )
 FLOAT32 = ("A_log", "dt_bias")
 
-# Rows that differ where the layer is Kimi Delta Attention.
-_KDA_GATES: Row = (
+# The row that differs in Kimi Delta Attention, which has one gate beta, and the
+# one that makes GDN-2 of it.
+_KDA_GATE: Row = ("beta_proj.kernel", "b_proj.weight", _LINEAR)
+_TIED_GATES: Row = (
   "b_proj.kernel w_proj.kernel",
   "b_proj.weight",
   layouts.TiedGates(),
@@ -63,6 +72,7 @@ class Dialect:
   layer: str  # prefix of a layer, {} for its number
   block: tuple[Row, ...]  # of every layer
   mixer: str  # prefix in a layer
+  recurrent: tuple[str, ...]  # letters of its recurrent mixers
   attention: tuple[Row, ...]  # of a softmax attention mixer
 
   def layer_names(self, names: Collection[str]) -> dict[int, set[str]]:
@@ -97,6 +107,7 @@ OFFICIAL = Dialect(
     ("mlp.down.kernel", "mlp.swiglu.w3.weight", _LINEAR),
   ),
   mixer="attn.",
+  recurrent=(GDN2,),
   attention=(
     (
       "q_proj.kernel k_proj.kernel v_proj.kernel",
@@ -124,6 +135,7 @@ FLA = Dialect(
     ("mlp.down.kernel", "mlp.down_proj.weight", _LINEAR),
   ),
   mixer="attn.",
+  recurrent=(GDN2, KDA),
   attention=(
     ("q_proj.kernel", "q_proj.weight", _LINEAR),
     ("k_proj.kernel", "k_proj.weight", _LINEAR),
@@ -144,6 +156,31 @@ class Move:
   layout: layouts.Layout
 
 
+def recurrent_letters(pattern: str) -> str:
+  """Letters of a pattern that are recurrent layers of other programs."""
+  return "".join(x for x in RECURRENT.values() if x in pattern)
+
+
+def check_letters(dialect: Dialect, config: ModelConfig) -> None:
+  """Raises ValueError for a mixer that a dialect has not, or has not with it.
+
+  fla has one kind of recurrent layer in a model.
+  """
+  allowed = (*dialect.recurrent, WINDOW, FULL)
+  for letter in config.pattern:
+    if letter not in allowed:
+      names = ", ".join(f"{x} ({kind_of(x).name})" for x in allowed)
+      raise ValueError(
+        f"pattern={config.pattern!r}: the dialect {dialect.name!r} has no "
+        f"{kind_of(letter).name}, expected letters among {names}"
+      )
+  if len(found := recurrent_letters(config.pattern)) > 1:
+    raise ValueError(
+      f"pattern={config.pattern!r}: recurrent layers {found}, expected one "
+      f"kind, as in the dialect {dialect.name!r}"
+    )
+
+
 def moves(
   dialect: Dialect,
   config: ModelConfig,
@@ -151,7 +188,8 @@ def moves(
   conv_order: str = "oldest_first",
   kda_heads: int | None = None,
 ) -> list[Move]:
-  """All moves of a model; `kda_heads`: key heads of a KDA model."""
+  """All moves of a model; `kda_heads`: key heads of a KDA model of theirs."""
+  check_letters(dialect, config)
   found = []
 
   def add(ours: str, theirs: str, rows: Iterable[Row]) -> None:
@@ -159,26 +197,36 @@ def moves(
       all_ours = tuple(ours + n for n in names.split())
       found.append(Move(all_ours, theirs + name, layout))
 
-  group = config.gdn2.num_heads // kda_heads if kda_heads else 0
-  gdn2 = _gdn2_rows(conv_order, group)
+  group = config.gdn2.num_heads // kda_heads if kda_heads else 1
+  gate = {GDN2: _TIED_GATES if kda_heads else None, KDA: _KDA_GATE}
+  mixers: Mapping[str, Iterable[Row]] = {
+    WINDOW: dialect.attention,
+    FULL: dialect.attention,
+    **{x: _recurrent_rows(conv_order, group, gate[x]) for x in gate},
+  }
   add("", "", dialect.model)
   for n in range(config.num_layers):
-    kind = config.pattern[n % len(config.pattern)]
     ours, theirs = f"layers.{n}.", dialect.layer.format(n)
     add(ours, theirs, dialect.block)
-    rows = gdn2 if kind == "G" else dialect.attention
+    rows = mixers[config.pattern[n % len(config.pattern)]]
     add(f"{ours}mixer.", f"{theirs}{dialect.mixer}", rows)
   return found
 
 
-def _gdn2_rows(conv_order: str, group: int) -> list[Row]:
-  """Rows of a layer; `group`: value heads to a key head of KDA, else 0."""
+def _recurrent_rows(conv_order: str, group: int, gate: Row | None) -> list[Row]:
+  """Rows of a layer.
+
+  Args:
+    conv_order: Order of the taps of their convolutions.
+    group: Key heads of ours for each of theirs.
+    gate: Row in place of those of GDN-2's two gates.
+  """
   rows = []
-  for ours, theirs, layout in GDN2:
+  for ours, theirs, layout in GDN2_ROWS:
     if layout is _CONV:
       layout = layouts.Conv(conv_order)
     if group > 1 and theirs in _OF_KEY_HEADS:
       layout = layouts.RepeatedHeads(layout, group)
-    if not group or theirs not in ("b_proj.weight", "w_proj.weight"):
+    if gate is None or theirs not in ("b_proj.weight", "w_proj.weight"):
       rows.append((ours, theirs, layout))
-  return rows + [_KDA_GATES] * bool(group)
+  return rows + [gate] * (gate is not None)

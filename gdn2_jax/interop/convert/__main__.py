@@ -12,7 +12,8 @@ Dialects, which must be given, as no file names its own:
   official  the public PyTorch program (`transformer.h.0.attn...`); its output
             gate is a SiLU
   fla       flash-linear-attention (`model.layers.0.attn...`), GDN-2 or KDA; its
-            output gate is a sigmoid. KDA becomes GDN-2 with tied gates
+            output gate is a sigmoid. KDA becomes GDN-2 with tied gates, or
+            with --as=kda a model of pattern K, which --to=fla writes back
   gdn2_jax  a published-model folder; as --from also a workdir of training
 
 Weights are safetensors: model.safetensors or shards with their index, in a
@@ -81,6 +82,11 @@ _UNTIE_HEAD = flags.DEFINE_bool(
 _DTYPE = flags.DEFINE_string(
   "dtype", None, "Dtype of the parameters in --out; by default that in --src."
 )
+_AS = flags.DEFINE_string(
+  "as",
+  None,
+  "Mixer that Kimi Delta Attention becomes: gdn2 (the default) or kda.",
+)
 _STEP = flags.DEFINE_integer(
   "step", None, "Checkpoint of a workdir; by default the newest."
 )
@@ -140,6 +146,7 @@ def _options() -> Options:
     strip_prefix=_STRIP_PREFIX.value,
     untie_head=_UNTIE_HEAD.value,
     dtype=_DTYPE.value,
+    as_mixer=_AS.value,
     step=_STEP.value,
   )
 

@@ -10,18 +10,24 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from gdn2_jax.interop.convert.tensors import Tensors
-from gdn2_jax.interop.names import GDN2, Dialect
+from gdn2_jax.interop.names import (
+  GDN2,
+  GDN2_ROWS,
+  WINDOW,
+  Dialect,
+  recurrent_letters,
+)
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.mixers.gdn2 import GDN2Config
 
-_OF_GDN2 = {theirs for _, theirs, _ in GDN2}
+_OF_GDN2 = {theirs for _, theirs, _ in GDN2_ROWS}
 
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
   """Sizes by the shapes of the tensors; None where unknown."""
 
-  kinds: str  # of the layers in order, "G" recurrent or "S" softmax attention
+  kinds: str  # of the layers in order, GDN2 if recurrent, WINDOW if attention
   kda: bool  # whether the recurrent layers are Kimi Delta Attention
   vocab_size: int | None
   model_dim: int | None
@@ -33,6 +39,7 @@ class Shown:
   value_dim: int | None
   conv_width: int | None
   qkv_rows: int | None  # of q, k and v together where they are one weight
+  recurrent: str = GDN2  # letter of ours that recurrent layers become
 
 
 def look_at(dialect: Dialect, tensors: Tensors, path: Any) -> Shown:
@@ -46,7 +53,9 @@ def look_at(dialect: Dialect, tensors: Tensors, path: Any) -> Shown:
     )
   attention = {theirs for _, theirs, _ in dialect.attention}
   only_gdn2 = {dialect.mixer + name for name in _OF_GDN2 - attention}
-  kinds = "".join("G" if layers[n] & only_gdn2 else "S" for n in range(count))
+  kinds = "".join(
+    GDN2 if layers[n] & only_gdn2 else WINDOW for n in range(count)
+  )
 
   def shape(name: str) -> tuple[int, ...]:
     return tuple(tensors[name].shape) if name in tensors else ()
@@ -63,24 +72,24 @@ def look_at(dialect: Dialect, tensors: Tensors, path: Any) -> Shown:
   table = shape(theirs["embedding.table"])
   vocab_size, model_dim = table if len(table) == 2 else (None, None)
   gate = shape(dialect.layer.format(0) + theirs["mlp.gate.kernel"])
-  decays, keys = rows("G", "A_log"), rows("G", "q_proj.weight")
-  key_dim = _quotient(rows("G", "dt_bias"), decays)
-  value_dim = rows("G", "o_norm.weight")
+  decays, keys = rows(GDN2, "A_log"), rows(GDN2, "q_proj.weight")
+  key_dim = _quotient(rows(GDN2, "dt_bias"), decays)
+  value_dim = rows(GDN2, "o_norm.weight")
   return Shown(
     kinds=kinds,
     kda=decays is not None
-    and not mixer("G", "w_proj.weight")
-    and rows("G", "b_proj.weight") == decays,
+    and not mixer(GDN2, "w_proj.weight")
+    and rows(GDN2, "b_proj.weight") == decays,
     vocab_size=vocab_size,
     model_dim=model_dim,
     mlp_dim=gate[0] if gate else None,
     heads=_quotient(keys, key_dim),
     decays=decays,
-    value_heads=_quotient(rows("G", "v_proj.weight"), value_dim),
+    value_heads=_quotient(rows(GDN2, "v_proj.weight"), value_dim),
     key_dim=key_dim,
     value_dim=value_dim,
-    conv_width=_quotient(math.prod(mixer("G", "q_conv1d.weight")), keys),
-    qkv_rows=rows("S", "attn.weight"),
+    conv_width=_quotient(math.prod(mixer(GDN2, "q_conv1d.weight")), keys),
+    qkv_rows=rows(WINDOW, "attn.weight"),
   )
 
 
@@ -217,7 +226,10 @@ def split_width(c: Claims, key: str, model_dim: int) -> tuple[int, int]:
 def written_kinds(config: ModelConfig, program: str) -> str:
   """Kinds of all layers; refuses heads of attention of another width."""
   a, kinds = config.attention, config.pattern * config.num_groups
-  if set(kinds) - {"G"} and a.num_heads * a.head_dim != config.model_dim:
+  if (
+    set(kinds) - set(recurrent_letters(kinds))
+    and a.num_heads * a.head_dim != config.model_dim
+  ):
     raise ValueError(
       f"attention.num_heads={a.num_heads} of head_dim={a.head_dim}: {program} "
       f"has heads of model_dim={config.model_dim} together"
@@ -241,7 +253,7 @@ def gdn2_config(
   c: Claims, shown: Shown, output_gate: str, norm_eps: float
 ) -> GDN2Config:
   """Config of the recurrent layers, from keys that both programs have."""
-  if "G" not in shown.kinds:
+  if GDN2 not in shown.kinds:
     return GDN2Config()
   heads = c.size("num_heads", "gdn2_num_heads", shown=shown.heads)
   value_heads = c.size(

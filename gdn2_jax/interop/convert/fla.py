@@ -16,8 +16,18 @@ from gdn2_jax.interop.convert.claims import (
   split_width,
   written_kinds,
 )
+from gdn2_jax.interop.names import (
+  FULL,
+  GDN2,
+  KDA,
+  WINDOW,
+  recurrent_letters,
+)
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.mixers.attention import AttentionConfig
+
+# Keys model_type and architectures of a config.json, by our letter.
+_MODELS = {GDN2: ("gdn2", "GDN2ForCausalLM"), KDA: ("kda", "KDAForCausalLM")}
 
 # None: these files have dozens of keys of training, kernels and generation.
 HARMLESS = None
@@ -34,7 +44,7 @@ def read_config(claims: Claims, shown: Shown, output_gate: str) -> ModelConfig:
   c.only("use_short_conv", True)
   c.only("hidden_act", "swish", "silu")
   c.pass_over("hidden_ratio")  # gives intermediate_size: the tensors show it
-  if shown.kda:
+  if shown.kda and shown.recurrent == GDN2:
     # Their beta = 2 sigmoid would double the write gate too.
     c.only("allow_neg_eigval", False)
   model_dim = c.size("hidden_size", shown=shown.model_dim)
@@ -45,7 +55,7 @@ def read_config(claims: Claims, shown: Shown, output_gate: str) -> ModelConfig:
     vocab_size=c.size("vocab_size", shown=shown.vocab_size),
     model_dim=model_dim,
     num_layers=num_layers,
-    pattern=shortest_pattern(kinds),
+    pattern=shortest_pattern(kinds.replace(GDN2, shown.recurrent)),
     mlp_dim=c.size("intermediate_size", shown=shown.mlp_dim),
     gdn2=gdn2_config(c, shown, output_gate, norm_eps),
     attention=attention,
@@ -56,7 +66,8 @@ def read_config(claims: Claims, shown: Shown, output_gate: str) -> ModelConfig:
 def write_config(config: ModelConfig) -> dict[str, Any]:
   """The config.json of a model; refuses models without one."""
   c, a = config, config.attention
-  if "G" in c.pattern and c.norm_eps != c.gdn2.norm_eps:
+  recurrent = recurrent_letters(c.pattern)
+  if recurrent and c.norm_eps != c.gdn2.norm_eps:
     raise ValueError(
       f"norm_eps={c.norm_eps}: fla has one for all norms, the output norm has "
       f"gdn2.norm_eps={c.gdn2.norm_eps}"
@@ -71,12 +82,13 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
       "window_size": window,
       "rope_theta": a.rope_base,
     }
-    for kind, window in (("S", a.window), ("A", None))
+    for kind, window in ((WINDOW, a.window), (FULL, None))
     if kind in kinds
   ]
+  model_type, architecture = _MODELS[recurrent or GDN2]
   return {
-    "architectures": ["GDN2ForCausalLM"],
-    "model_type": "gdn2",
+    "architectures": [architecture],
+    "model_type": model_type,
     "attn_mode": "chunk",
     "hidden_size": c.model_dim,
     "num_hidden_layers": c.num_layers,
@@ -98,7 +110,7 @@ def _check_type(c: Claims, shown: Shown) -> None:
   expected, name = "gdn2", "Gated DeltaNet-2"
   if shown.kda:
     expected, name = "kda", "Kimi Delta Attention"
-  if c.raw("model_type", expected) != expected and "G" in shown.kinds:
+  if c.raw("model_type", expected) != expected and GDN2 in shown.kinds:
     c.refuse("model_type", f"{expected!r}: the tensors are those of {name}")
 
 
@@ -106,7 +118,7 @@ def _attention(
   c: Claims, shown: Shown, model_dim: int, num_layers: int
 ) -> tuple[str, AttentionConfig]:
   """Kinds of the layers, and their attention."""
-  kinds, options = ["G"] * num_layers, {}
+  kinds, options = [GDN2] * num_layers, {}
   specs = c.raw("attn", [])
   for spec in specs if isinstance(specs, list) else [specs]:
     kind, layers, found = _attention_spec(c, spec, model_dim, num_layers)
@@ -115,10 +127,10 @@ def _attention(
     if any(options.setdefault(k, v) != v for k, v in found.items()):
       c.refuse("attn", "layers of attention that are all alike")
   told = "".join(kinds)
-  if told.replace("A", "S") != shown.kinds:
+  if told.replace(FULL, WINDOW) != shown.kinds:
     raise ValueError(
       f"attn={specs}: makes the layers {told}, the tensors are those of "
-      f"{shown.kinds} (G recurrent, S or A attention)"
+      f"{shown.kinds} ({GDN2} recurrent, {WINDOW} or {FULL} attention)"
     )
   return told, AttentionConfig(**options)
 
@@ -147,4 +159,4 @@ def _attention_spec(
   if window is not None:
     found["window"] = each.size("window_size")
   each.finish()
-  return "A" if window is None else "S", layers, found
+  return FULL if window is None else WINDOW, layers, found

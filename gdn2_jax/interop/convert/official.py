@@ -12,6 +12,7 @@ from gdn2_jax.interop.convert.claims import (
   split_width,
   written_kinds,
 )
+from gdn2_jax.interop.names import FULL, GDN2, WINDOW
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.mixers.attention import AttentionConfig
 
@@ -88,8 +89,8 @@ def read_config(claims: Claims, shown: Shown, output_gate: str) -> ModelConfig:
   model_dim = c.size("n_embd", shown=shown.model_dim)
   kinds = _kinds(c, shown.kinds)
   attention = AttentionConfig()
-  if "S" in kinds or "A" in kinds:
-    attention = _attention(c, shown, model_dim, "S" in kinds)
+  if set(kinds) != {GDN2}:
+    attention = _attention(c, shown, model_dim, WINDOW in kinds)
   else:  # the program writes these keys although nothing reads them
     c.pass_over(*_SUPPORTED_IN_ATTENTION, *_ATTENTION_SIZES)
   return ModelConfig(
@@ -108,7 +109,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
   """The config.json of a model; refuses models without one."""
   c = config
   kinds = written_kinds(c, "the official program")
-  if "G" in kinds and c.gdn2.norm_eps != OUTPUT_NORM_EPS:
+  if GDN2 in kinds and c.gdn2.norm_eps != OUTPUT_NORM_EPS:
     raise ValueError(
       f"gdn2.norm_eps={c.gdn2.norm_eps}: the output norm of the official "
       f"program has {OUTPUT_NORM_EPS}"
@@ -128,7 +129,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
   }
   if c.gdn2.conv_width != 4:
     tree["conv_size"] = c.gdn2.conv_width
-  if set(kinds) == {"G"}:
+  if set(kinds) == {GDN2}:
     # The official program demands a divisor, but does not use it.
     return tree | {"n_head": math.gcd(c.model_dim, c.gdn2.num_heads)}
   a = c.attention
@@ -139,7 +140,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
   return tree | {
     "n_head": a.num_heads,
     "n_query_groups": a.kv_heads,
-    "local_window": -1 if "A" in kinds else a.window,
+    "local_window": -1 if FULL in kinds else a.window,
     "rotary_percentage": 1.0,
   }
 
@@ -161,13 +162,13 @@ def _vocab_size(c: Claims, shown: Shown) -> int:
 def _kinds(c: Claims, kinds: str) -> str:
   """Kinds of the layers; with gdn2_per_layer = p, every p-th is recurrent."""
   every = c.size("gdn2_per_layer", default=0)
-  if every and (told := _periodic(every, len(kinds), "S")) != kinds:
+  if every and (told := _periodic(every, len(kinds), WINDOW)) != kinds:
     raise ValueError(
       f"gdn2_per_layer={every} makes the layers {told}, the tensors are those "
-      f"of {kinds} (G recurrent, S attention)"
+      f"of {kinds} ({GDN2} recurrent, {WINDOW} attention)"
     )
   if c.stated("local_window") and c.raw("local_window", -1) == -1:
-    return kinds.replace("S", "A")
+    return kinds.replace(WINDOW, FULL)
   return kinds
 
 
@@ -195,12 +196,12 @@ def _attention(
 
 
 def _periodic(every: int, count: int, other: str) -> str:
-  return "".join(other if n % every else "G" for n in range(count))
+  return "".join(other if n % every else GDN2 for n in range(count))
 
 
 def _every(kinds: str) -> int:
   """The number p for which every p-th layer is recurrent."""
-  other = max(set(kinds) - {"G"}, default="S")
+  other = max(set(kinds) - {GDN2}, default=WINDOW)
   for every in range(1, len(kinds) + 1):
     if kinds == _periodic(every, len(kinds), other):
       return every

@@ -18,7 +18,15 @@ from gdn2_jax.interop.convert.options import (
 from gdn2_jax.interop.convert.tensors import check_dialect, to_ours
 from gdn2_jax.interop.disk import read_json
 from gdn2_jax.interop.layouts import CONV_ORDERS
-from gdn2_jax.interop.names import DIALECTS, FLOAT32, Dialect, Move, moves
+from gdn2_jax.interop.names import (
+  DIALECTS,
+  FLOAT32,
+  KDA,
+  RECURRENT,
+  Dialect,
+  Move,
+  moves,
+)
 from gdn2_jax.interop.tensors import find_weights, open_tensors
 from gdn2_jax.interop.tree import flatten_params, param_specs
 from gdn2_jax.model.config import ModelConfig
@@ -67,6 +75,12 @@ def _open_foreign(
   claims = _read_claims(weights.parent / folder.CONFIG, options, notes)
   _tie(theirs, claims, dialect, weights, options, notes)
   shown = look_at(dialect, theirs, weights)
+  if options.as_mixer:
+    shown = dataclasses.replace(shown, recurrent=RECURRENT[options.as_mixer])
+    if shown.recurrent == KDA and not shown.kda:
+      raise ValueError(
+        f"--as={options.as_mixer}: {weights} has no Kimi Delta Attention"
+      )
   gate = _output_gate(dialect, claims, options)
   order = _agreed(claims, "conv_order", CONV_ORDERS, options.from_conv_order)
   module = CONFIGS[dialect.name]
@@ -79,7 +93,11 @@ def _open_foreign(
   kda_heads = None
   if shown.kda:
     kda_heads = shown.heads or config.gdn2.num_heads
-    notes.append("Kimi Delta Attention, as GDN-2 with tied gates")
+    notes.append(
+      "Kimi Delta Attention"
+      if shown.recurrent == KDA
+      else "Kimi Delta Attention, as GDN-2 with tied gates; --as=kda keeps it"
+    )
   plan = moves(
     dialect, config, conv_order=order or "oldest_first", kda_heads=kda_heads
   )

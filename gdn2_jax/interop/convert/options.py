@@ -6,7 +6,7 @@ from typing import Any
 
 from gdn2_jax.interop.convert.official import PRESETS
 from gdn2_jax.interop.layouts import CONV_ORDERS
-from gdn2_jax.interop.names import DIALECTS
+from gdn2_jax.interop.names import DIALECTS, RECURRENT
 
 OURS = "gdn2_jax"
 ALL_DIALECTS = (*DIALECTS, OURS)
@@ -33,6 +33,9 @@ class Options:
     untie_head: give a model without a head a copy of its embedding.
     dtype: of the parameters that are written; A_log and dt_bias stay float32.
       By default that of each tensor read.
+    as_mixer: mixer that Kimi Delta Attention becomes, "gdn2" (also None), in
+      which training can part the tied gates, or "kda", which can be written
+      back.
     step: checkpoint of a training run; by default the newest.
   """
 
@@ -46,6 +49,7 @@ class Options:
   strip_prefix: str = ""
   untie_head: bool = False
   dtype: str | None = None
+  as_mixer: str | None = None
   step: int | None = None
 
   def check(self, source: str, target: str) -> None:
@@ -56,6 +60,7 @@ class Options:
       ("from_conv_order", self.from_conv_order, (None, *CONV_ORDERS)),
       ("to_conv_order", self.to_conv_order, (None, *CONV_ORDERS)),
       ("dtype", self.dtype, (None, *DTYPES)),
+      ("as", self.as_mixer, (None, *RECURRENT)),
       ("from", source, ALL_DIALECTS),
       ("to", target, ALL_DIALECTS),
     )
@@ -69,6 +74,8 @@ class Options:
       raise ValueError("--preset and --config: expected one of the two")
     if self.preset and source != "official":
       raise ValueError(f"--preset={self.preset}: goes with --from=official")
+    if self.as_mixer and source != "fla":
+      raise ValueError(f"--as={self.as_mixer}: goes with --from=fla")
     if self.step is not None and source != OURS:
       raise ValueError(f"--step={self.step}: goes with --from={OURS}")
     foreign = {

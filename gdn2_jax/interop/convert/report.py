@@ -8,6 +8,7 @@ from typing import Any
 from gdn2_jax.interop.convert.opened import Opened
 from gdn2_jax.interop.names import Move
 from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.model.mixers.registry import kind_of
 
 _HEADER = ("", "tensors read", "written", "parameters", "dtype")
 
@@ -97,7 +98,7 @@ def _part_of(name: str, config: ModelConfig) -> str:
     return path[0] if path[0] in ("embedding", "head") else "norms"
   if path[2] == "mixer":
     kind = config.pattern[int(path[1]) % len(config.pattern)]
-    return "GDN-2 mixers" if kind == "G" else "attention mixers"
+    return f"{kind_of(kind).name} mixers"
   return "MLPs" if path[2] == "mlp" else "norms"
 
 

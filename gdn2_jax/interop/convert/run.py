@@ -27,7 +27,13 @@ from gdn2_jax.interop.folder import (
   staged,
 )
 from gdn2_jax.interop.header import Lazy
-from gdn2_jax.interop.names import DIALECTS, moves
+from gdn2_jax.interop.names import (
+  DIALECTS,
+  KDA,
+  check_letters,
+  moves,
+  recurrent_letters,
+)
 from gdn2_jax.interop.tensors import SHARD_BYTES, save_shards
 from gdn2_jax.interop.tree import listed, unflatten_params
 from gdn2_jax.model.config import ModelConfig
@@ -137,7 +143,8 @@ def convert(
 
 def _check_gate(config: ModelConfig, target: str, options: Options) -> None:
   """Refuses to write what the other program would compute differently."""
-  if "G" not in config.pattern:
+  check_letters(DIALECTS[target], config)
+  if not recurrent_letters(config.pattern):
     return
   c, theirs = config.gdn2, DIALECTS[target].output_gate
   if c.output_gate != theirs and options.output_gate is None:
@@ -146,10 +153,17 @@ def _check_gate(config: ModelConfig, target: str, options: Options) -> None:
       f"compute {theirs!r} and would load these weights without complaint; to "
       f"write them all the same, pass --output_gate={c.output_gate}"
     )
-  for name in ("erase_gate", "write_gate"):
-    if getattr(c, name) != "channel":
+  # Those of a letter that implies others were checked against its own.
+  for name, only in (
+    ("gates", "decoupled"),
+    ("erase_gate", "channel"),
+    ("write_gate", "channel"),
+    ("decay", "channel"),
+  ):
+    tied = KDA in config.pattern and name == "gates"
+    if getattr(c, name) != only and not tied:
       raise ValueError(
-        f"{name}={getattr(c, name)!r}: expected 'channel', as the dialect "
+        f"{name}={getattr(c, name)!r}: expected {only!r}, as the dialect "
         f"{target!r} has no other"
       )
 

@@ -1,5 +1,7 @@
 """`python -m gdn2_jax.convert` on the public hybrid model, both directions."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -69,8 +71,16 @@ def test_a_table_says_what_was_read_and_written(done):
     "official -> gdn2_jax: 4 layers of pattern 'GS', width 64, vocabulary 128, "
     "output gate silu"
   )
-  rows = {line[:16].strip(): line[16:].split() for line in lines[3:10]}
-  assert rows["attention mixers"] == ["4", "8", "32,768", "float32"]
+  rows = {}
+  for line in lines[3:10]:
+    part, *cells = re.split(r"\s{2,}", line)
+    rows[part] = cells
+  assert rows["sliding-window attention mixers"] == [
+    "4",
+    "8",
+    "32,768",
+    "float32",
+  ]
   assert rows["total"] == ["61", "65", "240,004", "float32"]
   tensors, _ = checkpoints.official()
   assert sum(value.size for value in tensors.values()) == 240_004
