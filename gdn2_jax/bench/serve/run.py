@@ -223,11 +223,19 @@ def _subjects(result, preset, names):
       "layers": config.num_layers,
       "dim": config.model_dim,
       "mlp_dim": config.mlp_dim,
-      "window": config.attention.window if "S" in config.pattern else None,
+      "window": config.attention.window if _has_window(config) else None,
       "error": error,
     }
     subjects.append(subject)
   return subjects
+
+
+def _has_window(config: Any) -> bool:
+  """True if some layers keep the keys and values of a window."""
+  from gdn2_jax.model.mixers.registry import kinds_of
+
+  kinds = kinds_of(config.pattern).values()
+  return any(kind.is_indexed and not kind.grows for kind in kinds)
 
 
 def table(result: dict[str, Any]) -> str:
