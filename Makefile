@@ -9,6 +9,7 @@ WORKDIR ?= runs/$(basename $(notdir $(CONFIG)))
 PROMPT ?= Return the
 WORKERS ?= 2
 ARGS ?=
+BUDGET ?= cpu
 PYTHON_GPU ?= python3
 AOT_JAX ?= 0.12.0.1
 AOT_EXTRAS ?=
@@ -16,7 +17,7 @@ AOT_VENV := .venv-aot-$(AOT_JAX)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train generate plan test test-slow lint format notebooks \
-  faults bench bench-serve gpu aot aot-all clean
+  faults bench bench-serve replicate gpu aot aot-all clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' \
@@ -76,6 +77,9 @@ bench: $(READY) ## time the op against the token scan
 
 bench-serve: $(READY) ## time serving against a softmax transformer
 	$(BIN)/python -m gdn2_jax.bench serve $(ARGS)
+
+replicate: $(READY) ## compare mixers with seeds: BUDGET=ci, cpu, gpu15, gpuday
+	$(BIN)/python -m gdn2_jax.replicate --budget=$(BUDGET) $(ARGS)
 
 # A machine with a GPU often has its own JAX and no way to a package index.
 gpu: ## on a GPU: check every kernel, time it, time the train step

@@ -44,6 +44,7 @@ ALLOWED = {
   "interop.export": "kernels interop ops model inference",
   "bench": "typing kernels sharding pallas triton ops model data train "
   "inference analysis",
+  "replicate": "files eval train",
   "aot": "typing kernels sharding pallas triton ops model data train",
 }
 # Entry points stand above all layers and are imported by nobody.

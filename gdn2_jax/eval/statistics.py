@@ -28,6 +28,7 @@ class Difference:
     n: Seeds.
     smallest: Smallest true difference that this n finds with 80% power, given
       the spread of these seeds.
+    error: Standard error of the mean.
   """
 
   mean: float
@@ -36,6 +37,7 @@ class Difference:
   p: float
   n: int
   smallest: float
+  error: float = np.nan
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray) -> Difference:
@@ -83,6 +85,7 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> Difference:
     p=_p_value(mean, spread, n),
     n=n,
     smallest=smallest_difference(spread, n),
+    error=float(spread / np.sqrt(n)),
   )
 
 

@@ -25,12 +25,13 @@ from gdn2_jax.eval.synthetic.model import (
 from gdn2_jax.eval.synthetic.mqar import Mqar
 from gdn2_jax.eval.synthetic.score import score
 from gdn2_jax.eval.synthetic.steps import (
+  KEYS,
   NO_LABEL,
   VOCAB_SIZE,
   Example,
   as_tokens,
 )
-from gdn2_jax.eval.synthetic.tasks import TASKS, Task, examples
+from gdn2_jax.eval.synthetic.tasks import TASKS, Recall, Task, examples
 
 # Stream of the sequences that score a model: no training seed may have it.
 SCORED_STREAM = 1_000_000
@@ -143,7 +144,8 @@ class Outcome:
   Attributes:
     seed: Of the initial values and of the data.
     lr: Peak learning rate.
-    metrics: acc, loss, acc_by_group and kinds of answers, at the end.
+    metrics: At the end: acc, loss, acc_by_group, and kinds of answers (see
+      `score`); for recall acc_by_pairs, with fewer and more pairs than trained.
     curve: (step, training loss, accuracy) at the points.
     cpu_s, wall_s: Its share of its program's time, compiling aside.
     compile_s: Its share of the CPU time to compile.
@@ -190,6 +192,7 @@ class Program:
     self._advance_to = advance.lower(
       state, seeds, lrs, jnp.int32(0), self.scored
     ).compile()
+    self._capacity = self._compile_capacity(state[0])
     self.compile_s = time.process_time() - began
 
   def init(self, seed: int) -> Any:
@@ -201,12 +204,12 @@ class Program:
     params = init_params(self.model, jax.random.key(seed), self.cell.is_paired)
     return params, self._optimizer.init(params)
 
-  def _logits(self, params, tokens):
-    logits, _ = self.model.apply({"params": params}, tokens, last=self._last)
+  def _logits(self, params, tokens, last):
+    logits, _ = self.model.apply({"params": params}, tokens, last=last)
     return logits
 
   def _loss(self, params, example):
-    logits = self._logits(params, example.tokens)
+    logits = self._logits(params, example.tokens, self._last)
     labels = example.labels[:, -logits.shape[1] :]
     asked = labels != NO_LABEL
     each = optax.softmax_cross_entropy_with_integer_labels(
@@ -237,10 +240,34 @@ class Program:
     state, losses = jax.lax.scan(body, state, steps)
 
     def metrics(params):
-      logits = self._logits(params, scored.tokens)
+      logits = self._logits(params, scored.tokens, self._last)
       return score(logits, scored, self.cell.task)
 
     return state, losses.mean(0), jax.vmap(metrics)(state[0])
+
+  def _compile_capacity(self, params):
+    """Programs that score trained models with other numbers of pairs."""
+    task, programs = self.cell.task, {}
+    if not isinstance(task, Recall):
+      return programs
+    for pairs in (task.pairs // 4, task.pairs // 2, 2 * task.pairs):
+      if not 1 <= pairs <= KEYS:
+        continue
+      cell = dataclasses.replace(self.cell, task=Recall(pairs))
+      last = cell.queries()
+
+      def accuracy(params, example, last=last):
+        logits = self._logits(params, example.tokens, last)
+        return score(logits, example, self.cell.task)["acc"]
+
+      draw = jax.jit(
+        lambda seed, cell=cell: cell.draw(seed, 0, cell.training.scored)
+      )
+      seed = jnp.int32(SCORED_STREAM)
+      example = draw.lower(seed).compile(_ONCE)(seed)
+      lowered = jax.jit(jax.vmap(accuracy, (0, None))).lower(params, example)
+      programs[pairs] = lowered.compile(), example
+    return programs
 
   def run(
     self,
@@ -275,6 +302,11 @@ class Program:
       if on_point is not None:
         n = len(seeds)
         on_point(first + every, losses[:n], metrics["acc"][:n])
+    if self._capacity:
+      metrics["acc_by_pairs"] = {
+        str(pairs): np.asarray(program(state[0], example))
+        for pairs, (program, example) in self._capacity.items()
+      } | {str(self.cell.task.pairs): metrics["acc"]}
     n = len(seeds)
     wall = (time.perf_counter() - wall) / n
     cpu = (time.process_time() - cpu) / n

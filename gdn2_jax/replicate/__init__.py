@@ -1,0 +1,1 @@
+"""Comparison of mixers with seeds, learning rates and stated claims."""
