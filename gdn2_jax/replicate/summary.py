@@ -1,4 +1,4 @@
-"""What rows say about a budget's cells: chosen rates, scores, statistics."""
+"""Chosen learning rates and scores of a budget's cells, from rows."""
 
 import dataclasses
 from collections.abc import Mapping

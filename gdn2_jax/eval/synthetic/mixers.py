@@ -127,19 +127,17 @@ def model_config(name: str, sizes: Sizes, vocab_size: int) -> ModelConfig:
     dtype="float32",
   )
   # Mixers with a config of their own have a state of the same size.
-  for field, own in _own_sizes(sizes).items():
-    if any(f.name == field for f in dataclasses.fields(config)):
-      changed = dataclasses.replace(getattr(config, field), **own)
+  for field in ("mamba2", "mamba3"):
+    own = getattr(config, field, None)
+    if own is not None:
+      changes = {
+        "inner_dim": sizes.num_heads * sizes.value_dim,
+        "head_dim": sizes.value_dim,
+        "state_dim": sizes.key_dim,
+        # Mamba-3 has no convolution.
+        **{k: v for k, v in settings.items() if hasattr(own, k)},
+      }
+      changed = dataclasses.replace(own, **changes)
       config = dataclasses.replace(config, **{field: changed})
   config.validate("sizes")
   return config
-
-
-def _own_sizes(sizes: Sizes) -> dict[str, dict[str, Any]]:
-  """Fields of the configs of Mamba-2 and Mamba-3 at these sizes."""
-  mamba = {
-    "inner_dim": sizes.num_heads * sizes.value_dim,
-    "head_dim": sizes.value_dim,
-    "state_dim": sizes.key_dim,
-  }
-  return {"mamba2": mamba, "mamba3": mamba}

@@ -77,16 +77,17 @@ def row_of(cell: Cell, outcome: Outcome, role: str, facts: Row) -> Row:
 def append_rows(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
   """Appends rows to a file, all in one write, and flushes it to the device.
 
-  Half a line that a killed process left at the end is removed first.
+  Half a line that a killed process left at the end is removed first. Rows whose
+  key is there, as two processes may have run the same, are left out.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
   with _locked(path) as file:
-    end = _end_of_lines(file)
-    file.truncate(end)
-    file.seek(end)
-    file.write(data)
+    # In append mode every write goes to the end, wherever it then is.
+    file.truncate(_end_of_lines(file))
+    known = {row["key"] for row in read_rows(path)}
+    new = [row for row in rows if row["key"] not in known]
+    file.write(b"".join(json.dumps(row).encode() + b"\n" for row in new))
     file.flush()
     os.fsync(file.fileno())
 

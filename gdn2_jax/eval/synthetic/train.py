@@ -154,7 +154,7 @@ class Outcome:
   seed: int
   lr: float
   metrics: dict[str, Any]
-  curve: list[list[float]]
+  curve: list[list[Any]]
   cpu_s: float
   wall_s: float
   compile_s: float
