@@ -61,6 +61,9 @@ _REHEARSE = flags.DEFINE_bool(
   False,
   "Toy sizes: every step of the budget, in minutes, on a CPU.",
 )
+_DATA = flags.DEFINE_string(
+  "data", "", "gpuday: folder of packed rows for the language models."
+)
 _ONLY = flags.DEFINE_string(
   "only", None, "TASK:MIXER: this cell alone, in this process, no report."
 )
@@ -78,6 +81,8 @@ def main(argv: list[str]) -> None:
     folder = pathlib.Path(_OUT.value)
     path = folder / "runs.jsonl"
     read_rows(path)  # refuses a damaged file before anything is run
+    if not (_REPORT.value or _ONLY.value):
+      _language(budget)
     minutes = _MINUTES.value or budget.minutes
     deadline = began + 60 * minutes if minutes else None
     if _ONLY.value:
@@ -146,13 +151,19 @@ def _run(cells, budget, path, deadline):
       )
   if _MIXERS.value or not _SHARD.value.startswith("1/"):
     return failed
-  for run in language_runs(budget.language, _REHEARSE.value):
+  for run in _language(budget):
     if deadline is not None and time.monotonic() > deadline:
       break
     print(f"training {run.name}", flush=True)
     if error := run_language_model(run, path):
       failed.append(error)
   return failed
+
+
+def _language(budget):
+  return language_runs(
+    budget.language, rehearse=_REHEARSE.value, data=_DATA.value
+  )
 
 
 def _bar(**options):

@@ -57,68 +57,75 @@ class LanguageRun:
     ]
 
 
-_LETTERS = {
-  "gdn2": "G", "kda": "K", "gdn": "D", "deltanet": "E", "mamba2": "M",
-  "mamba3": "N", "softmax": "A",
-}  # fmt: skip
-_ABLATIONS = {
-  "b_only": "--config.model.gdn2.write_gate=scalar",
-  "w_only": "--config.model.gdn2.erase_gate=scalar",
+# Fields of the model config, by mixer. All get the same widths; compare their
+# parameters with `python -m gdn2_jax.plan`.
+_MIXERS = {
+  "gdn2": ("pattern=G",),
+  "kda": ("pattern=K",),
+  "gdn": ("pattern=D",),
+  "deltanet": ("pattern=E",),
+  "b_only": ("pattern=G", "gdn2.write_gate=scalar"),
+  "w_only": ("pattern=G", "gdn2.erase_gate=scalar"),
+  "gdn2_swa": ("pattern=GS",),
+  "softmax": ("pattern=A",),
 }
+_TOY = (
+  *("model.model_dim=32", "model.num_layers=2", "model.mlp_dim=32"),
+  *("model.gdn2.num_heads=1", "model.gdn2.key_dim=16"),
+  *("model.gdn2.value_dim=16", "model.attention.num_heads=1"),
+  *("data.seq_len=64", "data.batch_size=2", "num_steps=4"),
+  *("eval.batches=1", "eval.batch_size=2", "log_every=1"),
+)
 
 
-def _flags(mixer: str) -> tuple[str, ...]:
-  """Flags that give a config the layers of a mixer."""
-  if mixer in _ABLATIONS:
-    return ("--config.model.pattern=G", _ABLATIONS[mixer])
-  return (f"--config.model.pattern={_LETTERS[mixer]}",)
+def _flags(mixer: str, *fields: str) -> tuple[str, ...]:
+  model = (f"model.{field}" for field in _MIXERS[mixer])
+  return tuple(f"--config.{field}" for field in (*model, *fields))
 
 
-def language_runs(name: str, rehearse: bool) -> list[LanguageRun]:
+def language_runs(
+  name: str, *, rehearse: bool = False, data: str = ""
+) -> list[LanguageRun]:
   """The language models of a budget, none for "".
 
   Args:
     name: Budget.language of the plan.
     rehearse: The same commands with models that train in seconds on a CPU.
+    data: Folder of packed rows, tokenized with `FOLDER/tokenizer.json` of
+      32,000 entries, for the budget of a day.
+
+  Raises:
+    ValueError: `data` is missing.
   """
   if not name:
     return []
+  if rehearse:
+    mixers = ("gdn2", "kda") if name == "gpu15" else tuple(_MIXERS)
+    tiny = "configs/tiny_cpu.py"
+    return [LanguageRun(m, tiny, 0, _flags(m, *_TOY)) for m in mixers]
   small, large = "configs/gdn2_30m.py", "configs/gdn2_120m.py"
   if name == "gpu15":
-    # 20M tokens of the embedded corpus.
-    plan = [(m, small, 0, ("--config.num_steps=600",)) for m in ("gdn2", "kda")]
-  else:
-    data = ("--config.data.source=fineweb_edu",)
-    eight = (*_LETTERS, "b_only")
-    # 500M tokens each at 32 x 1024 tokens a step; 2.5B for the larger.
-    plan = [
-      (m, small, seed, (*data, "--config.num_steps=15300"))
-      for m in eight
-      for seed in range(3)
+    # 20M tokens of the corpus that needs no download.
+    return [
+      LanguageRun(m, small, 0, _flags(m, "num_steps=600"))
+      for m in ("gdn2", "kda")
     ]
-    plan += [
-      (m, large, seed, data) for m in ("gdn2", "kda", "gdn") for seed in (0, 1)
-    ]
-  if rehearse:
-    toy = (
-      "--config.model.model_dim=32",
-      "--config.model.num_layers=2",
-      "--config.model.mlp_dim=32",
-      "--config.model.gdn2.num_heads=1",
-      "--config.model.gdn2.key_dim=16",
-      "--config.model.gdn2.value_dim=16",
-      "--config.data.seq_len=64",
-      "--config.data.batch_size=2",
-      "--config.eval.batches=1",
-      "--config.num_steps=4",
+  if not data:
+    raise ValueError(
+      "--data is missing: expected a folder of packed rows for the language"
+      " models of this budget (docs/data.md)"
     )
-    tiny = "configs/tiny_cpu.py"
-    known = [p for p in plan if p[0] in ("gdn2", "kda", "gdn", "b_only")]
-    plan = [(m, tiny, seed, toy) for m, _, seed, _ in known if seed == 0]
-    plan = list(dict.fromkeys(plan))
+  rows = (f"data.source={data}", f"data.tokenizer={data}/tokenizer.json")
+  # 500M tokens each at 32 x 1024 tokens a step; 2.5B for the larger.
+  vocabulary = ("model.vocab_size=32000", "num_steps=15300")
   return [
-    LanguageRun(mixer, config, seed, (*_flags(mixer), *flags))
-    for mixer, config, seed, flags in plan
+    LanguageRun(m, small, seed, _flags(m, *rows, *vocabulary))
+    for m in _MIXERS
+    for seed in range(3)
+  ] + [
+    LanguageRun(m, large, seed, _flags(m, *rows))
+    for m in ("gdn2", "kda", "gdn")
+    for seed in range(2)
   ]
 
 
