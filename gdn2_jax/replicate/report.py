@@ -47,7 +47,7 @@ def write_report(
     )
   found = evaluate(scores_of(cells))
   write_atomically(folder / "claims.md", claims_text(found).encode())
-  table = table_text(cells, budget)
+  table = table_text(cells, budget) + language_text(rows)
   write_atomically(folder / "table.md", table.encode())
   plot_curves(folder / "curves.png", cells)
   plot_capacity(folder / "capacity.png", cells)
@@ -97,6 +97,22 @@ def table_text(cells: list[CellSummary], budget: Budget) -> str:
     lines += _accuracy(own, budget)
     lines += _rates(own)
   return "\n".join(lines)
+
+
+def language_text(rows: list[dict[str, Any]]) -> str:
+  """Part of table.md on language models; "" if there are none."""
+  body = []
+  for row in rows:
+    if row.get("suite") != "language":
+      continue
+    loss = row["metrics"]["model"]["1x"]
+    text = f"{loss['nats_per_token']:.4f}", f"{loss['bits_per_byte']:.4f}"
+    body.append([row["config"], row["mixer"], str(row["seed"]), *text])
+  if not body:
+    return ""
+  head = ["config", "mixer", "seed", "nats per token", "bits per byte"]
+  lines = ["## Language models", "", "Held-out loss.", ""]
+  return "\n".join(["", *lines, *_table(head, sorted(body))])
 
 
 def _accuracy(cells: list[CellSummary], budget: Budget) -> list[str]:

@@ -70,7 +70,17 @@ def test_a_reversal_and_a_null_are_results(tmp_path, no_figures, shift, says):
 
 def test_a_report_of_some_rows_says_what_is_missing(tmp_path, no_figures):
   cell = BUDGET.cells()[0]
-  write_report(tmp_path, BUDGET, [made_up_row(cell, 100, LOW, 0.3, "tune")])
+  language = {
+    "suite": "language",
+    "config": "c.py",
+    "mixer": "kda",
+    "seed": 0,
+    "metrics": {"model": {"1x": {"nats_per_token": 3.0, "bits_per_byte": 1.5}}},
+    "key": "0",
+  }
+  tuned = made_up_row(cell, 100, LOW, 0.3, "tune")
+  write_report(tmp_path, BUDGET, [tuned, language])
+  assert lines(tmp_path / "table.md", "| c.py | kda | 0 | 3.0000 | 1.5000 |")
   assert lines(tmp_path / "table.md", "| kda | 0 of 8 |")
 
 
