@@ -150,16 +150,25 @@ def check_uniform(name, u):
   assert abs(u.std() / deviation - 1) <= 5 * (0.8 / (4 * n)) ** 0.5, name
 
 
-@pytest.mark.parametrize("letter", "GKDE")
+def some_quick(letters, quick):
+  """Parameters of a test, slow but for some."""
+  return [
+    pytest.param(x, marks=() if x in quick else pytest.mark.slow)
+    for x in letters
+  ]
+
+
+@pytest.mark.parametrize("letter", some_quick("GKDE", "GD"))
 def test_recurrent_layers(letter):
   check(initial(letter), of_gdn2(letter))
 
 
-@pytest.mark.parametrize("letter", "SA")
+@pytest.mark.parametrize("letter", some_quick("SA", "S"))
 def test_attention(letter):
   check(initial(letter), of_attention())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("letter", "GKD")
 def test_long_memory_and_convolutions_on_the_current_token(letter):
   found = initial(letter, decay_init="long", conv_init="current")
@@ -171,6 +180,7 @@ def test_long_memory_and_convolutions_on_the_current_token(letter):
   assert 150 < half_life < 200
 
 
+@pytest.mark.slow
 def test_scalar_gates_of_their_own():
   found = initial("G", erase_gate="head", write_gate="head")
   check(

@@ -79,7 +79,7 @@ def own_config(cache_dir):
   config = tiny_config(str(cache_dir), num_steps=4)
   config.mesh = MeshConfig(fsdp=2, tensor=2, data=2)
   config.model.pattern = "e"
-  config.model.num_layers = 2
+  config.model.num_layers = 1
   config.model.options = ("average.half_life=8",)
   config.checkpoint.every_steps = 2
   return config
@@ -99,6 +99,7 @@ def run(tmp_path_factory):
   return config, folder / "run"
 
 
+@pytest.mark.slow
 def test_training_resumes_bit_for_bit(run, tmp_path):
   config, workdir = run
   assert 2 in committed_steps(workdir / "checkpoints")
@@ -136,6 +137,7 @@ def test_saved_loaded_and_generated_with_and_without_a_cache(run, tmp_path):
   assert got == ids[len(prompt) :]
 
 
+@pytest.mark.slow
 def test_a_cache_carries_documents_and_padding(run):
   config, workdir = run
   params, lm = load_run(workdir).params, LM(config.model)
@@ -156,8 +158,8 @@ def test_the_plan_counts_it(run):
   figures = plan(config, 8, compile_step=False)
   d, mlp = config.model.model_dim, config.model.mlp_dim
   layer = 2 * d * d + d + 3 * d * mlp + 2 * d
-  assert figures["parameters"]["blocks"] == 2 * layer
-  assert figures["state_bytes_per_sequence"]["moving average"] == 2 * d * 4
+  assert figures["parameters"]["blocks"] == layer
+  assert figures["state_bytes_per_sequence"]["moving average"] == d * 4
 
 
 @pytest.mark.parametrize(
