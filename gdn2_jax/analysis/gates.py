@@ -23,7 +23,7 @@ class LayerGates:
 
   Attributes:
     layer: index of the layer in the model, from 0, attention layers counted.
-    q, k: queries and keys [B, T, H, K], l2-normalised.
+    q, k: queries and keys [B, T, H, K], l2-normalised except in Mamba-2.
     v: values [B, T, HV, V].
     g: log-decay [B, T, H, K], <= 0.
     b: erase gate [B, T, H, K].

@@ -54,6 +54,17 @@ def test_layers_and_shapes():
   assert r.v.shape == r.w.shape == r.o.shape == (2, 8, 4, 24)
 
 
+def test_mamba2_layers_are_shown_as_an_op_that_erases_nothing():
+  first, second = collected("M")
+  assert (first.layer, second.layer) == (0, 1)
+  np.testing.assert_array_equal(first.b, 0)
+  assert first.q.shape == first.g.shape == (2, 8, 4, 16)
+  # w = dt and g = A dt, both the same for all channels of a head.
+  a_log = parameters("M")["groups"]["layer_0"]["mixer"]["A_log"]
+  a = -np.exp(np.asarray(a_log)[0])
+  np.testing.assert_allclose(first.g, a[:, None] * first.w, rtol=1e-6)
+
+
 def test_gates_of_the_first_layer_follow_from_its_parameters():
   params, (record, _) = parameters(), collected()
   layer = jax.tree.map(

@@ -4,7 +4,7 @@ Shapes are those of gdn2: q, k [B, T, H, K]; v [B, T, HV, V]; state
 [B, HV, K, V]. A scalar per head is [B, T, H]. Every function returns what gdn2
 returns and accepts its keyword arguments (scale, state, segment_ids, ...).
 
-Mamba-3 (Eq. 16 of arXiv 2603.15569; one head, R ranks),
+Mamba-3 (Eq. 16, from arXiv 2603.15569; one head, R ranks),
 
   S_t = a_t S_{t-1} + (1 - lam_t) dt_t a_t N_{t-1} + lam_t dt_t N_t
   N_t = sum_r k_{t,r} v_{t,r}^T,   a_t = exp(g_t),   o_{t,r} = S_t^T q_{t,r}

@@ -97,12 +97,17 @@ def test_later_inputs_change_no_bit_of_earlier_outputs(name):
   assert np.abs(got[:, cut] - want[:, cut]).max() > 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+HEADS = MeshConfig(data=2, fsdp=2, tensor=2)
+TOKENS = MeshConfig(fsdp=2, context=4)
+
+
 @pytest.mark.parametrize(
-  "mesh",
+  ("name", "mesh"),
   [
-    MeshConfig(data=2, fsdp=2, tensor=2),
-    pytest.param(MeshConfig(fsdp=2, context=4), marks=pytest.mark.slow),
+    ("M", HEADS),
+    ("N rank 3", HEADS),
+    pytest.param("N", HEADS, marks=pytest.mark.slow),
+    *(pytest.param(n, TOKENS, marks=pytest.mark.slow) for n in NAMES),
   ],
 )
 def test_sharded_equals_one_device(name, mesh):
