@@ -66,7 +66,7 @@ def collect_gates(
   if not shown:
     raise ValueError(
       f"config.pattern={config.pattern!r}: expected at least one layer whose "
-      f"mixer has the gates {', '.join(_NAMES)}, as 'G'"
+      f"mixer shows {', '.join(_NAMES)}"
     )
   # A copy: jit keeps the config as a cache key, and callers may change theirs.
   seen = _intermediates(copy.deepcopy(config), params, tokens, segment_ids)
