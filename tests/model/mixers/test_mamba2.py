@@ -62,7 +62,15 @@ def test_the_layer_and_its_gradients_equal_the_textbook(implementation):
 BIG = {"inner_dim": 2048, "head_dim": 16, "state_dim": 64}
 
 
-@pytest.mark.parametrize("decay_init", ["paper", "long", "long_small_dt"])
+@pytest.mark.parametrize(
+  "decay_init",
+  [
+    "paper",
+    *(
+      pytest.param(x, marks=pytest.mark.slow) for x in ("long", "long_small_dt")
+    ),
+  ],
+)
 def test_initial_moments_of_every_parameter(decay_init):
   mixer = Mamba2Mixer(Mamba2Config(**BIG, decay_init=decay_init), num_layers=8)
   x = jnp.zeros((1, 4, 256))
@@ -102,6 +110,7 @@ def test_initial_moments_of_every_parameter(decay_init):
     assert abs(value.std() - width / np.sqrt(12)) < 5 * error, name
 
 
+@pytest.mark.slow
 def test_convolutions_may_start_on_the_current_token():
   x = jnp.zeros((1, 4, D))
   starts = []

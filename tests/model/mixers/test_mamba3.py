@@ -80,7 +80,9 @@ def textbook(p, c, u):
   return jax.lax.scan(token, first, (z, x, B, C, dt, a, lam, angle))[1]
 
 
-@pytest.mark.parametrize("name", ["N", "N rank 3"])
+@pytest.mark.parametrize(
+  "name", [pytest.param("N", marks=pytest.mark.slow), "N rank 3"]
+)
 def test_the_layer_and_its_gradients_equal_the_textbook(name):
   assert_equals_textbook(CONFIGS[name], textbook, length=7)
 
@@ -92,6 +94,7 @@ def test_the_chunkwise_layer_equals_the_textbook(name):
   assert_equals_textbook(config, textbook)
 
 
+@pytest.mark.slow
 def test_a_second_rank_that_neither_writes_nor_is_read_changes_nothing():
   siso, x = case("N"), inputs(2, 9)
   want, _ = siso.apply(siso.params, x)
@@ -125,7 +128,12 @@ BIG = {"inner_dim": 2048, "head_dim": 16, "state_dim": 64}
 
 
 @pytest.mark.parametrize(
-  ("decay_init", "rank"), [("paper", 1), ("long", 1), ("paper", 2)]
+  ("decay_init", "rank"),
+  [
+    ("paper", 2),
+    pytest.param("paper", 1, marks=pytest.mark.slow),
+    pytest.param("long", 1, marks=pytest.mark.slow),
+  ],
 )
 def test_initial_moments_of_every_parameter(decay_init, rank):
   config = Mamba3Config(
