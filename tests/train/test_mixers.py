@@ -1,14 +1,18 @@
-"""Models with Mamba layers: training, resuming, writing, publishing."""
+"""Models of every mixer: training, resuming, writing, publishing, exporting."""
+
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gdn2_jax.data.tokenizer.api import BytesTokenizer
 from gdn2_jax.inference.generate import generate
 from gdn2_jax.inference.sampling import GREEDY
 from gdn2_jax.interop import load_model, save_model
-from gdn2_jax.model.lm import LM
+from gdn2_jax.interop.export.program import export_programs
+from gdn2_jax.model.lm import LM, has_growing_cache
 from gdn2_jax.train.checkpoint import load_run
 from gdn2_jax.train.config import preflight
 from gdn2_jax.train.loop import train
@@ -65,7 +69,9 @@ def assert_writes_and_publishes(config, params, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", ["M", "N", "MS", "NS"])
+@pytest.mark.parametrize(
+  "pattern", ["K", "D", "E", "M", "N", "A", "KS", "DS", "ES", "MS", "NS"]
+)
 def test_a_run_trains_resumes_writes_and_is_published(
   pattern, cache_dir, dataset, tmp_path, monkeypatch
 ):
@@ -83,6 +89,17 @@ def test_a_run_trains_resumes_writes_and_is_published(
   assert curve[-1] < curve[0] - 0.3  # nats; a guess costs log(260) = 5.6
   run = load_run(straight)
   assert_writes_and_publishes(run.config.model, run.params, tmp_path)
+  assert_exports(run.config.model, run.params, tmp_path / "exported")
+
+
+def assert_exports(config, params, folder):
+  longest = 32 if has_growing_cache(config) else None
+  files = export_programs(config, chunk_size=16, max_length=longest, eos_id=256)
+  save_model(folder, params, config, BytesTokenizer(), extra=files)
+  spec = importlib.util.spec_from_file_location("exported", folder / "run.py")
+  run = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(run)
+  assert run.load(str(folder)).generate(PROMPTS, NEW) == chain(config, params)
 
 
 def test_meshes_that_do_not_fit_are_refused(cache_dir):
