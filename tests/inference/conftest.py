@@ -74,7 +74,9 @@ def damage_state(state, row: int):
   return state.replace(cache=jax.tree.map(spoil, state.cache))
 
 
-@pytest.fixture(params=["G", pytest.param("S", marks=pytest.mark.slow), "GS"])
+@pytest.fixture(
+  params=[*(pytest.param(p, marks=pytest.mark.slow) for p in "GS"), "GS"]
+)
 def tiny(request) -> Tiny:
   return make_tiny(request.param)
 

@@ -77,6 +77,7 @@ def test_extend_gives_the_logits_after_every_token(hybrid):
   assert_close(logits, hybrid.logits[np.arange(3), lengths])
 
 
+@pytest.mark.slow
 def test_extend_names_the_row_and_the_token_of_nan():
   """Outside of jit; NaN beyond `lengths` is no failure."""
   tiny = make_model("G")  # token by token: NaN stays out of earlier ones

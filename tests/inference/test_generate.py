@@ -183,7 +183,9 @@ def test_callbacks_get_the_tokens_and_may_end_a_row(hybrid):
   assert got == [want[0], want[1][:6], want[2]]
 
 
-@pytest.mark.parametrize("sampler", [GREEDY, WARM])
+@pytest.mark.parametrize(
+  "sampler", [pytest.param(GREEDY, marks=pytest.mark.slow), WARM]
+)
 def test_weights_with_nan_end_no_row_in_silence(hybrid, sampler):
   params = damage_params(hybrid.params, "final_norm/weight", 3)
   args = (params, hybrid.config)
@@ -235,7 +237,9 @@ def meet(token, prompt, row):
   return row[: row.index(token) + 1] if token in row[:-1] else row
 
 
-@pytest.mark.parametrize("size", [1, 5, 16])
+@pytest.mark.parametrize(
+  "size", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 16))]
+)
 def test_nan_on_the_way_ends_a_row_there(hybrid, size):
   """At a token whose embedding is NaN; the tokens before it are not lost."""
   whole = argmax_chain(hybrid)
@@ -269,6 +273,7 @@ def test_nan_on_the_way_ends_a_row_there(hybrid, size):
   assert received == want[0]
 
 
+@pytest.mark.slow
 def test_finite_weights_that_overflow_are_told_from_damaged_ones(attention):
   params = {**attention.params, "head": attention.params["head"] * 3e38}
   assert jnp.isfinite(params["head"]).all()

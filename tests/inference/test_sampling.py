@@ -78,6 +78,7 @@ def test_a_row_does_not_depend_on_its_batch(rng):
   np.testing.assert_array_equal(together, np.concatenate(alone))
 
 
+@pytest.mark.slow
 def test_rows_with_settings_of_their_own_draw_what_they_draw_alone(rng):
   """With and without ranks: the noise of an id depends on the key alone."""
   samplers = [

@@ -83,7 +83,13 @@ def token_by_token(mixer, params, x):
   return y.swapaxes(0, 1)
 
 
-@pytest.mark.parametrize("implementation", ["", "reference", "xla"])
+@pytest.mark.parametrize(
+  "implementation",
+  [
+    "reference",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ("", "xla")),
+  ],
+)
 def test_sequence_tokens_and_sown_values_agree(x, implementation):
   config = dataclasses.replace(CONFIG, implementation=implementation)
   mixer, standard = SquaredErase(config), GDN2Mixer(config)
@@ -104,6 +110,7 @@ def test_sequence_tokens_and_sown_values_agree(x, implementation):
   assert rel_rms(after["o"], o) < BOUND
 
 
+@pytest.mark.slow
 def test_gradients_of_a_sequence_are_those_of_its_tokens(x):
   mixer = SquaredErase(CONFIG)
   params = params_of(mixer, x)
@@ -133,7 +140,15 @@ def test_packed_documents_are_those_read_alone(x):
     assert rel_rms(packed[:, tokens], alone) < BOUND
 
 
-@pytest.mark.parametrize("cls", [MixedIn, SetUp, Inherited, LearnedErase])
+@pytest.mark.parametrize(
+  "cls",
+  [
+    MixedIn,
+    SetUp,
+    Inherited,
+    pytest.param(LearnedErase, marks=pytest.mark.slow),
+  ],
+)
 def test_every_way_to_override_is_seen(cls, x):
   mixer = cls(CONFIG)
   params = params_of(mixer, x)
@@ -226,6 +241,7 @@ def test_wrong_gates_are_named_in_one_line(change, says, is_token, x):
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_gates_on_shards_of_tokens(x):
   mixer = SquaredErase(dataclasses.replace(CONFIG, implementation="reference"))
   params = params_of(mixer, x)

@@ -28,6 +28,7 @@ MIXERS = (
   *((pattern, "reference") for pattern in PATTERNS),
   *(pytest.param(x, "xla", marks=pytest.mark.slow) for x in RELATIVES),
 )
+CHUNKS_SLOW = (pytest.param("G", "xla", marks=pytest.mark.slow), *MIXERS[1:])
 # Attention alone is tried by itself in tests/ops/attention, too.
 SLOW_ATTENTION = (
   "G",
@@ -52,7 +53,7 @@ def test_prefill_and_decode_equal_forward(pattern, implementation):
   close(jnp.concatenate(parts, axis=1), want)
 
 
-@pytest.mark.parametrize(("pattern", "implementation"), MIXERS)
+@pytest.mark.parametrize(("pattern", "implementation"), CHUNKS_SLOW)
 def test_padding_leaves_the_cache_and_others_alone(pattern, implementation):
   """Ragged prompts in one batch, then a step in which one row is idle."""
   _, _, apply = small_model(pattern, implementation)
@@ -75,7 +76,7 @@ def test_padding_leaves_the_cache_and_others_alone(pattern, implementation):
   )
 
 
-@pytest.mark.parametrize(("pattern", "implementation"), MIXERS)
+@pytest.mark.parametrize(("pattern", "implementation"), CHUNKS_SLOW)
 def test_packed_equals_separate(pattern, implementation):
   _, _, apply = small_model(pattern, implementation)
   tokens = tokens_of(1, 30)

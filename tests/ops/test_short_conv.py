@@ -91,7 +91,11 @@ def test_row_of_padding_returns_its_state():
 @pytest.mark.parametrize(
   "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("ids", [None, IDS], ids=["whole", "packed"])
+@pytest.mark.parametrize(
+  "ids",
+  [pytest.param(None, marks=pytest.mark.slow), IDS],
+  ids=["whole", "packed"],
+)
 def test_split_and_carry_gives_the_same_bits(ids, dtype):
   x, kernel, bias, state = inputs(4, dtype)
   whole, last = run(x, kernel, bias, ids, state)

@@ -103,6 +103,7 @@ def test_the_table_has_a_mean_only_over_all_six_tasks():
   assert len(lines) == 2  # nothing is known of the other
 
 
+@pytest.mark.slow
 def test_the_command_runs_a_model_and_refuses_bad_flags(data, tmp_path):
   workdir = f"--workdir={make_run(tmp_path)}"
   source = f"--data={data}"

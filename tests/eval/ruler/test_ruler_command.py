@@ -8,6 +8,7 @@ from gdn2_jax.eval.__main__ import COMMANDS
 from tests.tiny_run import make_run, run_many, run_module
 
 
+@pytest.mark.slow
 def test_the_command_scores_resumes_and_refuses(tmp_path):
   assert "ruler" in COMMANDS
   workdir = make_run(tmp_path)

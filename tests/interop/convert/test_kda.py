@@ -134,7 +134,11 @@ NATIVE = Options(as_mixer="kda")
 
 @pytest.mark.parametrize(
   ("heads", "value_heads", "decays", "negative"),
-  [(2, 2, 2, False), (2, 4, 4, False), (2, 4, 2, True)],
+  [
+    (2, 2, 2, False),
+    (2, 4, 4, False),
+    pytest.param(2, 4, 2, True, marks=pytest.mark.slow),
+  ],
 )
 def test_a_model_of_pattern_k_computes_it_too(
   tmp_path, rng, heads, value_heads, decays, negative
@@ -194,7 +198,10 @@ def test_there_and_back_gives_the_same_bits(tmp_path, target):
   assert opened.config == open_model(src, "fla", NATIVE).config
 
 
-@pytest.mark.parametrize("pattern", ["K", "KS", "AK"])
+@pytest.mark.parametrize(
+  "pattern",
+  ["K", *(pytest.param(p, marks=pytest.mark.slow) for p in ("KS", "AK"))],
+)
 def test_own_models_are_written_and_read(tmp_path, pattern):
   config = small_config(pattern, norm_eps=1e-5)
   config.gdn2.output_gate = "sigmoid"

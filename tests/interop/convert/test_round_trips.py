@@ -270,6 +270,7 @@ def test_a_tied_head_is_copied_on_request(tmp_path):
   assert written["tie_word_embeddings"] is False
 
 
+@pytest.mark.slow
 def test_a_workdir_of_training(tmp_path):
   with tarfile.open(WORKDIR) as archive:
     archive.extractall(tmp_path / "run", filter="data")

@@ -122,7 +122,9 @@ def test_segments(window):
   np.testing.assert_array_equal(results[0][IDS == 0], 0)
 
 
-@pytest.mark.parametrize("window", [40, None])
+@pytest.mark.parametrize(
+  "window", [40, pytest.param(None, marks=pytest.mark.slow)]
+)
 def test_several_full_blocks(window):
   """Longer than the largest block, so that spans start inside the keys."""
   args = inputs(530, 530, batch=1, heads=(1, 1), width=4)

@@ -86,7 +86,7 @@ def packed_case():
   ("devices", "scheme", "implementation"),
   [
     (2, None, "xla"),
-    (4, "doubling", "reference"),
+    pytest.param(4, "doubling", "reference", marks=pytest.mark.slow),
     pytest.param(8, "all_to_all", "xla", marks=pytest.mark.slow),
     (8, "ring", "reference"),
   ],

@@ -29,7 +29,15 @@ def test_decay_and_erase(g, b, implementation, rng):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 1000])
+@pytest.mark.parametrize(
+  "T",
+  [
+    1,
+    2,
+    *(pytest.param(T, marks=pytest.mark.slow) for T in (63, 64, 1000)),
+    65,
+  ],
+)
 def test_lengths(T, implementation, rng):
   case = numerics.make_case(rng, T=T, H=1, g=(-1.0, 0.0))
   actual = numerics.evaluate(numerics.op(implementation), case)
@@ -37,7 +45,8 @@ def test_lengths(T, implementation, rng):
 
 
 @pytest.mark.parametrize(
-  ("chunk_size", "packed"), [(1, False), (32, True), (64, False)]
+  ("chunk_size", "packed"),
+  [(1, False), (32, True), pytest.param(64, False, marks=pytest.mark.slow)],
 )
 def test_chunk_size_does_not_matter(chunk_size, packed, rng):
   ids = np.ones((2, 130), np.int32)

@@ -217,7 +217,9 @@ def test_triton_is_chosen_for_a_step_only(triton):
   assert unsupported_reason("triton", *like()) is None
 
 
-@pytest.mark.parametrize("value_heads", [1, 2])
+@pytest.mark.parametrize(
+  "value_heads", [pytest.param(1, marks=pytest.mark.slow), 2]
+)
 @pytest.mark.parametrize("segments", [None, np.array([[1, 1, 0, 2, 2]] * 2)])
 def test_the_call_reaches_triton(value_heads, segments, triton, rng):
   case = numerics.make_case(
@@ -290,9 +292,10 @@ def test_right_kernels_are_chosen_in_silence_and_checked_once(
   [
     ({"forward": kernel_stand_in.wrong_forward}, "o differs from 'xla' by 1"),
     ({"forward": kernel_stand_in.nan_forward}, "o differs from 'xla' by nan"),
-    (
+    pytest.param(
       {"backward": kernel_stand_in.wrong_backward},
       r"dg differs .* by 2\.0e\+00",
+      marks=pytest.mark.slow,
     ),
     ({"forward": kernel_stand_in.broken_forward}, "RuntimeError: no such chip"),
   ],

@@ -21,7 +21,9 @@ def make(rng, **kwargs):
   return numerics.make_case(rng, **(SHAPE | kwargs))
 
 
-@pytest.mark.parametrize("chunk_size", [16, 64])
+@pytest.mark.parametrize(
+  "chunk_size", [16, pytest.param(64, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("g", [(-5.0, -0.1), (-40.0, 0.0)], ids=str)
 def test_n01_masked_scores_leave_gradients_finite(g, chunk_size, rng):
   case = make(rng, g=g)
@@ -157,7 +159,9 @@ def test_n09_a_thousand_steps_equal_the_chunks(rng):
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-3])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+  "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)
 def test_n10_no_decay_and_parallel_keys(dtype, spread, rng):
   case = make(rng, g=0.0, b=1.0, dtype=jnp.dtype(dtype))
   keys = case["k"][:, :1].astype(np.float32)
@@ -231,6 +235,7 @@ def test_n13_saturated_gates(rng):
   assert numerics.rel_rms(actual["dg"], numerics.oracle(case)["dg"]) < 1e-6
 
 
+@pytest.mark.slow
 def test_n14_poisoned_padding_at_every_length(rng):
   clean = make(rng, g=(-1.0, 0.0))
   for length in range(1, 65):
@@ -260,7 +265,9 @@ def test_n15_sums_of_gate_gradients_keep_their_precision(rng):
   assert numerics.rel_rms(bias, exact) < numerics.FLOAT32_BOUND
 
 
-@pytest.mark.parametrize("value_heads", [2, 4])
+@pytest.mark.parametrize(
+  "value_heads", [2, pytest.param(4, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_n16_value_heads_read_their_key_head(implementation, value_heads, rng):
   case = make(rng, T=65, value_heads=value_heads)

@@ -232,6 +232,7 @@ def port() -> int:
     return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_tasks_of_slurm_meet(port):
   step = SLURM | {
     "SLURM_STEP_NODELIST": "localhost",
