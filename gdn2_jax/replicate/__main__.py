@@ -23,7 +23,7 @@ import tqdm
 from absl import flags
 
 from gdn2_jax import cli
-from gdn2_jax.eval.synthetic.rows import read_rows
+from gdn2_jax.eval.synthetic.rows import append_rows, read_rows
 from gdn2_jax.replicate.language import language_runs, run_language_model
 from gdn2_jax.replicate.plan import BUDGETS, Budget, rehearsal
 from gdn2_jax.replicate.report import write_report
@@ -128,6 +128,7 @@ def _plan() -> tuple[Budget, list]:
 
 def _run(cells, budget, path, deadline):
   """Runs the cells and the language models; returns what failed."""
+  append_rows(path, [])  # takes off what a killed command left of a line
   workers = _WORKERS.value
   if not workers:
     cores = len(os.sched_getaffinity(0))

@@ -266,9 +266,9 @@ def test_collected_gates_are_those_of_the_subclass():
   params, tokens = random_params(config), tokens_of(2, 8)
   standard = collect_gates(config, params, tokens)
   registry.register(
-    "q", kinds.gdn2_kind("squared erase", SquaredErase), replace=True
+    "z", kinds.gdn2_kind("squared erase", SquaredErase), replace=True
   )
-  config = small_config("qS")
+  config = small_config("zS")
   records = collect_gates(config, params, tokens)
   assert rel_rms(records[0].b, standard[0].b ** 2) < BOUND
   for record in records:

@@ -87,7 +87,10 @@ def test_the_layer_and_its_gradients_equal_the_textbook(name):
   assert_equals_textbook(CONFIGS[name], textbook, length=7)
 
 
+# The gradient of the angles is a small rest of large terms: programs that XLA
+# does not optimize lose a digit of it, 1.7e-5 where users get below 2e-6.
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", ["N", "N rank 3"])
 def test_the_chunkwise_layer_equals_the_textbook(name):
   config = dataclasses.replace(CONFIGS[name], implementation="xla")
