@@ -9,7 +9,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 from gdn2_jax.files import write_atomically
 
@@ -131,17 +131,22 @@ class RowStore:
 
   def _remove_unfinished(self) -> None:
     """Removes what follows the last end of a line."""
-    size = end = self._file.seek(0, os.SEEK_END)
-    while end:
-      start = max(0, end - 4096)
-      self._file.seek(start)
-      at = self._file.read(end - start).rfind(b"\n")
-      if at >= 0:
-        end = start + at + 1
-        break
-      end = start
+    size, end = self._path.stat().st_size, end_of_lines(self._file)
     if end < size:
       self._file.truncate(end)
+
+
+def end_of_lines(file: BinaryIO) -> int:
+  """Position after the last complete line of a file that is open to read."""
+  end = file.seek(0, os.SEEK_END)
+  while end:
+    start = max(0, end - 65536)
+    file.seek(start)
+    newline = file.read(end - start).rfind(b"\n")
+    if newline >= 0:
+      return start + newline + 1
+    end = start
+  return 0
 
 
 def _agree(path: pathlib.Path, settings: Mapping[str, Any], name: str) -> None:

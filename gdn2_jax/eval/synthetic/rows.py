@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from gdn2_jax.eval.rows import end_of_lines
 from gdn2_jax.eval.synthetic.mixers import choice_of
 from gdn2_jax.eval.synthetic.train import Cell, Outcome
 
@@ -84,7 +85,7 @@ def append_rows(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   with _locked(path) as file:
     # In append mode every write goes to the end, wherever it then is.
-    file.truncate(_end_of_lines(file))
+    file.truncate(end_of_lines(file))
     known = {row["key"] for row in read_rows(path)}
     new = [row for row in rows if row["key"] not in known]
     file.write(b"".join(json.dumps(row).encode() + b"\n" for row in new))
@@ -99,19 +100,6 @@ def _locked(path: pathlib.Path) -> Iterator[Any]:
     # Released by the system if the process is killed.
     fcntl.flock(file, fcntl.LOCK_EX)
     yield file
-
-
-def _end_of_lines(file: Any) -> int:
-  """Position after the last complete line."""
-  end = file.seek(0, os.SEEK_END)
-  while end:
-    start = max(0, end - 65536)
-    file.seek(start)
-    newline = file.read(end - start).rfind(b"\n")
-    if newline >= 0:
-      return start + newline + 1
-    end = start
-  return 0
 
 
 def read_rows(*paths: str | os.PathLike[str]) -> list[Row]:

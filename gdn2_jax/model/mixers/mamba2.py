@@ -188,7 +188,7 @@ class Mamba2Mixer(nn.Module):
     tails = (None,) * 3
     if cache is not None:
       tails = (cache.conv_x, cache.conv_b, cache.conv_c)
-    z = self._linear("z_proj", *inner)(x)
+    z = input_projection(self, "z_proj", *inner)(x)
     v, conv_x = self._short_conv("x", x, inner, segment_ids, tails[0])
     k, conv_b = self._short_conv("B", x, shared, segment_ids, tails[1])
     q, conv_c = self._short_conv("C", x, shared, segment_ids, tails[2])
@@ -222,20 +222,10 @@ class Mamba2Mixer(nn.Module):
       state=state, conv_x=conv_x, conv_b=conv_b, conv_c=conv_c
     )
 
-  def _linear(self, name, features, axes):
-    return layers.Linear(
-      features,
-      ("embed", *axes),
-      layers.fan_in_uniform(),
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      name=name,
-    )
-
   def _short_conv(self, name, x, channels, segment_ids, tail):
     """Computes silu(conv(x W) + bias) and the new tail."""
     shape, axes = channels
-    y = self._linear(f"{name}_proj", shape, axes)(x)
+    y = input_projection(self, f"{name}_proj", shape, axes)(x)
     y = nn.with_logical_constraint(y, ("batch", "length", *axes))
     W, config = self.config.conv_width, self.config
     kernel = layers.parameter(
@@ -272,7 +262,7 @@ class Mamba2Mixer(nn.Module):
     """Step size dt and log-decay A dt, both [B, T, H], float32."""
     c = self.config
     a, dt_range = c.decay_ranges
-    dt = self._linear("dt_proj", (c.num_heads,), ("heads",))(x)
+    dt = input_projection(self, "dt_proj", (c.num_heads,), ("heads",))(x)
     a_log = self._per_head("A_log", layers.init_a_log(*a))
     dt_bias = self._per_head("dt_bias", layers.init_dt_bias(*dt_range))
     dt = dt.astype(jnp.promote_types(dt.dtype, jnp.float32))
@@ -303,6 +293,20 @@ class Mamba2Mixer(nn.Module):
       y.reshape(*y.shape[:2], -1), weight.reshape(-1), eps=c.norm_eps
     )
     return output_projection(self, x.shape[-1])(y.reshape(o.shape))
+
+
+def input_projection(
+  mixer: Any, name: str, features: tuple[int, ...], axes: tuple[str, ...]
+) -> layers.Linear:
+  """Linear map [D] -> features without bias, a part of the input projection."""
+  return layers.Linear(
+    features,
+    ("embed", *axes),
+    layers.fan_in_uniform(),
+    dtype=mixer.dtype,
+    param_dtype=mixer.param_dtype,
+    name=name,
+  )
 
 
 def output_projection(mixer: Any, model_dim: int) -> layers.Linear:

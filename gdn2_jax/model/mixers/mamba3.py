@@ -29,6 +29,7 @@ from gdn2_jax.model import layers
 from gdn2_jax.model.mixers.mamba2 import (
   check_choices,
   check_sizes,
+  input_projection,
   output_projection,
 )
 from gdn2_jax.ops.gdn2.api import IMPLEMENTATIONS
@@ -160,8 +161,8 @@ class Mamba3Mixer(nn.Module):
   ) -> tuple[Activations, Mamba3Cache | None]:
     c = self.config
     inner = ((c.num_heads, c.head_dim), ("heads", "value_dim"))
-    z = self._linear("z_proj", *inner)(x)
-    v = self._linear("x_proj", *inner)(x)
+    z = input_projection(self, "z_proj", *inner)(x)
+    v = input_projection(self, "x_proj", *inner)(x)
     dt, g, lam = self._gates(x)
     angle = self._angle(x, dt, segment_ids, cache)
     k = _rotate(self._keys("B", x), angle).astype(v.dtype)
@@ -199,16 +200,6 @@ class Mamba3Mixer(nn.Module):
       x=last_token(v, cache.x, segment_ids),
     )
 
-  def _linear(self, name, features, axes):
-    return layers.Linear(
-      features,
-      ("embed", *axes),
-      layers.fan_in_uniform(),
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      name=name,
-    )
-
   def _float32(self, name, init, axes, shape):
     return layers.parameter(self, name, init, axes, shape, "float32")
 
@@ -217,7 +208,7 @@ class Mamba3Mixer(nn.Module):
     c = self.config
     heads = ((c.num_heads,), ("heads",))
     dt, a, lam = (
-      _wide(self._linear(f"{name}_proj", *heads)(x))
+      _wide(input_projection(self, f"{name}_proj", *heads)(x))
       for name in ("dt", "A", "lam")
     )
     init = layers.init_dt_bias(*_DECAY_INIT[c.decay_init])
@@ -232,7 +223,7 @@ class Mamba3Mixer(nn.Module):
   def _angle(self, x, dt, segment_ids, cache):
     """Accumulated angles [B, T, H, angles] in half turns, float32."""
     angle = ((self.config.num_angles,), ("key_dim",))
-    speed = _wide(self._linear("angle_proj", *angle)(x))
+    speed = _wide(input_projection(self, "angle_proj", *angle)(x))
     step = dt[..., None] * jnp.tanh(speed)[:, :, None]
     restarts = None
     if segment_ids is not None:
@@ -245,8 +236,8 @@ class Mamba3Mixer(nn.Module):
     """B or C of every rank and head [B, T, R, H, N], normalised, with bias."""
     c = self.config
     ones = nn.initializers.ones_init()
-    y = self._linear(
-      f"{name}_proj", (c.mimo_rank, c.state_dim), ("mimo_rank", "key_dim")
+    y = input_projection(
+      self, f"{name}_proj", (c.mimo_rank, c.state_dim), ("mimo_rank", "key_dim")
     )(x)
     weight = layers.parameter(
       self, f"{name}_norm", ones, ("key_dim",), (c.state_dim,)
