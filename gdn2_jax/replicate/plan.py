@@ -115,15 +115,18 @@ BUDGETS = {
     width=2,
   ),
   "cpu": Budget(
-    purpose="all mixers on three tasks, about an hour on two cores",
+    purpose="all mixers on three tasks, about 80 minutes on two cores",
     experiments=(
       Experiment(Overwrite(), FAMILY),
       Experiment(SetAdd(), FAMILY),
       Experiment(Recall(), FAMILY),
-      # Last: where time is short, only the claim about ablations is without
-      # runs.
+      # Last: where time is short, only the claims about ablations and the
+      # second test of decay are without runs.
       Experiment(Overwrite(), ("b_only", "w_only")),
       Experiment(SetAdd(), ("b_only", "w_only")),
+      Experiment(Reset(), ("kda", "gdn")),
+      Experiment(Overwrite(), ("erase_0_2",)),
+      Experiment(SetAdd(), ("erase_0_2",)),
     ),
     sizes=_SMALL,
     training=Training(),
