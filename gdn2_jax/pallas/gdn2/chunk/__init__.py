@@ -1,0 +1,1 @@
+"""Stages of the kernels that work within a chunk, with tokens in rows."""

@@ -1,0 +1,167 @@
+"""Loads of a chunk: padding, restarts, norms and gates, range of float16."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gdn2_jax.pallas import blocks, inline, projected
+from gdn2_jax.pallas.blocks import C
+from gdn2_jax.pallas.gdn2.chunk.rows import (
+  R,
+  load_row,
+  store_row,
+  store_untiled,
+)
+
+_BIAS = 127  # of the exponent of a float32, as it is stored
+_LARGEST = 2.0**127
+
+
+def fetch(inputs: Any, rates: Any, s: Any, here: Any) -> None:
+  """Starts loads of a chunk's rows and kinds; all warpgroups may wait.
+
+  Args:
+    inputs: q, k, b, g and kinds in global memory, [B, T, H, K] and [B, T].
+    rates: [B, H, 2, K] in global memory, or None. With rates, g is f.
+    s: Buffers by name, and "loaded", their barrier.
+    here: Row of the batch, head and chunk.
+  """
+  row, h, c = here
+  tokens = row, pl.ds(c * C, C)
+  *keys, kinds = inputs
+
+  def start(source, name):
+    plgpu.copy_gmem_to_smem(source, s[name], s["loaded"])
+
+  names = "q", "k", "b", "g" if rates is None else "f"
+  for name, source in zip(names, keys, strict=True):
+    start(source.at[(*tokens, h)], name)
+  start(kinds.at[tokens], "kinds")
+  if rates is not None:
+    start(rates.at[row, h], "rates")
+
+
+def mask(s: Any, wg: Any, names: str = "qkbg") -> None:
+  """Rewrites rows of padding and restarts among a warpgroup's 16.
+
+  Padding gets q = k = b = g = 0, and a restart g = LOG_ZERO. Most chunks have
+  neither, and pass with a vote. A thread rewrites what it reads itself if it
+  reads rows, so Rows needs no barrier.
+  """
+  first = wg * R
+
+  @pl.when(inline.any_differs(s["kinds"], first, R, blocks.TOKEN))
+  def _():
+    def row(r, _):
+      r = first + r
+      kind = s["kinds"][r]
+      for name in names:
+        x = load_row(s[name], r)
+        is_padding, is_restart = (
+          lax.broadcast_in_dim(kind == y, x.shape, ())
+          for y in (blocks.PADDING, blocks.RESTART)
+        )
+        x = jnp.where(is_padding, 0.0, x)
+        if name == "g":
+          x = jnp.where(is_restart, blocks.LOG_ZERO, x)
+        store_row(s[name], r, x)
+      return jnp.int32(0)
+
+    blocks.loop(R, row, jnp.int32(0))
+
+
+def take_projections(s: Any, wg: Any, erase: float) -> None:
+  """Computes norms and gates of a warpgroup's 16 rows (projected.py)."""
+  mask(s, wg, "qkb")
+  plgpu.commit_smem()  # other threads read what `mask` wrote
+  for name in "qk":
+    x = _load(s[name], wg)
+    norm = lax.rsqrt((x * x).sum(axis=1) + projected.EPS)
+    _store(s[name], wg, x * lax.broadcast_in_dim(norm, x.shape, (0,)))
+  _store(s["b"], wg, erase * projected.sigmoid(_load(s["b"], wg)))
+  f = _load(s["f"], wg)
+
+  def rate(n):
+    x = plgpu.load(
+      s["rates"].at[n], layout=_vectors().reduce(0), optimized=False
+    )
+    return lax.broadcast_in_dim(x, f.shape, (1,))
+
+  _store(s["g"], wg, rate(0) * projected.softplus(f + rate(1)))
+  plgpu.commit_smem()  # other threads read these rows
+  mask(s, wg, "g")
+
+
+def scale_to_float16(s: Any, wg: Any) -> Any:
+  """Scales rows of e, q and k by powers of two, where float16 requires it.
+
+  A row whose largest magnitude is from 2^-10 to 2^14 stays as it is; that of
+  others becomes 2^13 to 2^14. A factor depends on its row alone: if it depended
+  on the chunk, later tokens could change bits of earlier ones. It is exact, but
+  entries far below the largest of their row lose bits: 2^27 in a scaled row.
+
+  s["undo"] gets the inverse factors on e, q and k [3, C], s["is_scaled"] ones
+  for rows with a factor [C]; q, k and b are rewritten.
+
+  Returns:
+    A scalar, True if one of the warpgroup's rows is scaled.
+  """
+  rows = pl.ds(wg * R, R)
+  q, k, b = (_load(s[name], wg) for name in "qkb")
+  one = jnp.int32(_BIAS)
+  is_scaled, undo = jnp.zeros((R,), jnp.int32), []
+  for n, x in enumerate((b * k, q, k)):
+    most = lax.bitcast_convert_type(jnp.abs(x).max(axis=1), jnp.int32)
+    exponent = most >> 23  # with _BIAS
+    is_fine = (exponent >= _BIAS - 10) & (exponent < _BIAS + 14)
+    is_fine |= exponent == 0  # zeros, as at padding
+    # Not below 2^-112: the inverse of the factor must be a float32.
+    of_rows = jnp.where(is_fine, one, jnp.maximum(exponent, 15) - 13)
+    is_scaled |= of_rows ^ one
+    undo.append(lax.bitcast_convert_type(of_rows << 23, jnp.float32))
+    store_untiled(s["undo"].at[n, rows], undo[n])
+  store_untiled(s["is_scaled"].at[rows], is_scaled)
+  plgpu.commit_smem()  # other threads read both
+  any_scaled = inline.any_differs(s["is_scaled"], wg * R, R, 0)
+
+  @pl.when(any_scaled)
+  def _():
+    for_e, for_q, for_k = (1.0 / x for x in undo)
+    for name, factor in (("q", for_q), ("k", for_k), ("b", for_e * undo[2])):
+      x = _load(s[name], wg)
+      x *= lax.broadcast_in_dim(factor, x.shape, (0,))
+      # b makes b * k have the factor on e. It may leave float32 where k is so
+      # small that it is zero as float16.
+      _store(s[name], wg, jnp.clip(x, -_LARGEST, _LARGEST))
+    plgpu.commit_smem()  # other threads read the rows
+
+  return any_scaled
+
+
+def _vectors():
+  """Layout [16, K]: a thread has 16 bytes of a row in every 64 channels."""
+  # The tiled shape is [4, 1, 4, 8, 1, 8].
+  layout = fa.TiledLayout(
+    fa.Tiling(((R, 64), (R // 4, 64), (1, 8))),
+    warp_dims=(-6,),
+    lane_dims=(-4, -3),
+    vector_dim=-1,
+    _check_canonical=False,
+  ).canonicalize()
+  return plgpu.Layout.TILED(
+    layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
+  )
+
+
+def _load(ref, wg):
+  rows = ref.at[pl.ds(wg * R, R)]
+  x = plgpu.load(rows, layout=_vectors(), optimized=False)
+  return x.astype(jnp.float32)
+
+
+def _store(ref, wg, x):
+  store_untiled(ref.at[pl.ds(wg * R, R)], x.astype(ref.dtype))

@@ -1,0 +1,292 @@
+"""Row stage: decays within a chunk as products down its rows.
+
+Legend: r, s rows (tokens) of a chunk of C = 64; a = exp(g) the decay of one
+token and channel; e = b*k. At level n of the tree (README.md section 2) a
+block of 2*half rows, half = 2^n, is cut at its middle, before its row m:
+
+  P_r = a_m * ... * a_r            r in the second half
+  S_s = a_(s+1) * ... * a_(m-1)    s in the first half
+  T_rs = (e_r*P_r) . (k_s*S_s)     Aqk_rs = (q_r*P_r) . (k_s*S_s)
+
+A warpgroup has R = 16 rows, a thread one channel of them. Running products
+e*P, q*P and k*S stay in its registers, and going up a level is a multiplication
+of each by the decay of the block's other half:
+
+  e_r*P_r, q_r*P_r *= decay of all of the first half     r in the second half
+  k_s*S_s          *= decay of all of the second half    s in the first half
+
+so a level needs neither sums, nor masks, nor exp. After the last level they are
+E, Qg and Kd. All factors are at most 1, and row r has only factors of the past
+in e*P and q*P: nothing overflows, and causality is exact.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gdn2_jax.pallas import inline
+from gdn2_jax.pallas.blocks import C
+
+R = 16  # rows of a warpgroup
+WARPGROUPS = C // R
+WITHIN = 4  # levels within a warpgroup's rows: half = 1, 2, 4, 8
+OPERAND_COLUMNS = 32  # of a tile of an operand of scores
+
+
+def load_row(ref: Any, r: Any) -> Any:
+  """Loads row r of an untiled buffer [C, K] as float32, a channel a thread."""
+  K = ref.shape[-1]
+  layout = inline.channel_layout(K)
+  x = plgpu.load(ref.at[r], layout=layout, optimized=False)
+  return x.astype(jnp.float32)
+
+
+def store_row(ref: Any, r: Any, x: Any) -> None:
+  """Stores a row in an untiled buffer [C, K], rounded to its dtype."""
+  store_untiled(ref.at[r], x.astype(ref.dtype))
+
+
+def store_untiled(ref: Any, x: Any) -> None:
+  """Stores an array in memory that has no tiles."""
+  if hasattr(plgpu, "store"):
+    plgpu.store(ref, x, optimized=False)
+  else:  # jax 0.11
+    ref[...] = x
+
+
+def tiled(shape: tuple[int, ...], dtype: Any, columns: int) -> Any:
+  """Shared memory for wgmma and TMA in tiles of 8 rows by `columns`."""
+  swizzle = columns * jnp.dtype(dtype).itemsize
+  return plgpu.SMEM(
+    shape,
+    dtype,
+    transforms=(
+      plgpu.TilingTransform((8, columns)),
+      plgpu.SwizzleTransform(swizzle),
+    ),
+  )
+
+
+class Decays(NamedTuple):
+  """Decays of whole blocks that a warpgroup needs for its next level.
+
+  Attributes:
+    within: decay [K] of every block of half rows among the warpgroup's 16.
+    outer: decay [K] of rows of other warpgroups, as a factor on its e*P and
+      q*P and as one on its k*S; () below level 16.
+  """
+
+  within: tuple[Any, ...]
+  outer: tuple[Any, ...] = ()
+
+  def up(self, n: int, totals: Any, wg: Any) -> "Decays":
+    """Decays for level n + 1.
+
+    totals [WARPGROUPS + 1, K] is shared memory for the decays of 16 rows of
+    every warpgroup and a row of ones. Level 8 stores, and a barrier of all
+    warpgroups comes before level 16.
+    """
+    if n < WITHIN:
+      pairs = zip(self.within[::2], self.within[1::2], strict=True)
+      within = tuple(x * y for x, y in pairs)
+      if n == WITHIN - 1:
+        store_row(totals, wg, within[0])
+      return Decays(within)
+    step = 2**n // R  # warpgroups of half a block
+    is_second = (wg & step) != 0
+    other = wg & -step ^ step  # first warpgroup of the block's other half
+    ones = WARPGROUPS
+    before = jnp.where(is_second, other, ones)
+    after = jnp.where(is_second, ones, other)
+
+    def total(first):
+      x = load_row(totals, first)
+      if step == 1:
+        return x
+      return x * load_row(totals, jnp.where(first == ones, ones, first + 1))
+
+    factors = total(before), total(after)
+    if self.outer:
+      factors = tuple(x * y for x, y in zip(self.outer, factors, strict=True))
+    return Decays(self.within, factors)
+
+
+class Values(NamedTuple):
+  """Running products of a warpgroup's rows; None: not loaded yet.
+
+  Attributes:
+    e: -e*P of every row. With minus e, T comes out as -T and Y as -Y, which
+      the inverse and the caller want; a product's sign is never changed.
+    q: q*P of every row.
+    k: k*S of every row.
+    P: P of rows whose e and q are not loaded yet.
+    decays: decays of whole blocks.
+  """
+
+  e: tuple[Any, ...]
+  q: tuple[Any, ...]
+  k: tuple[Any, ...]
+  P: dict[int, Any]
+  decays: Decays
+
+
+class Rows:
+  """A warpgroup's 16 rows on their way up the tree.
+
+  One buffer X [K, C] of a level has e*P of second halves and k*S of first ones,
+  because a row is on one side of the level's cut; Q [K, C] has q*P of second
+  halves. So -T is X^T X where the cut separates r and s, and Aqk is Q^T X; all
+  other entries of these products are never looked at. X and Q are transposed,
+  as a thread has several rows of one channel.
+
+  Where s is the last row of a first half, S_s = 1 and the place of q_s in Q is
+  free: there Q has q_s, and the product has q_s . k_s, the diagonal of Aqk.
+  """
+
+  def __init__(self, s: Any, wg: Any):
+    """Loads the rows; s are buffers by name."""
+    self.s, self.wg, self.first = s, wg, wg * R
+    g = [self._load("g", r) for r in range(R)]
+    decays = [jnp.exp(x) for x in g]
+    # gamma_C is exp of a sum: the state passes through many chunks.
+    store_row(s["g_sums"], wg, _sum(g))
+    k = [self._load("k", r) for r in range(R)]
+
+    @pl.when(wg == 0)
+    def _():
+      store_row(s["totals"], WARPGROUPS, _full(k[0].shape, 1.0))
+
+    # Row 63 is in no first half. One warpgroup alone sums over channels: the
+    # scratch memory of such a sum is the same for all of them.
+    @pl.when(wg == WARPGROUPS - 1)
+    def _():
+      last = jnp.sum(self._load("q", R - 1) * k[-1])
+      store_row(s["last_Aqk"], 0, _full(k[0].shape, last))
+
+    # Rows that the first levels do not store are loaded later, which saves ten
+    # registers: e*P and q*P of rows 0, 4, 8, 12, k*S of rows 3, 7, 11, 15.
+    P = dict(enumerate(decays))
+    e, q = [None] * R, [None] * R
+    for r in range(R):
+      if r % 4:
+        e[r], q[r] = self._eq(r, P.pop(r))
+      if r % 4 == 3:
+        k[r] = None
+    self.values = Values(tuple(e), tuple(q), tuple(k), P, Decays(tuple(decays)))
+
+  def _load(self, name, r):
+    return load_row(self.s[name], self.first + r)
+
+  def _eq(self, r, P):
+    k, q = self._load("k", r), self._load("q", r)
+    return -self._load("b", r) * k * P, q * P
+
+  def _load_for(self, n):
+    """Loads rows that level n stores and no level before it."""
+    e, q, k = (list(x) for x in self.values[:3])
+    P = dict(self.values.P)
+    for r in range(R):
+      is_second = n == WITHIN or r & 2**n
+      if e[r] is None and is_second:
+        e[r], q[r] = self._eq(r, P.pop(r))
+      if k[r] is None and (n == WITHIN or not is_second):
+        k[r] = self._load("k", r)
+    self.values = self.values._replace(e=tuple(e), q=tuple(q), k=tuple(k), P=P)
+
+  def store_level(self, n: int) -> None:
+    """Stores the columns of X and Q of level n that these rows are."""
+    half = 2**n
+    self._load_for(n)
+    e, q, k, _, decays = self.values
+    if n < WITHIN:
+      second = [(r & half) != 0 for r in range(R)]
+      # Where Q is not read it gets what is at hand.
+      self._store(n, "X", [e[r] if second[r] else k[r] for r in range(R)])
+      self._store(
+        n,
+        "Q",
+        [
+          self._load("q", r) if r % (2 * half) == half - 1 else q[r | half]
+          for r in range(R)
+        ],
+      )
+      return
+    # Blocks of 16 rows and more: the warpgroup is in one half as a whole.
+    is_second = (self.wg & (half // R)) != 0
+    for_e, for_k = decays.outer or (None, None)
+
+    def times(rows, factor):
+      return rows if factor is None else [x * factor for x in rows]
+
+    @pl.when(is_second)
+    def _():
+      self._store(n, "X", times(e, for_e))
+      self._store(n, "Q", times(q, for_e))
+
+    @pl.when(jnp.logical_not(is_second))
+    def _():
+      self._store(n, "X", times(k, for_k))
+      # Its last row is the last of a first half at one of both levels.
+      last = [*q[R // 2 : -1], self._load("q", R - 1)]
+      self._store(n, "Q", last, R // 2)
+
+  def _store(self, n, name, rows, skipped=0):
+    above = ("X", "Q").index(name) * self.s["q"].shape[-1]
+    first = self.first + skipped
+    ref = self.s["XQ"][n % 2]
+    inline.store_transposed(ref, above, first, rows, OPERAND_COLUMNS)
+
+  def up(self, n: int) -> None:
+    """Goes from blocks of 2^n rows to blocks of 2^(n + 1)."""
+    half = 2**n
+    e, q, k, P, decays = self.values
+    if n < WITHIN:
+      e, q, k = list(e), list(q), list(k)
+      for r in range(R):
+        other = decays.within[r // half ^ 1]
+        if r & half:
+          e[r] *= other
+          q[r] *= other
+        else:
+          k[r] *= other
+      e, q, k = tuple(e), tuple(q), tuple(k)
+    decays = decays.up(n, self.s["totals"], self.wg)
+    self.values = Values(e, q, k, P, decays)
+
+  def store_results(self, scale: float, undo: Any = None) -> None:
+    """Stores E for wgmma, and Qg and Kd in the place of q and k.
+
+    Args:
+      scale: Factor on Qg.
+      undo: Factors on rows of E, Qg and Kd [3, C] in shared memory, or None.
+    """
+    e, q, k, _, decays = self.values
+    for_e, for_k = decays.outer
+    for_q = for_e * scale
+    e, q, k = (
+      [x * y for x in rows]
+      for rows, y in zip((e, q, k), (for_e, for_q, for_k), strict=True)
+    )
+    if undo is not None:
+      e, q, k = (
+        [x * undo[n, self.first + r] for r, x in enumerate(rows)]
+        for n, rows in enumerate((e, q, k))
+      )
+    inline.store_transposed(self.s["E"], 0, self.first, e, OPERAND_COLUMNS)
+    for r in range(R):
+      store_row(self.s["q"], self.first + r, q[r])
+      store_row(self.s["k"], self.first + r, k[r])
+
+
+def _full(shape, value):
+  x = jnp.full(shape, value, jnp.float32)
+  return plgpu.layout_cast(x, inline.channel_layout(shape[0]))
+
+
+def _sum(terms):
+  total, *rest = terms
+  for x in rest:
+    total += x
+  return total
