@@ -18,16 +18,20 @@ from gdn2_jax.pallas import blocks
 
 EPS = 1e-6  # as in gdn2_jax.ops.norm.l2_norm
 
-# Coefficients of log(1 + e) = 2 artanh(t), t = e / (2 + e) <= 1/3, in powers of
-# t^2. The first omitted term is 2e-9 of the sum. log(1 + e) itself would lose
-# the digits of a small e.
-_ARTANH = tuple(2 / n for n in range(1, 17, 2))
+# log(1 + e) / e for 0 <= e <= 1 in powers of e, fitted for the least relative
+# error: 3.6e-7 in float32. log(1 + e) itself loses the digits of a small e.
+_LOG1P = (
+  *(0.99999982, -0.49997404, 0.33275479, -0.2449545),
+  *(0.17745204, -0.10768117, 0.04408924, -0.0085390965),
+)
 
 
 def sigmoid(x):
   """1 / (1 + exp(-x))."""
   e = jnp.exp(-jnp.abs(x))
-  return jnp.where(x < 0, e, 1.0) / (1.0 + e)
+  # 1 / (1 + e) by rsqrt: one instruction, of which a division takes ten.
+  root = lax.rsqrt(1.0 + e)
+  return jnp.where(x < 0, e, 1.0) * root * root
 
 
 def sigmoids(x):
@@ -41,12 +45,10 @@ def sigmoids(x):
 def softplus(x):
   """log(1 + exp(x))."""
   e = jnp.exp(-jnp.abs(x))
-  t = e / (2.0 + e)
-  square = t * t
-  series = jnp.full_like(t, _ARTANH[-1])
-  for coefficient in reversed(_ARTANH[:-1]):
-    series = series * square + coefficient
-  return jnp.where(x > 0, x, 0.0) + t * series
+  series = jnp.full_like(e, _LOG1P[-1])
+  for coefficient in reversed(_LOG1P[:-1]):
+    series = series * e + coefficient
+  return jnp.where(x > 0, x, 0.0) + e * series
 
 
 def log_decay(f, rates_ref):
