@@ -34,7 +34,7 @@ condition=%unfinished, body=%body
 """
 # What XLA makes of a step on a slice of the states.
 COPY = (
-  "  %copy.1 = f32[1,16,128,128]{3,2,1,0} copy(%slice)\n  %kernel = f32[3,1,16"
+  "  %copy.1 = f32[1,16,128,128]{3,2,1,0} copy(%states)\n  %kernel = f32[3,1,16"
 )
 
 
