@@ -34,6 +34,7 @@ class Latencies:
   gmma: float  # end of a group of wgmma to the end of the wait for it
   gmma_cycles: float  # tensor core, for a product of 64 x 64 x 16
   gmma_shared: float  # the same, added where A is in shared memory
+  gmma_bytes: float  # per cycle and SM, read by such a product: A and B
   ld: float  # load from global memory
   tma: float  # TMA load to its mbarrier
   utma: float  # TMA instruction to the release of its registers
@@ -66,6 +67,7 @@ LEVELS = {
     gmma=28,
     gmma_cycles=32,
     gmma_shared=0,
+    gmma_bytes=512,
     ld=600,
     tma=700,
     utma=4,
@@ -83,6 +85,7 @@ LEVELS = {
     gmma=45,
     gmma_cycles=32,
     gmma_shared=0,
+    gmma_bytes=128,
     ld=800,
     tma=900,
     utma=8,
@@ -100,6 +103,7 @@ LEVELS = {
     gmma=70,
     gmma_cycles=36,
     gmma_shared=6,
+    gmma_bytes=128,
     ld=1100,
     tma=1200,
     utma=16,

@@ -133,9 +133,10 @@ def _listing(program, found, rules, wrong, reason):
 def _guarded(program, i):
   """Number and kind of the instructions that a branch skips or repeats."""
   target = program[i].target
-  inside = program[min(i, target) : max(i, target)]
+  backward = target <= i
+  inside = program[target:i] if backward else program[i + 1 : target]
   counts = collections.Counter(x.base for x in inside)
-  kind = "back over" if target <= i else "skips"
+  kind = "back over" if backward else "skips"
   return f"{kind} {len(inside)} instructions" + "".join(
     f", {counts[op]} {op}" for op in _SHOWN if counts[op]
   )

@@ -92,6 +92,7 @@ def compile_cases(names: list[str], nvdisasm: str):
     raise ValueError(f"cases: {unknown}, expected some of {sorted(cases)}")
   sharding = topology.h100_sharding()
   for name in names:
+    print(f"{name} ...", file=sys.stderr, flush=True)
     yield _compile(cases[name], sharding, str(topology.find_ptxas()), nvdisasm)
 
 

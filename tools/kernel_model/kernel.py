@@ -13,6 +13,7 @@ from tools.kernel_model.sass import read_sass
 from tools.kernel_model.schedule import Run, simulate
 
 MAX_WARPGROUPS = 8
+INSTRUCTION_BYTES = 16
 SPECS = pathlib.Path(__file__).with_name("specs.toml")
 
 
@@ -27,6 +28,23 @@ class Spec:
   rounds: int | None = None  # chunk-heads that an SM takes one after another
   waits_for_loads: bool = True
   meetings: bool = True  # barriers without bytes are met by all warpgroups
+
+  def __post_init__(self):
+    if not 1 <= self.warpgroups <= MAX_WARPGROUPS:
+      raise ValueError(
+        f"{self.name}: warpgroups = {self.warpgroups}, expected 1 to "
+        f"{MAX_WARPGROUPS}"
+      )
+    match self.chunks:
+      case None:
+        pass
+      case [few, many] if 1 <= few < many:
+        pass
+      case _:
+        raise ValueError(
+          f"{self.name}: chunks = {list(self.chunks)}, expected two numbers of "
+          "chunks, the second the larger"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,19 +104,10 @@ def load_specs(path: pathlib.Path = SPECS) -> dict[str, Spec]:
         f"{path.name}, {name!r}: {what}, expected branches and any of "
         f"{sorted(known - {'branches'})}"
       )
-    spec = Spec(
-      name=name,
-      **table
-      | {
-        key: tuple(table[key]) for key in ("branches", "chunks") & table.keys()
-      },
-    )
-    if not 1 <= spec.warpgroups <= MAX_WARPGROUPS:
-      raise ValueError(
-        f"{path.name}, {name!r}: warpgroups = {spec.warpgroups}, expected 1 to "
-        f"{MAX_WARPGROUPS}"
-      )
-    specs[name] = spec
+    table["branches"] = tuple(table["branches"])
+    if "chunks" in table:
+      table["chunks"] = tuple(table["chunks"])
+    specs[name] = Spec(name=name, **table)
   return specs
 
 
@@ -118,77 +127,95 @@ def model(
     ctas: CTAs on an SM at a time.
 
   Raises:
-    ValueError: the specification does not fit the kernel.
+    UndecidedBranch: the rules do not fit the branches.
+    ValueError: the specification does not fit the kernel otherwise.
   """
-  if ctas > 1 and spec.rounds:
-    raise ValueError(
-      f"ctas: {ctas}, expected 1 for {spec.name}: its CTAs walk over chunks"
-    )
-  if binary.threads not in (None, 128 * spec.warpgroups):
-    raise ValueError(
-      f"{spec.name}: warpgroups = {spec.warpgroups} in its specification, the "
-      f"kernel has {binary.threads} threads"
-    )
+  _check(spec, binary, ctas)
   program = read_sass(binary.listing)
   if not spec.meetings:
     for x in program:
       x.arrives = x.meets = False
-  try:
-    rules = branches.match_rules(program, spec.branches)
-  except branches.UndecidedBranch as e:
-    raise branches.UndecidedBranch(f"{spec.name}: {e}") from None
   steps = spec.chunks or (1,)
-  paths = [
-    [
-      branches.trace(program, rules, warpgroup, chunks)
-      for warpgroup in range(spec.warpgroups)
-    ]
-    for chunks in steps
-  ]
+  paths = _paths(spec, program, steps)
+  loads = spec.waits_for_loads
   runs = {
     level: _per_chunk(
       [
-        simulate(program, p, x, ctas=ctas, waits_for_loads=spec.waits_for_loads)
-        for p in paths
+        simulate(program, p, x, ctas=ctas, waits_for_loads=loads) for p in paths
       ],
       steps,
     )
     for level, x in levels.items()
   }
-  opcodes = [
-    [collections.Counter(program[i].base for i in path) for path in p]
-    for p in paths
-  ]
+  cycles = {level: run.cycles for level, run in runs.items()}
   floor_ms = None
   if binary.bytes_per_token_head is not None:
     moved = binary.bytes_per_token_head * assumptions.TOKEN_HEADS
     floor_ms = moved / assumptions.BANDWIDTH * 1e3
-  rounds = spec.rounds or math.ceil(
-    assumptions.CHUNK_HEADS / (assumptions.SMS * ctas)
-  )
-  cycles = {level: run.cycles for level, run in runs.items()}
-  mid = runs["mid"]
+  groups, mid = range(spec.warpgroups), runs["mid"]
   return Figures(
     name=spec.name,
     ms={
-      level: max(floor_ms or 0, rounds * x / assumptions.CLOCK * 1e3)
+      level: max(
+        floor_ms or 0, _rounds(spec, ctas) * x / assumptions.CLOCK * 1e3
+      )
       for level, x in cycles.items()
     },
     floor_ms=floor_ms,
     cycles=cycles,
     issue=mid.issued / ctas,
     busy={pipe: mid.busy[pipe] / ctas for pipe in assumptions.PIPES},
-    code_bytes=16 * len(program),
-    opcodes=[
-      _difference([o[warpgroup] for o in opcodes], steps)
-      for warpgroup in range(spec.warpgroups)
-    ],
+    code_bytes=INSTRUCTION_BYTES * len(program),
+    opcodes=[_opcodes(program, paths, steps, wg) for wg in groups],
     waits=[
-      {name: x for (n, name), x in mid.waits.items() if n == warpgroup}
-      for warpgroup in range(spec.warpgroups)
+      {name: x for (n, name), x in mid.waits.items() if n == wg}
+      for wg in groups
     ],
     binary=binary,
   )
+
+
+def _check(spec, binary, ctas):
+  if ctas < 1 or (ctas > 1 and spec.rounds):
+    raise ValueError(
+      f"ctas: {ctas}, expected at least 1, and 1 for {spec.name} if its CTAs "
+      "walk over chunks"
+    )
+  if binary.threads not in (None, 128 * spec.warpgroups):
+    raise ValueError(
+      f"{spec.name}: warpgroups = {spec.warpgroups}, expected the "
+      f"{binary.threads} threads of the kernel over 128"
+    )
+
+
+def _rounds(spec, ctas):
+  """Chunk-heads that an SM takes one after another."""
+  waves = math.ceil(assumptions.CHUNK_HEADS / (assumptions.SMS * ctas))
+  return spec.rounds or waves
+
+
+def _paths(spec, program, steps):
+  """For every number of chunks, the path of every warpgroup."""
+  try:
+    rules = branches.match_rules(program, spec.branches)
+  except branches.UndecidedBranch as e:
+    raise branches.UndecidedBranch(f"{spec.name}: {e}") from None
+  return [
+    [
+      branches.trace(program, rules, warpgroup, chunks)
+      for warpgroup in range(spec.warpgroups)
+    ]
+    for chunks in steps
+  ]
+
+
+def _opcodes(program, paths, steps, warpgroup):
+  """Opcodes that a warpgroup executes for one chunk."""
+  counters = [
+    collections.Counter(program[i].base for i in path[warpgroup])
+    for path in paths
+  ]
+  return _difference(counters, steps)
 
 
 def _per_chunk(runs: list[Run], steps: tuple[int, ...]) -> Run:
@@ -206,7 +233,7 @@ def _per_chunk(runs: list[Run], steps: tuple[int, ...]) -> Run:
 
 
 def _difference(counters, steps):
-  """Counts of one chunk from those of two numbers of chunks."""
+  """Counts of one chunk from those of one or two numbers of chunks."""
   if len(counters) == 1:
     return counters[0]
   few, many = counters

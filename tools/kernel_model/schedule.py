@@ -185,11 +185,14 @@ class _Scheduler:
       self.warps.remove(warp)
 
   def _product(self, warp, x, time):
-    """Queues a wgmma; cycles until its scoreboards are free."""
-    wide = int(_WIDTH.match(x.op)[1]) / 64
+    """Queues a wgmma of 64 x N x 16; cycles until its scoreboards are free."""
+    n = int(_WIDTH.match(x.op)[1])
+    cycles = n / 64 * self.assumed.gmma_cycles
     a = x.text.split(",")[1].strip()
-    shared = self.assumed.gmma_shared if a.startswith("gdesc") else 0
-    cycles = wide * (self.assumed.gmma_cycles + shared)
+    if a.startswith("gdesc"):  # shared memory, as B always is
+      cycles += n / 64 * self.assumed.gmma_shared
+      operands = (64 + n) * 16 * 2  # bytes
+      cycles = max(cycles, operands / self.assumed.gmma_bytes)
     self.tensor = max(self.tensor, time + self.assumed.gmma_start) + cycles
     self.busy["tensor"] += cycles
     warp.products = max(warp.products, self.tensor + self.assumed.gmma)

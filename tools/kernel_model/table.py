@@ -91,14 +91,18 @@ def record_of(
       "dtype": "bfloat16",
       "T=16384": "batch 1, 16384 tokens",
     },
-    "assumptions": {
-      "sms": assumptions.SMS,
-      "clock_hz": assumptions.CLOCK,
-      "bytes_per_second": assumptions.BANDWIDTH,
-      "latencies": {name: vars(x) for name, x in LEVELS.items()},
-    },
+    "assumptions": _assumptions(),
     "rows": [*rows, *sums_of(rows)],
     "fla": tomllib.loads(FLA.read_text()),
+  }
+
+
+def _assumptions():
+  return {
+    "sms": assumptions.SMS,
+    "clock_hz": assumptions.CLOCK,
+    "bytes_per_second": assumptions.BANDWIDTH,
+    "latencies": {name: dict(vars(x)) for name, x in LEVELS.items()},
   }
 
 
@@ -138,39 +142,56 @@ def slower(
   *,
   complete: bool = True,
 ) -> list[str]:
-  """Kernels that are slower than in a record or missing, one line each.
+  """Kernels that are slower than in a record, or not in both; one line each.
+
+  A record of other assumptions is a failure, too.
 
   Args:
     rows: of kernels, compiled now.
     record: as `record_of` makes it.
     complete: True if a kernel of the record must not be missing.
   """
-  now = {row["name"]: row for row in rows}
-  then = {row["name"]: row for row in record["rows"] if "cycles" in row}
-  missing = then.keys() - now if complete else ()
-  found = [f"{name}: recorded, but not modelled now" for name in missing]
-  for name, row in now.items():
+  now, then = _cycles(rows), _cycles(record["rows"])
+  found = []
+  if record.get("assumptions") != _assumptions():
+    found.append("the record has other assumptions: `make model` renews it")
+  if complete:
+    missing = (name for name in then if name not in now)
+    found += [f"{name}: recorded, but not modelled now" for name in missing]
+  for name, cycles in now.items():
     if name not in then:
       found.append(f"{name}: not recorded")
-      continue
-    cycles, limit = row["cycles"]["mid"], then[name]["cycles"]["mid"]
-    if cycles > (1 + MAX_SLOWER) * limit:
+    elif cycles > (1 + MAX_SLOWER) * then[name]:
       found.append(
-        f"{name}: {cycles:,.0f} cycles per chunk-head, recorded {limit:,.0f} "
-        f"({cycles / limit - 1:+.1%}, at most {MAX_SLOWER:+.0%})"
+        f"{name}: {cycles:,.0f} cycles per chunk-head, recorded "
+        f"{then[name]:,.0f} ({cycles / then[name] - 1:+.1%}, at most "
+        f"{MAX_SLOWER:+.0%})"
       )
-  return sorted(found)
+  return found
 
 
-def other_versions(
-  versions: Mapping[str, str], record: Mapping[str, Any]
+def notes_on(
+  rows: Sequence[Mapping[str, Any]],
+  versions: Mapping[str, str],
+  record: Mapping[str, Any],
 ) -> list[str]:
-  """Programs that are of other versions than those of a record."""
-  return [
-    f"{name} {version}, the record is of {record.get(name)}"
+  """Other versions of programs than a record's, and kernels that are faster."""
+  found = [
+    f"{name} {version}, recorded with {record.get(name)}"
     for name, version in versions.items()
     if version != record.get(name)
   ]
+  then = _cycles(record["rows"])
+  for name, cycles in _cycles(rows).items():
+    if name in then and cycles < (1 - MAX_SLOWER) * then[name]:
+      change = cycles / then[name] - 1
+      found.append(f"{name}: {change:+.1%}; `make model` records it")
+  return found
+
+
+def _cycles(rows):
+  """Cycles of kernels at the level "mid", by name."""
+  return {row["name"]: row["cycles"]["mid"] for row in rows if "cycles" in row}
 
 
 def load_record(path: pathlib.Path) -> dict[str, Any]:
