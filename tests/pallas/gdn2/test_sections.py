@@ -268,8 +268,22 @@ def test_documents_and_padding(rng, cut):
 
 @pytest.mark.slow
 def test_gates_in_the_kernels(rng, cut):
+  # Against the uncut kernels: the gradient of A_log is one number here, whose
+  # error is a matter of luck in every implementation.
+  T, K, V = 190, 64, 64
+  case = numerics.make_case(rng, T=T, H=1, K=K, V=V, dtype=BFLOAT16)
+  p = test_projected.make_projections(rng, T, K, V)
+  exact = test_projected.truth(p, case, 1.0)
+  args = test_projected.run, "mosaic_gpu", p, case, 1.0
+  whole = interpreted(*args)
   cut(3)
-  test_projected.test_outputs_and_gradients(190, 64, 64, 1.0, rng)
+  parts = interpreted(*args)
+  ratios = {
+    name: numerics.rel_rms(parts[name], x) / numerics.rel_rms(whole[name], x)
+    for name, x in exact.items()
+  }
+  # Measured: at most 1.07, of A_log.
+  assert max(ratios.values()) <= 1.25, ratios
 
 
 @pytest.mark.slow
