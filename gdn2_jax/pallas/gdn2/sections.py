@@ -12,6 +12,7 @@ has no Z computes P. A third goes from section to section. Gradients go the
 other way, with P^T and the kernel of scan_grad.py.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -228,9 +229,9 @@ def _chain(P, results, first, *, reverse):
 
 def aot_cases() -> list[tuple[str, Callable, list[Any], dict[str, int]]]:
   """Representative calls: name, function, shapes of arguments, options."""
-  sections = 8
+  B, T, H, sections = 1, 16384, 16, 8
 
-  def case(name, B, T, H, K, V, dtype="bfloat16", *, grad=False, **options):
+  def cases(suffix, K, V, dtype="bfloat16"):
     def struct(*shape, dtype=dtype):
       return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -238,27 +239,37 @@ def aot_cases() -> list[tuple[str, Callable, list[Any], dict[str, int]]]:
     wide, square = struct(B, H, NC, C, K), struct(B, H, NC, C, C)
     gamma_C = struct(B, H, NC, K, dtype="float32")
     value, state = struct(B, T, H, V), struct(B, H, K, V, dtype="float32")
+    P = 2 * [struct(B, H, sections - 2, K, K, dtype=_PARTS)]
+    results = struct(B, H, sections - 1, K, V, dtype="float32")
+    calls = {
+      "transitions": (transitions, [wide, wide, gamma_C]),
+      "ends": (
+        section_ends,
+        [wide, wide, square, gamma_C, value, value, state],
+      ),
+      "start gradients": (
+        section_start_gradients,
+        [wide, wide, wide, square, gamma_C, value, state],
+      ),
+    }
+    for name, (function, shapes) in calls.items():
+      call = functools.partial(function, sections=sections)
+      yield f"section {name}{suffix}", call, shapes
+    if dtype != "bfloat16":  # P and S have one dtype whatever that of q is
+      return
+    for name, reverse in (("chain", False), ("chain, reversed", True)):
 
-    def start(*args):
-      return start_states(*args, sections=sections, **options)
+      def chain(hi, lo, results, first, reverse=reverse):
+        return _chain((hi, lo), results, first, reverse=reverse)
 
-    def end(*args):
-      return end_gradients(*args, sections=sections)
+      yield f"section {name}{suffix}", chain, [*P, results, state]
 
-    if grad:
-      shapes = [wide, wide, wide, square, gamma_C, value, state]
-    else:
-      shapes = [wide, wide, square, gamma_C, value, value, state]
-    return name, end if grad else start, shapes, {"token_heads": B * T * H}
-
-  return [
-    case("sections", 1, 16384, 16, 128, 128),
-    case("sections, gates", 1, 16384, 16, 128, 128, is_projected=True),
-    case("sections K=64 V=64", 1, 16384, 16, 64, 64),
-    case("sections float16", 1, 16384, 16, 128, 128, "float16"),
-    case("sections gradient", 1, 16384, 16, 128, 128, grad=True),
-    case("sections gradient K=64 V=64", 1, 16384, 16, 64, 64, grad=True),
-    case(
-      "sections gradient float16", 1, 16384, 16, 128, 128, "float16", grad=True
-    ),
+  found = [
+    *cases("", 128, 128),
+    *cases(", K=64 V=64", 64, 64),
+    *cases(", float16", 128, 128, "float16"),
   ]
+  name, _, shapes = found[1]
+  call = functools.partial(section_ends, sections=sections, is_projected=True)
+  found.append((f"{name}, gates", call, shapes))
+  return [(*case, {"token_heads": B * T * H}) for case in found]
