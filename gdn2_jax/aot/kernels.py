@@ -17,8 +17,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import jax
+from jax.experimental.mosaic.gpu import constraints
 from jax.extend.mlir import ir
 
 from gdn2_jax.aot import ptxas, turns
@@ -98,7 +100,12 @@ def _type_bytes(type_):
 @contextlib.contextmanager
 def dumps() -> Iterator[pathlib.Path]:
   """Folder that Mosaic GPU dumps to inside the with block."""
-  with tempfile.TemporaryDirectory() as folder, without_noise():
+  # Of a kernel with many lines, JAX takes minutes to print the constraints of
+  # layout inference, which nobody reads here and no option leaves out.
+  brief = mock.patch.object(
+    constraints.ConstraintSystem, "__str__", lambda _: "not printed\n"
+  )
+  with tempfile.TemporaryDirectory() as folder, without_noise(), brief:
     os.environ[_DUMP] = folder
     try:
       yield pathlib.Path(folder)

@@ -37,6 +37,23 @@ def channel_layout(K: int) -> Any:
   )
 
 
+def declare_untiled(*refs: Any) -> None:
+  """Tells the compiler that shared memory has no tiles.
+
+  Nothing runs. Without this, layout inference tries every tiling for buffers
+  that are read in layouts of tiles, which takes most of the compile time.
+  """
+  if target.is_interpreted():
+    return
+
+  @plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))
+  def run(ctx, *refs):
+    del ctx, refs
+    return ()
+
+  run(*refs)
+
+
 def store_transposed(
   ref: Any, above: int, first: Any, rows: Sequence[Any], columns: int
 ) -> None:

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gdn2_jax.kernels import target
-from gdn2_jax.pallas import blocks
+from gdn2_jax.pallas import blocks, inline
 from gdn2_jax.pallas.blocks import C
 from gdn2_jax.pallas.gdn2.chunk import inputs, inverse, scores
 from gdn2_jax.pallas.gdn2.chunk.rows import (
@@ -148,6 +148,8 @@ def _body(inputs_gm, rates_gm, known_A_gm, outputs, s, scale, erase):
   here = tuple(lax.axis_index(name) for name in ("b", "h", "c"))
   wg = lax.axis_index("wg")
   with_T = known_A_gm is None
+  untiled = "q", "k", "b", "g", "f", "totals", "g_sums", "last_Aqk"
+  inline.declare_untiled(*(s[name] for name in untiled))
 
   # 1. Inputs, a warpgroup's rows of them.
   @pl.when(wg == 0)
@@ -155,14 +157,13 @@ def _body(inputs_gm, rates_gm, known_A_gm, outputs, s, scale, erase):
     inputs.fetch(inputs_gm, rates_gm, s, here)
 
   plgpu.barrier_wait(s["loaded"])
-  is_scaled = None
   if rates_gm is not None:
     inputs.take_projections(s, wg, erase)
   else:
     inputs.mask(s, wg)
     if "undo" in s:
       plgpu.commit_smem()  # other threads read what `mask` wrote
-      is_scaled = inputs.scale_to_float16(s, wg)
+      inputs.scale_to_float16(s, wg)
   rows = Rows(s, wg)
 
   # 2. Levels. While tensor cores multiply a level, the rows go up to the next.
@@ -193,12 +194,9 @@ def _body(inputs_gm, rates_gm, known_A_gm, outputs, s, scale, erase):
   def results():
     rows.values = values
     rows.up(scores.LAST)
-    if is_scaled is None:
-      rows.store_results(scale)
-    else:
-      pl.when(is_scaled)(lambda: rows.store_results(scale, s["undo"]))
-      not_scaled = jnp.logical_not(is_scaled)
-      pl.when(not_scaled)(lambda: rows.store_results(scale))
+    rows.store_results(scale)
+    if "undo" in s:
+      pl.when(inputs.is_scaled(s, wg))(rows.undo_scaling)
 
   @pl.when(columns == 0)
   def _():

@@ -106,14 +106,11 @@ def scale_to_float16(s: Any, wg: Any) -> Any:
 
   s["undo"] gets the inverse factors on e, q and k [3, C], s["is_scaled"] ones
   for rows with a factor [C]; q, k and b are rewritten.
-
-  Returns:
-    A scalar, True if one of the warpgroup's rows is scaled.
   """
   rows = pl.ds(wg * R, R)
   q, k, b = (_load(s[name], wg) for name in "qkb")
   one = jnp.int32(_BIAS)
-  is_scaled, undo = jnp.zeros((R,), jnp.int32), []
+  any_factor, undo = jnp.zeros((R,), jnp.int32), []
   for n, x in enumerate((b * k, q, k)):
     most = lax.bitcast_convert_type(jnp.abs(x).max(axis=1), jnp.int32)
     exponent = most >> 23  # with _BIAS
@@ -121,14 +118,13 @@ def scale_to_float16(s: Any, wg: Any) -> Any:
     is_fine |= exponent == 0  # zeros, as at padding
     # Not below 2^-112: the inverse of the factor must be a float32.
     of_rows = jnp.where(is_fine, one, jnp.maximum(exponent, 15) - 13)
-    is_scaled |= of_rows ^ one
+    any_factor |= of_rows ^ one
     undo.append(lax.bitcast_convert_type(of_rows << 23, jnp.float32))
     store_untiled(s["undo"].at[n, rows], undo[n])
-  store_untiled(s["is_scaled"].at[rows], is_scaled)
+  store_untiled(s["is_scaled"].at[rows], any_factor)
   plgpu.commit_smem()  # other threads read both
-  any_scaled = inline.any_differs(s["is_scaled"], wg * R, R, 0)
 
-  @pl.when(any_scaled)
+  @pl.when(is_scaled(s, wg))
   def _():
     for_e, for_q, for_k = (1.0 / x for x in undo)
     for name, factor in (("q", for_q), ("k", for_k), ("b", for_e * undo[2])):
@@ -139,7 +135,10 @@ def scale_to_float16(s: Any, wg: Any) -> Any:
       _store(s[name], wg, jnp.clip(x, -_LARGEST, _LARGEST))
     plgpu.commit_smem()  # other threads read the rows
 
-  return any_scaled
+
+def is_scaled(s: Any, wg: Any) -> Any:
+  """A scalar, True if one of the warpgroup's rows is scaled."""
+  return inline.any_differs(s["is_scaled"], wg * R, R, 0)
 
 
 def _vectors():

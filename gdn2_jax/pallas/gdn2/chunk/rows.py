@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gdn2_jax.pallas import inline
+from gdn2_jax.pallas import blocks, inline
 from gdn2_jax.pallas.blocks import C
 
 R = 16  # rows of a warpgroup
@@ -255,29 +255,39 @@ class Rows:
     decays = decays.up(n, self.s["totals"], self.wg)
     self.values = Values(e, q, k, P, decays)
 
-  def store_results(self, scale: float, undo: Any = None) -> None:
-    """Stores E for wgmma, and Qg and Kd in the place of q and k.
-
-    Args:
-      scale: Factor on Qg.
-      undo: Factors on rows of E, Qg and Kd [3, C] in shared memory, or None.
-    """
+  def store_results(self, scale: float) -> None:
+    """Stores E for wgmma, and Qg and Kd in the place of q and k."""
     e, q, k, _, decays = self.values
     for_e, for_k = decays.outer
     for_q = for_e * scale
-    e, q, k = (
-      [x * y for x in rows]
-      for rows, y in zip((e, q, k), (for_e, for_q, for_k), strict=True)
-    )
-    if undo is not None:
-      e, q, k = (
-        [x * undo[n, self.first + r] for r, x in enumerate(rows)]
-        for n, rows in enumerate((e, q, k))
-      )
-    inline.store_transposed(self.s["E"], 0, self.first, e, OPERAND_COLUMNS)
+    self._store_E([x * for_e for x in e])
     for r in range(R):
-      store_row(self.s["q"], self.first + r, q[r])
-      store_row(self.s["k"], self.first + r, k[r])
+      store_row(self.s["q"], self.first + r, q[r] * for_q)
+      store_row(self.s["k"], self.first + r, k[r] * for_k)
+
+  def undo_scaling(self) -> None:
+    """Takes the powers of two of inputs.scale_to_float16 out of the results.
+
+    A thread changes what it has stored itself, so there is no barrier.
+    """
+    e, _, _, _, decays = self.values
+    for_e, _ = decays.outer
+    undo = [self.s["undo"].at[n] for n in range(3)]
+    self._store_E(
+      [x * for_e * undo[0][self.first + r] for r, x in enumerate(e)]
+    )
+
+    def row(r, _):
+      r += self.first
+      for name, factor in (("q", undo[1]), ("k", undo[2])):
+        x = load_row(self.s[name], r)
+        store_row(self.s[name], r, x * factor[r])
+      return jnp.int32(0)
+
+    blocks.loop(R, row, jnp.int32(0))
+
+  def _store_E(self, e):
+    inline.store_transposed(self.s["E"], 0, self.first, e, OPERAND_COLUMNS)
 
 
 def _full(shape, value):
