@@ -176,8 +176,13 @@ class Rows:
         k[r] = None
     self.values = Values(tuple(e), tuple(q), tuple(k), P, Decays(tuple(decays)))
 
+  def _rows(self, name):
+    # Rows of this view are at constant distances, so that one register has the
+    # address of them all. Of self.first + r the compiler keeps sixteen.
+    return self.s[name].at[pl.ds(self.first, R)]
+
   def _load(self, name, r):
-    return load_row(self.s[name], self.first + r)
+    return load_row(self._rows(name), r)
 
   def _eq(self, r, P):
     k, q = self._load("k", r), self._load("q", r)
@@ -262,8 +267,8 @@ class Rows:
     for_q = for_e * scale
     self._store_E([x * for_e for x in e])
     for r in range(R):
-      store_row(self.s["q"], self.first + r, q[r] * for_q)
-      store_row(self.s["k"], self.first + r, k[r] * for_k)
+      store_row(self._rows("q"), r, q[r] * for_q)
+      store_row(self._rows("k"), r, k[r] * for_k)
 
   def undo_scaling(self) -> None:
     """Takes the powers of two of inputs.scale_to_float16 out of the results.
@@ -278,10 +283,9 @@ class Rows:
     )
 
     def row(r, _):
-      r += self.first
       for name, factor in (("q", undo[1]), ("k", undo[2])):
-        x = load_row(self.s[name], r)
-        store_row(self.s[name], r, x * factor[r])
+        x = load_row(self._rows(name), r)
+        store_row(self._rows(name), r, x * factor[self.first + r])
       return jnp.int32(0)
 
     blocks.loop(R, row, jnp.int32(0))
