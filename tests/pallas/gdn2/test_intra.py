@@ -9,6 +9,8 @@ from gdn2_jax.pallas.gdn2.intra import intra
 from tests import numerics
 from tests.pallas.gdn2.test_chunk_kernels import CONTRACT, interpreted
 
+pytestmark = pytest.mark.slow
+
 C, SCALE = 64, 0.1
 BFLOAT16 = jnp.bfloat16
 NAMES = ("Y_neg", "Qg", "Kd", "Aqk", "A", "gamma_C")
@@ -34,11 +36,12 @@ def packed(x):
   return x
 
 
-def run(inputs, A=None, **options):
-  def call(*args):
-    return intra(*args[:5], SCALE, *args[5:], **options)
+# One program for all tests of a shape: its compilation takes most of the time.
+INTRA = jax.jit(lambda *args: intra(*args[:5], SCALE, *args[5:]))
 
-  out = interpreted(jax.jit(call), *inputs, *([] if A is None else [A]))
+
+def run(inputs, A=None):
+  out = interpreted(INTRA, *inputs, *([] if A is None else [A]))
   return {n: np.asarray(x)[0, 0, 0] for n, x in zip(NAMES, out, strict=True)}
 
 
@@ -77,7 +80,6 @@ def assert_same(x, y, names=NAMES, rows=C):
     np.testing.assert_array_equal(one, two, err_msg=name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("K", [64, 128])
 @pytest.mark.parametrize("g", [(-0.1, 0.0), (-5.0, 0.0), (-200.0, 0.0)])
 def test_accuracy(K, g, rng):
@@ -101,7 +103,6 @@ def test_padding_and_restarts(rng):
   assert_same(results[0], run(inputs, A), names=NAMES[:5])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("p", [1, 15, 16, 23, 32, 37, 48, 63])
 def test_the_future_changes_no_bit(p, rng):
   first, other = make(rng), make(rng, g=(-40.0, 0.0))
@@ -122,7 +123,6 @@ def scaled(inputs, q, k, b):
   return changed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("power", [-20, 20])
 def test_powers_of_two_change_exponents_only(power, rng):
   # b makes up for k: T and A stay what they are. All rows of both are scaled.
@@ -140,7 +140,6 @@ def spread(rng, shape, decades):
   return 10.0 ** rng.uniform(-decades, decades, shape)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("where", ["channels", "rows", "chunk"])
 def test_magnitudes_from_1e_minus_6_to_1e6(where, rng):
   inputs = make(rng)
@@ -154,7 +153,6 @@ def test_magnitudes_from_1e_minus_6_to_1e6(where, rng):
   assert_contract(run(inputs), inputs)
 
 
-@pytest.mark.slow
 def test_finite_operands_for_all_finite_keys(rng):
   inputs = make(rng)
   inputs = scaled(inputs, 1e15, 1e15, 1e-30)
@@ -163,7 +161,6 @@ def test_finite_operands_for_all_finite_keys(rng):
     assert np.isfinite(x.astype(np.float32)).all(), name
 
 
-@pytest.mark.slow
 def test_float16(rng):
   inputs = make(rng, dtype=jnp.float16)
   assert_contract(run(inputs), inputs)

@@ -20,12 +20,14 @@ E, Qg and Kd. All factors are at most 1, and row r has only factors of the past
 in e*P and q*P: nothing overflows, and causality is exact.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from gdn2_jax.kernels import target
 from gdn2_jax.pallas import blocks, inline
 from gdn2_jax.pallas.blocks import C
 
@@ -41,6 +43,23 @@ def load_row(ref: Any, r: Any) -> Any:
   layout = inline.channel_layout(K)
   x = plgpu.load(ref.at[r], layout=layout, optimized=False)
   return x.astype(jnp.float32)
+
+
+def load_rows(ref: Any, which: Iterable[int]) -> dict[int, Any]:
+  """Loads rows of an untiled buffer [R, K], as `load_row` does each."""
+  if target.is_interpreted():  # where every access of memory takes long
+    block = ref[...].astype(jnp.float32)
+    return {r: block[r] for r in which}
+  return {r: load_row(ref, r) for r in which}
+
+
+def store_rows(ref: Any, rows: Sequence[Any]) -> None:
+  """Stores all rows of an untiled buffer [R, K], as `store_row` does each."""
+  if target.is_interpreted():
+    ref[...] = jnp.stack(rows).astype(ref.dtype)
+    return
+  for r, x in enumerate(rows):
+    store_row(ref, r, x)
 
 
 def store_row(ref: Any, r: Any, x: Any) -> None:
@@ -148,11 +167,11 @@ class Rows:
   def __init__(self, s: Any, wg: Any):
     """Loads the rows; s are buffers by name."""
     self.s, self.wg, self.first = s, wg, wg * R
-    g = [self._load("g", r) for r in range(R)]
+    g = list(self._load("g", range(R)).values())
     decays = [jnp.exp(x) for x in g]
     # gamma_C is exp of a sum: the state passes through many chunks.
     store_row(s["g_sums"], wg, _sum(g))
-    k = [self._load("k", r) for r in range(R)]
+    k = list(self._load("k", range(R)).values())
 
     @pl.when(wg == 0)
     def _():
@@ -162,42 +181,47 @@ class Rows:
     # scratch memory of such a sum is the same for all of them.
     @pl.when(wg == WARPGROUPS - 1)
     def _():
-      last = jnp.sum(self._load("q", R - 1) * k[-1])
+      last = jnp.sum(load_row(self._rows("q"), R - 1) * k[-1])
       store_row(s["last_Aqk"], 0, _full(k[0].shape, last))
 
     # Rows that the first levels do not store are loaded later, which saves ten
     # registers: e*P and q*P of rows 0, 4, 8, 12, k*S of rows 3, 7, 11, 15.
+    unset = (None,) * R
+    k = [None if r % 4 == 3 else x for r, x in enumerate(k)]
     P = dict(enumerate(decays))
-    e, q = [None] * R, [None] * R
-    for r in range(R):
-      if r % 4:
-        e[r], q[r] = self._eq(r, P.pop(r))
-      if r % 4 == 3:
-        k[r] = None
-    self.values = Values(tuple(e), tuple(q), tuple(k), P, Decays(tuple(decays)))
+    self.values = Values(unset, unset, tuple(k), P, Decays(tuple(decays)))
+    self._load_missing([r for r in range(R) if r % 4], [])
 
   def _rows(self, name):
     # Rows of this view are at constant distances, so that one register has the
     # address of them all. Of self.first + r the compiler keeps sixteen.
     return self.s[name].at[pl.ds(self.first, R)]
 
-  def _load(self, name, r):
-    return load_row(self._rows(name), r)
-
-  def _eq(self, r, P):
-    k, q = self._load("k", r), self._load("q", r)
-    return -self._load("b", r) * k * P, q * P
+  def _load(self, name, which):
+    return load_rows(self._rows(name), which)
 
   def _load_for(self, n):
     """Loads rows that level n stores and no level before it."""
+    every = n == WITHIN
+    self._load_missing(
+      [r for r in range(R) if every or r & 2**n],
+      [r for r in range(R) if every or not r & 2**n],
+    )
+
+  def _load_missing(self, second, first):
+    """Loads e and q of second halves and k of first ones, if not there yet."""
     e, q, k = (list(x) for x in self.values[:3])
     P = dict(self.values.P)
-    for r in range(R):
-      is_second = n == WITHIN or r & 2**n
-      if e[r] is None and is_second:
-        e[r], q[r] = self._eq(r, P.pop(r))
-      if k[r] is None and (n == WITHIN or not is_second):
-        k[r] = self._load("k", r)
+    second = [r for r in second if e[r] is None]
+    first = [r for r in first if k[r] is None]
+    if second:
+      of_k, of_q, of_b = (self._load(name, second) for name in "kqb")
+      for r in second:
+        decay = P.pop(r)
+        e[r], q[r] = -of_b[r] * of_k[r] * decay, of_q[r] * decay
+    if first:
+      for r, x in self._load("k", first).items():
+        k[r] = x
     self.values = self.values._replace(e=tuple(e), q=tuple(q), k=tuple(k), P=P)
 
   def store_level(self, n: int) -> None:
@@ -207,16 +231,11 @@ class Rows:
     e, q, k, _, decays = self.values
     if n < WITHIN:
       second = [(r & half) != 0 for r in range(R)]
+      last = self._load("q", range(half - 1, R, 2 * half))  # of first halves
       # Where Q is not read it gets what is at hand.
+      Q = [last[r] if r in last else q[r | half] for r in range(R)]
       self._store(n, "X", [e[r] if second[r] else k[r] for r in range(R)])
-      self._store(
-        n,
-        "Q",
-        [
-          self._load("q", r) if r % (2 * half) == half - 1 else q[r | half]
-          for r in range(R)
-        ],
-      )
+      self._store(n, "Q", Q)
       return
     # Blocks of 16 rows and more: the warpgroup is in one half as a whole.
     is_second = (self.wg & (half // R)) != 0
@@ -234,8 +253,8 @@ class Rows:
     def _():
       self._store(n, "X", times(k, for_k))
       # Its last row is the last of a first half at one of both levels.
-      last = [*q[R // 2 : -1], self._load("q", R - 1)]
-      self._store(n, "Q", last, R // 2)
+      last = load_row(self._rows("q"), R - 1)
+      self._store(n, "Q", [*q[R // 2 : -1], last], R // 2)
 
   def _store(self, n, name, rows, skipped=0):
     above = ("X", "Q").index(name) * self.s["q"].shape[-1]
@@ -266,9 +285,8 @@ class Rows:
     for_e, for_k = decays.outer
     for_q = for_e * scale
     self._store_E([x * for_e for x in e])
-    for r in range(R):
-      store_row(self._rows("q"), r, q[r] * for_q)
-      store_row(self._rows("k"), r, k[r] * for_k)
+    store_rows(self._rows("q"), [x * for_q for x in q])
+    store_rows(self._rows("k"), [x * for_k for x in k])
 
   def undo_scaling(self) -> None:
     """Takes the powers of two of inputs.scale_to_float16 out of the results.
