@@ -24,7 +24,10 @@ SUMS = {
     *("intra", "scan, states saved"),
     *("intra, A given", "scan_grad", "intra_grad"),
   ),
-  "forward, 1 x 16384": ("intra", "scan T=16384"),
+  "forward, 1 x 16384": (
+    *("intra", "section transitions", "section ends", "section chain"),
+    "scan T=16384, sections",
+  ),
 }
 _COLUMNS = ("issue", "ALU", "FMA", "XU", "MIO", "tensor")
 
