@@ -108,11 +108,11 @@ def scale_to_float16(s: Any, wg: Any) -> Any:
   for rows with a factor [C]; q, k and b are rewritten.
   """
   rows = pl.ds(wg * R, R)
-  q, k, b = (_load(s[name], wg) for name in "qkb")
+  q, k, b = (_load_narrow(s[name], wg) for name in "qkb")
   one = jnp.int32(_BIAS)
   any_factor, undo = jnp.zeros((R,), jnp.int32), []
   for n, x in enumerate((b * k, q, k)):
-    most = lax.bitcast_convert_type(jnp.abs(x).max(axis=1), jnp.int32)
+    most = lax.bitcast_convert_type(_largest(x), jnp.int32)
     exponent = most >> 23  # with _BIAS
     is_fine = (exponent >= _BIAS - 10) & (exponent < _BIAS + 14)
     is_fine |= exponent == 0  # zeros, as at padding
@@ -156,10 +156,21 @@ def _vectors():
   )
 
 
-def _load(ref, wg):
+def _largest(x):
+  """Largest magnitude of a row, float32; pairs of 16 bits are compared."""
+  x = jnp.abs(x)
+  if x.shape[1] == 128:
+    x = jnp.maximum(x[:, :64], x[:, 64:])
+  return x.astype(jnp.float32).max(axis=1)
+
+
+def _load_narrow(ref, wg):
   rows = ref.at[pl.ds(wg * R, R)]
-  x = plgpu.load(rows, layout=_vectors(), optimized=False)
-  return x.astype(jnp.float32)
+  return plgpu.load(rows, layout=_vectors(), optimized=False)
+
+
+def _load(ref, wg):
+  return _load_narrow(ref, wg).astype(jnp.float32)
 
 
 def _store(ref, wg, x):

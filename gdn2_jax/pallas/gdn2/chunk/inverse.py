@@ -23,7 +23,7 @@ _BLOCKS = C // R
 
 def scratch(dtype: Any) -> dict[str, Any]:
   """Shared memory of `invert`, whose operands have a 16-bit dtype."""
-  halves = tiled((2 * 2 * C, R), dtype, R)  # left and right; high, low
+  halves = tiled((2 * C, 2 * R), dtype, R)  # high, low; left and right
   return {
     "diagonal": plgpu.SMEM((C, R), jnp.float32),
     "inverses": plgpu.SMEM((C, 2 * R), jnp.float32),  # 16 columns are used
@@ -59,45 +59,43 @@ def invert(s: Any) -> None:
   )
   part = columns_of_T()  # once more, to save registers
 
-  def place(name, side, low):
-    return s[name].at[pl.ds((2 * side + low) * C, C)]
-
   def keep(name, side, x):
     for low, y in enumerate(blocks.split(x, dtype)):
-      place(name, side, low)[...] = y
+      s[name].at[pl.ds(low * C, C), pl.ds(side * R, x.shape[1])][...] = y
 
-  def product(lefts, name, side):
+  def product(lefts, name, columns):
     """Sum over j of lefts[j] [C, 16] times rows of block j of a buffer."""
     pairs = []
     for j, x in lefts.items():
-      rows = pl.ds(R * j, R)
-      right = tuple(place(name, side, low).at[rows] for low in (0, 1))
+      right = tuple(
+        s[name].at[pl.ds(low * C + R * j, R), pl.ds(0, columns)]
+        for low in (0, 1)
+      )
       pairs += blocks.split_pairs(blocks.split(x, dtype), right)
-    return blocks.dot(blocks.zeros(C, R), *pairs)
+    return blocks.dot(blocks.zeros(C, columns), *pairs)
 
   # Blocks of 32 rows: left of an odd block D is D (-T' D_even).
   keep("X", 0, D)
   plgpu.commit_smem()  # wgmma reads X
-  W = product({j: of_blocks({j + 1: part[j]}) for j in (0, 2)}, "X", 0)
+  W = product({j: of_blocks({j + 1: part[j]}) for j in (0, 2)}, "X", R)
   keep("W", 0, W)
   plgpu.commit_smem()  # wgmma reads W
-  Z = product({j: of_blocks({j: D}) for j in (1, 3)}, "W", 0)
+  Z = product({j: of_blocks({j: D}) for j in (1, 3)}, "W", R)
   is_odd = (block & 1) != 0
   left = jnp.where(is_odd, Z, D)
   right = jnp.where(is_odd, D, 0.0)
-  sides = tuple(enumerate((left, right)))
   # The chunk, likewise. X and W are free: `dot` has waited.
-  for side, x in sides:
-    keep("X", side, x)
+  keep("X", 0, left)
+  keep("X", 1, right)
   plgpu.commit_smem()  # wgmma reads X
-  for side, _ in sides:
-    keep("W", side, product({0: part[0], 1: part[1]}, "X", side))
+  keep("W", 0, product({0: part[0], 1: part[1]}, "X", 2 * R))
   plgpu.commit_smem()  # wgmma reads W
+  Z = product({2: left, 3: right}, "W", 2 * R)
   is_lower = block >= _BLOCKS // 2
-  for side, x in sides:
-    Z = product({2: left, 3: right}, "W", side)
+  for side, x in enumerate((left, right)):
+    z = Z[:, R * side : R * (side + 1)]
     for first, y in (
-      (0, jnp.where(is_lower, Z, x)),
+      (0, jnp.where(is_lower, z, x)),
       (2, jnp.where(is_lower, x, 0.0)),
     ):
       A = s["A"].at[:, pl.ds(R * (first + side), R)]
