@@ -160,7 +160,7 @@ def _body(inputs_gm, rates_gm, known_A_gm, outputs, s, scale, erase):
   if rates_gm is not None:
     inputs.take_projections(s, wg, erase)
   else:
-    inputs.mask(s, wg)
+    inputs.mask(s, wg, inputs.needs_mask(s, wg))
     if "undo" in s:
       plgpu.commit_smem()  # other threads read what `mask` wrote
       inputs.scale_to_float16(s, wg)

@@ -45,19 +45,22 @@ def fetch(inputs: Any, rates: Any, s: Any, here: Any) -> None:
     start(rates.at[row, h], "rates")
 
 
-def mask(s: Any, wg: Any, names: str = "qkbg") -> None:
-  """Rewrites rows of padding and restarts among a warpgroup's 16.
+def needs_mask(s: Any, wg: Any) -> Any:
+  """A scalar, True if a warpgroup's rows have padding or restarts."""
+  return inline.any_differs(s["kinds"], wg * R, R, blocks.TOKEN)
 
-  Padding gets q = k = b = g = 0, and a restart g = LOG_ZERO. Most chunks have
-  neither, and pass with a vote. A thread rewrites what it reads itself if it
-  reads rows, so Rows needs no barrier.
+
+def mask(s: Any, wg: Any, needed: Any, names: str = "qkbg") -> None:
+  """Rewrites rows of padding and restarts among a warpgroup's 16, if needed.
+
+  Padding gets q = k = b = g = 0, and a restart g = LOG_ZERO. A thread rewrites
+  what it reads itself if it reads rows, so Rows needs no barrier.
   """
-  first = wg * R
 
-  @pl.when(inline.any_differs(s["kinds"], first, R, blocks.TOKEN))
+  @pl.when(needed)
   def _():
     def row(r, _):
-      r = first + r
+      r = wg * R + r
       kind = s["kinds"][r]
       for name in names:
         x = load_row(s[name], r)
@@ -76,7 +79,8 @@ def mask(s: Any, wg: Any, names: str = "qkbg") -> None:
 
 def take_projections(s: Any, wg: Any, erase: float) -> None:
   """Computes norms and gates of a warpgroup's 16 rows (projected.py)."""
-  mask(s, wg, "qkb")
+  masked = needs_mask(s, wg)
+  mask(s, wg, masked, "qkb")
   plgpu.commit_smem()  # other threads read what `mask` wrote
   for name in "qk":
     x = _load(s[name], wg)
@@ -93,10 +97,10 @@ def take_projections(s: Any, wg: Any, erase: float) -> None:
 
   _store(s["g"], wg, rate(0) * projected.softplus(f + rate(1)))
   plgpu.commit_smem()  # other threads read these rows
-  mask(s, wg, "g")
+  mask(s, wg, masked, "g")
 
 
-def scale_to_float16(s: Any, wg: Any) -> Any:
+def scale_to_float16(s: Any, wg: Any) -> None:
   """Scales rows of e, q and k by powers of two, where float16 requires it.
 
   A row whose largest magnitude is from 2^-10 to 2^14 stays as it is; that of
