@@ -1,0 +1,299 @@
+"""Kernel for the gradients of a chunk's inputs, all chunks in parallel.
+
+S is the state at the start of a chunk and dS the gradient of the state at its
+end, both saved. Given these, the gradients need nothing from other chunks
+(section 3.4, appendix B; README.md section 5 derives them without dA):
+
+  X = Z - E S              R = A X
+  dR = Aqk^T dO + Kd dS    dX = A^T dR
+  dT = -dX R^T             dAqk = dO R^T              (below the diagonal)
+  dE = -dX S^T             dQg = dO S^T               dKd = R dS^T
+
+Then dT and dAqk go back through the tree of decays (grad/levels.py).
+
+A warpgroup has 64 key channels and half of the tokens, in arrays [channels,
+tokens]: the decays of a channel are products along a row, and what wgmma
+multiplies and returns stays in the registers of the same thread.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gdn2_jax.pallas import blocks
+from gdn2_jax.pallas.blocks import ROWS, TILE, C
+from gdn2_jax.pallas.gdn2.grad import columns
+from gdn2_jax.pallas.gdn2.grad.columns import BLOCK, HALF, LEVELS, PART
+from gdn2_jax.pallas.gdn2.grad.levels import Levels
+from gdn2_jax.pallas.gdn2.grad.values import over_values
+
+
+def intra_grad(
+  q,
+  k,
+  b,
+  g,
+  kinds,
+  v,
+  w,
+  do,
+  A,
+  Aqk,
+  states,
+  dstates,
+  scale,
+  *,
+  rates=None,
+  erase_scale=1.0,
+):
+  """Runs the kernel over all chunks.
+
+  Args:
+    q: [B, T, H, K], 16-bit; T a multiple of 64, K 64 or 128.
+    k: [B, T, H, K].
+    b: [B, T, H, K].
+    g: [B, T, H, K], float32.
+    kinds: [B, T] int32, blocks.PADDING, TOKEN or RESTART.
+    v: [B, T, H, V], 16-bit, V a multiple of 64.
+    w: [B, T, H, V].
+    do: Gradient of the output [B, T, H, V], zero at padding, as v and w are;
+      so dq, dk and db are zero there, too.
+    A: [B, H, NC, C, C], 16-bit.
+    Aqk: [B, H, NC, C, C], 16-bit.
+    states: States at the chunk starts [B, H, NC, K, V], 16-bit.
+    dstates: Gradients of the states at the chunk ends [B, H, NC, K, V], 16-bit.
+    scale: Factor on q.
+    rates: [B, H, 2, K], float32, or None; see projected.py. With rates, g is in
+      the dtype of q.
+    erase_scale: Factor on the erase gate, with rates.
+
+  Returns:
+    dq, dk, db, dg, dv, dw in the shapes and dtypes of the inputs, and each
+    chunk's part of the gradient of rates [B, H, NC, 2, K], or None.
+  """
+  assert rates is None
+  B, T, H, K = q.shape
+  V = v.shape[-1]
+  tiles, dtype = K // TILE, q.dtype
+  out_type = [blocks.struct(x.shape, x.dtype) for x in (q, k, b, g, v, w)]
+  wide = columns.tiled((C, K), dtype, PART)
+  parts = columns.tiled((2 * 2 * C, PART), dtype, PART)  # high, low; 32 columns
+  square = columns.tiled((C, C), dtype, PART)
+  state = columns.tiled((2 * K, PART), dtype, PART)
+  values = {
+    "E_neg": wide,
+    "Kd": wide,
+    "S": state,
+    "dS": state,
+    "v": columns.tiled((2 * C, PART), dtype, PART),
+    "w": columns.tiled((2 * C, PART), dtype, PART),
+    "dO": columns.tiled((2 * C, PART), dtype, PART),
+    "A": square,
+    "Aqk": square,
+    "R": parts,
+    "dX": parts,
+  }
+  levels = {
+    # d(-T) and dAqk below the diagonal, high and low parts.
+    "scores": columns.tiled((4 * C, C), dtype, BLOCK),
+    # Their blocks on the diagonal, of one level each; of 32 columns each.
+    "diagonals": columns.tiled((len(LEVELS) * 4 * 2 * C, BLOCK), dtype, BLOCK),
+    "X": columns.tiled((2 * K, HALF), dtype, BLOCK),
+    "Q": columns.tiled((2 * K, HALF), dtype, BLOCK),
+  }
+  warpgroups = 2 * tiles
+  scratch = {
+    "q": wide,
+    "k": wide,
+    "b": wide,
+    "kinds": plgpu.SMEM((C,), jnp.int32),
+    "a": columns.tiled((K, C), jnp.float32, PART),
+    "union": plgpu.RefUnion(list(values.values()), list(levels.values())),
+    "totals": plgpu.SMEM((3, K), jnp.float32),  # decay of 32 tokens; ones
+    "sums": plgpu.SMEM((2, K), jnp.float32),
+    "dgamma_C": plgpu.SMEM((2, K), jnp.float32),
+    "diagonal": plgpu.SMEM((2, C), jnp.float32),  # of dAqk
+    "keys_loaded": plgpu.Barrier(num_arrivals=4),
+    "A_loaded": plgpu.Barrier(num_arrivals=2),
+    "values_loaded": plgpu.Barrier(num_arrivals=10),
+    "met": plgpu.Barrier(num_arrivals=warpgroups),
+  }
+  operands = [q, k, b, g, kinds, v, w, do, A, Aqk, states, dstates]
+  names = tuple(scratch)
+
+  def body(*refs):
+    n, m = len(operands), len(operands) + len(out_type)
+    s = dict(zip(names, refs[m:], strict=True))
+    for group, parts in zip((values, levels), s.pop("union"), strict=True):
+      s |= zip(group, parts, strict=True)
+    chunk = _Chunk(refs[:n], refs[n:m], s, V // TILE, scale, erase_scale)
+    chunk.run()
+
+  gradients = blocks.call(
+    "gdn2_intra_grad",
+    body,
+    out_type,
+    scratch_types=list(scratch.values()),
+    grid=(B, H, T // C),
+    grid_names=("b", "h", "c"),
+    num_threads=warpgroups,
+    thread_name="wg",
+  )(*operands)
+  return (*gradients, None) if rates is None else gradients
+
+
+class _Chunk:
+  """References and steps of one block of the kernel.
+
+  Attributes:
+    tile: Number of this warpgroup's 64 key channels.
+    half: 0 or 1, its half of the tokens.
+  """
+
+  def __init__(self, inputs, outputs, s, value_tiles, scale, erase_scale):
+    self.inputs, self.outputs, self.s = inputs, outputs, s
+    self.K = s["q"].shape[1]
+    self.tiles, self.value_tiles = self.K // TILE, value_tiles
+    self.scale, self.erase_scale = scale, erase_scale
+    self.row, self.h, self.c = (lax.axis_index(n) for n in ("b", "h", "c"))
+    self.wg = lax.axis_index("wg")
+    self.tile, self.half = self.wg >> 1, self.wg & 1
+    self.first = self.wg == 0
+    self.last = self.wg == 2 * self.tiles - 1
+    self.tokens = (self.row, pl.ds(self.c * C, C))
+    self.channels = pl.ds(self.tile * TILE, TILE)
+
+  @property
+  def rows(self):
+    """This warpgroup's tokens."""
+    return pl.ds(self.half * HALF, HALF)
+
+  def meet(self):
+    """See blocks.meet."""
+    blocks.meet(self.s["met"], 2 * self.tiles)
+
+  def vector(self, name, n):
+    """Row n of a buffer of vectors, for this warpgroup's channels."""
+    return self.s[name].at[n, self.channels]
+
+  def load_vector(self, name, n, width=HALF):
+    """Row n of a buffer of vectors as an array [channels, width]."""
+    x = plgpu.load(self.vector(name, n), layout=ROWS.reduce(1))
+    return blocks.of_rows(x, (TILE, width))
+
+  def kinds(self, block=None):
+    """Kinds of this warpgroup's tokens as an array [channels, tokens]."""
+    rows, width = self.rows, HALF
+    if block is not None:
+      rows, width = pl.ds(self.half * HALF + block * BLOCK, BLOCK), BLOCK
+    kinds = plgpu.load(self.s["kinds"].at[rows], layout=ROWS.reduce(0))
+    return blocks.of_columns(kinds, (TILE, width))
+
+  def at_tokens(self, x):
+    """Sets x [channels, tokens] to zero at padding."""
+    return jnp.where(self.kinds() == blocks.PADDING, jnp.zeros_like(x), x)
+
+  def key(self, name, rows=None):
+    """This warpgroup's part of q, k, b, E_neg or Kd."""
+    return self.s[name].at[self.rows if rows is None else rows, self.channels]
+
+  def load(self, name, rows=None):
+    """Loads q (scaled), k or b as an array [channels, tokens]."""
+    x = columns.load(self.key(name, rows)).astype(jnp.float32)
+    return x * self.scale if name == "q" else x
+
+  def run(self):
+    self.load_keys()
+    levels = Levels(self, *over_values(self))
+    self.write(levels.run())
+    plgpu.wait_smem_to_gmem(0)
+
+  def load_keys(self):
+    """Loads the key-side operands and computes -E and Kd."""
+    s = self.s
+    self.fetch()
+    g = columns.load_float32(
+      self.inputs[3].at[
+        self.row, pl.ds(self.c * C + self.half * HALF, HALF), self.h,
+        self.channels,
+      ]
+    )  # fmt: skip
+    plgpu.barrier_wait(s["keys_loaded"])
+    kinds = self.kinds()
+    a = jnp.where(kinds == blocks.RESTART, 0.0, jnp.exp(g))
+    a = jnp.where(kinds == blocks.PADDING, 1.0, a)
+    s["a"].at[self.channels, self.rows][...] = a
+    for name in "qkb":
+      x = self.at_tokens(columns.load(self.key(name)))
+      columns.store(self.key(name), x)
+    decays = columns.Decays(a).climb(HALF)
+    total = jnp.where(columns.iota(HALF) == 0, decays.total, 0.0).sum(axis=1)
+    self.vector("totals", self.half)[...] = total
+
+    @pl.when(self.half == 0)
+    def _():
+      self.vector("totals", 2)[...] = jnp.ones_like(total)
+
+    self.meet()
+    before = jnp.where(self.half == 1, 0, 2)
+    after = jnp.where(self.half == 1, 2, 1)
+    E_neg = -(self.load("b") * self.load("k"))
+    E_neg *= decays.prefix * self.load_vector("totals", before)
+    columns.store(self.key("E_neg"), E_neg)
+    Kd = self.load("k") * decays.suffix * self.load_vector("totals", after)
+    columns.store(self.key("Kd"), Kd)
+    self.meet()
+
+  def fetch(self):
+    """Starts the loads of everything but g, and of the first value tile."""
+    s, loaded = self.s, self.s["keys_loaded"]
+
+    @pl.when(self.first)
+    def _():
+      for n, name in enumerate("qkb"):
+        source = self.inputs[n].at[(*self.tokens, self.h)]
+        plgpu.copy_gmem_to_smem(source, s[name], loaded)
+      plgpu.copy_gmem_to_smem(
+        self.inputs[4].at[self.tokens], s["kinds"], loaded
+      )
+      c = (self.row, self.h, self.c)
+      for n, name in ((8, "A"), (9, "Aqk")):
+        plgpu.copy_gmem_to_smem(self.inputs[n].at[c], s[name], s["A_loaded"])
+
+    @pl.when(self.last)
+    def _():
+      self.fetch_values(jnp.int32(0))
+
+  def fetch_values(self, j):
+    """Starts the loads of value tile j."""
+    s, loaded, c = self.s, self.s["values_loaded"], (self.row, self.h, self.c)
+    for part in range(2):
+      values = pl.ds(j * TILE + part * PART, PART)
+      for n, name in ((5, "v"), (6, "w"), (7, "dO")):
+        source = self.inputs[n].at[(*self.tokens, self.h, values)]
+        plgpu.copy_gmem_to_smem(source, s[name].at[pl.ds(part * C, C)], loaded)
+      for n, name in ((10, "S"), (11, "dS")):
+        source = self.inputs[n].at[(*c, pl.ds(0, self.K), values)]
+        to = s[name].at[pl.ds(part * self.K, self.K)]
+        plgpu.copy_gmem_to_smem(source, to, loaded)
+
+  def write(self, dg):
+    """Writes the gradients of q, k and b, which replace them, and of g."""
+    self.meet()
+
+    @pl.when(self.first)
+    def _():
+      for n, name in enumerate("qkb"):
+        out = self.outputs[n].at[(*self.tokens, self.h)]
+        plgpu.copy_smem_to_gmem(self.s[name], out)
+
+    for n, x in enumerate(dg):
+      first = self.half * HALF + n * BLOCK
+      x = jnp.where(self.kinds(n) == blocks.PADDING, 0.0, x)
+      columns.store_float32(
+        self.outputs[3].at[
+          self.row, pl.ds(self.c * C + first, BLOCK), self.h, self.channels
+        ],
+        x,
+      )
