@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gdn2_jax.pallas import blocks
+from gdn2_jax.pallas import blocks, projected
 from gdn2_jax.pallas.blocks import ROWS, TILE, C
 from gdn2_jax.pallas.gdn2.grad import columns
 from gdn2_jax.pallas.gdn2.grad.columns import BLOCK, HALF, LEVELS, PART
@@ -72,7 +72,6 @@ def intra_grad(
     dq, dk, db, dg, dv, dw in the shapes and dtypes of the inputs, and each
     chunk's part of the gradient of rates [B, H, NC, 2, K], or None.
   """
-  assert rates is None
   B, T, H, K = q.shape
   V = v.shape[-1]
   tiles, dtype = K // TILE, q.dtype
@@ -108,18 +107,25 @@ def intra_grad(
     "k": wide,
     "b": wide,
     "kinds": plgpu.SMEM((C,), jnp.int32),
-    "a": columns.tiled((K, C), jnp.float32, PART),
+    "a": columns.tiled((K, C), jnp.float32, BLOCK),
     "union": plgpu.RefUnion(list(values.values()), list(levels.values())),
     "totals": plgpu.SMEM((3, K), jnp.float32),  # decay of 32 tokens; ones
     "sums": plgpu.SMEM((2, K), jnp.float32),
     "dgamma_C": plgpu.SMEM((2, K), jnp.float32),
     "diagonal": plgpu.SMEM((2, C), jnp.float32),  # of dAqk
-    "keys_loaded": plgpu.Barrier(num_arrivals=4),
+    "keys_loaded": plgpu.Barrier(num_arrivals=4 if rates is None else 5),
     "A_loaded": plgpu.Barrier(num_arrivals=2),
     "values_loaded": plgpu.Barrier(num_arrivals=10),
     "met": plgpu.Barrier(num_arrivals=warpgroups),
   }
   operands = [q, k, b, g, kinds, v, w, do, A, Aqk, states, dstates]
+  if rates is not None:
+    operands.append(rates)
+    out_type.append(blocks.struct((B, H, T // C, 2, K), jnp.float32))
+    scratch["rates"] = plgpu.SMEM((2, K), jnp.float32)
+    scratch["drates"] = plgpu.SMEM((2, K), jnp.float32)
+    for name in ("squares", "products"):  # of q and k, by tile of channels
+      scratch[name] = plgpu.SMEM((2 * tiles, C), jnp.float32)
   names = tuple(scratch)
 
   def body(*refs):
@@ -153,6 +159,7 @@ class _Chunk:
 
   def __init__(self, inputs, outputs, s, value_tiles, scale, erase_scale):
     self.inputs, self.outputs, self.s = inputs, outputs, s
+    self.is_projected = "rates" in s
     self.K = s["q"].shape[1]
     self.tiles, self.value_tiles = self.K // TILE, value_tiles
     self.scale, self.erase_scale = scale, erase_scale
@@ -186,7 +193,7 @@ class _Chunk:
     """Kinds of this warpgroup's tokens as an array [channels, tokens]."""
     rows, width = self.rows, HALF
     if block is not None:
-      rows, width = pl.ds(self.half * HALF + block * BLOCK, BLOCK), BLOCK
+      rows, width = self.block(block), BLOCK
     kinds = plgpu.load(self.s["kinds"].at[rows], layout=ROWS.reduce(0))
     return blocks.of_columns(kinds, (TILE, width))
 
@@ -206,27 +213,40 @@ class _Chunk:
   def run(self):
     self.load_keys()
     levels = Levels(self, *over_values(self))
-    self.write(levels.run())
+    self.write(*levels.run())
     plgpu.wait_smem_to_gmem(0)
+
+  def load_global(self, n, block=None):
+    """Loads this warpgroup's part of input n, [channels, tokens], float32."""
+    return columns.load_global(self._in_global(self.inputs[n], block))
+
+  def _in_global(self, ref, block):
+    first, width = self.half * HALF, HALF
+    if block is not None:
+      first, width = first + block * BLOCK, BLOCK
+    tokens = pl.ds(self.c * C + first, width)
+    return ref.at[self.row, tokens, self.h, self.channels]
 
   def load_keys(self):
     """Loads the key-side operands and computes -E and Kd."""
     s = self.s
     self.fetch()
-    g = columns.load_float32(
-      self.inputs[3].at[
-        self.row, pl.ds(self.c * C + self.half * HALF, HALF), self.h,
-        self.channels,
-      ]
-    )  # fmt: skip
+    g = self.load_global(3)
     plgpu.barrier_wait(s["keys_loaded"])
+    if self.is_projected:
+      g = self.load_vector("rates", 0) * projected.softplus(
+        self.at_tokens(g) + self.load_vector("rates", 1)
+      )
     kinds = self.kinds()
     a = jnp.where(kinds == blocks.RESTART, 0.0, jnp.exp(g))
     a = jnp.where(kinds == blocks.PADDING, 1.0, a)
     s["a"].at[self.channels, self.rows][...] = a
-    for name in "qkb":
-      x = self.at_tokens(columns.load(self.key(name)))
-      columns.store(self.key(name), x)
+    if self.is_projected:
+      self.take_projected()
+    else:
+      for name in "qkb":
+        x = self.at_tokens(columns.load(self.key(name)))
+        columns.store(self.key(name), x)
     decays = columns.Decays(a).climb(HALF)
     total = jnp.where(columns.iota(HALF) == 0, decays.total, 0.0).sum(axis=1)
     self.vector("totals", self.half)[...] = total
@@ -261,6 +281,10 @@ class _Chunk:
       for n, name in ((8, "A"), (9, "Aqk")):
         plgpu.copy_gmem_to_smem(self.inputs[n].at[c], s[name], s["A_loaded"])
 
+      if self.is_projected:
+        rates = self.inputs[12].at[self.row, self.h]
+        plgpu.copy_gmem_to_smem(rates, s["rates"], loaded)
+
     @pl.when(self.last)
     def _():
       self.fetch_values(jnp.int32(0))
@@ -278,8 +302,69 @@ class _Chunk:
         to = s[name].at[pl.ds(part * self.K, self.K)]
         plgpu.copy_gmem_to_smem(source, to, loaded)
 
-  def write(self, dg):
-    """Writes the gradients of q, k and b, which replace them, and of g."""
+  def take_projected(self):
+    """Replaces q, k and b by what the norms and the gate make of them."""
+
+    def load(name):
+      x = self.at_tokens(columns.load(self.key(name)))
+      return x.astype(jnp.float32)
+
+    b = self.erase_scale * projected.sigmoid(load("b"))
+    columns.store(self.key("b"), b)
+    self.sum_over_channels("squares", [[x * x] for x in map(load, "qk")])
+    for n, name in enumerate("qk"):
+      norm = lax.rsqrt(self.load_sum("squares", n) + projected.EPS)
+      columns.store(self.key(name), load(name) * norm)
+
+  def sum_over_channels(self, name, arrays):
+    """Stores this warpgroup's sums of lists of arrays [channels, tokens].
+
+    All warpgroups have seen them when it returns.
+    """
+
+    def store():
+      for n, parts in enumerate(arrays):
+        width = HALF // len(parts)
+        for m, x in enumerate(parts):
+          tokens = pl.ds(self.half * HALF + m * width, width)
+          ref = self.s[name].at[n * self.tiles + self.tile, tokens]
+          ref[...] = x.sum(axis=0)
+
+    blocks.in_turns(self.wg, 2 * self.tiles, self.s["met"], store)
+
+  def load_sum(self, name, n, block=None):
+    """Total of sum_over_channels for list n as an array [channels, tokens]."""
+    rows, width = self.rows, HALF
+    if block is not None:
+      rows, width = self.block(block), BLOCK
+    total = sum(
+      plgpu.load(
+        self.s[name].at[n * self.tiles + tile, rows], layout=ROWS.reduce(0)
+      )
+      for tile in range(self.tiles)
+    )
+    return blocks.of_columns(total, (TILE, width))
+
+  def block(self, n):
+    """16 of this warpgroup's tokens."""
+    return pl.ds(self.half * HALF + n * BLOCK, BLOCK)
+
+  def write(self, dq, dk, db, dg):
+    """Writes gradients, lists of arrays [channels, 16], over q, k and b."""
+    dg = [
+      jnp.where(self.kinds(n) == blocks.PADDING, 0.0, x)
+      for n, x in enumerate(dg)
+    ]
+    if self.is_projected:
+      dq, dk = self.through_norms(dq, dk)
+      db = [self.through_gate(n, x) for n, x in enumerate(db)]
+      dg = self.through_decay(dg)
+    for name, parts in zip("qkb", (dq, dk, db), strict=True):
+      for n, x in enumerate(parts):
+        columns.store(self.key(name, self.block(n)), x)
+    for n, x in enumerate(dg):
+      out = self.outputs[3]
+      columns.store_global(self._in_global(out, n), x.astype(out.dtype))
     self.meet()
 
     @pl.when(self.first)
@@ -288,12 +373,66 @@ class _Chunk:
         out = self.outputs[n].at[(*self.tokens, self.h)]
         plgpu.copy_smem_to_gmem(self.s[name], out)
 
+  def load_raw(self, n, block):
+    """Loads 16 tokens of input n as they were before norms and gates."""
+    x = self.load_global(n, block)
+    return jnp.where(self.kinds(block) == blocks.PADDING, 0.0, x)
+
+  def through_gate(self, block, db):
+    """Gradient before the sigmoid of b, from that of b."""
+    # Recomputed in float32: 1 - b of a gate rounded to 16 bits may be 0.
+    b = projected.sigmoid(self.load_raw(2, block))
+    return db * (self.erase_scale * b * (1.0 - b))
+
+  def through_norms(self, *gradients):
+    """Gradients before the norms of q and k, from those after them.
+
+    With y = x*r: dx = r*(dy - y (y . dy)). The difference cancels where dy is
+    parallel to y, so a y that was rounded to 16 bits is not accurate enough.
+    """
+    products = [
+      [self.load_raw(n, m) * x for m, x in enumerate(parts)]
+      for n, parts in enumerate(gradients)
+    ]
+    self.sum_over_channels("products", products)
+    results = []
+    for n, parts in enumerate(gradients):
+      results.append([])
+      for m, dy in enumerate(parts):
+        norm = lax.rsqrt(self.load_sum("squares", n, m) + projected.EPS)
+        x = self.load_raw(n, m) * self.load_sum("products", n, m)
+        results[n].append(norm * (dy - x * norm * norm))
+    return results
+
+  def through_decay(self, dg):
+    """Gradient of f, from that of g; writes the gradients of the rates."""
+    results, drates = [], [0.0, 0.0]
     for n, x in enumerate(dg):
-      first = self.half * HALF + n * BLOCK
-      x = jnp.where(self.kinds(n) == blocks.PADDING, 0.0, x)
-      columns.store_float32(
-        self.outputs[3].at[
-          self.row, pl.ds(self.c * C + first, BLOCK), self.h, self.channels
-        ],
-        x,
-      )
+      rate, bias = (self.load_vector("rates", m, BLOCK) for m in range(2))
+      f = self.load_raw(3, n) + bias
+      df = x * rate * projected.sigmoid(f)
+      results.append(df)
+      for m, y in enumerate((x * projected.softplus(f), df)):
+        drates[m] += y.sum(axis=1)
+
+    @pl.when(self.half == 1)
+    def _():
+      for m in range(2):
+        self.vector("drates", m)[...] = drates[m]
+
+    self.meet()
+
+    @pl.when(self.half == 0)
+    def _():
+      for m in range(2):
+        ref = self.vector("drates", m)
+        ref[...] = plgpu.load(ref, layout=ROWS.reduce(1)) + drates[m]
+      plgpu.commit_smem()  # the TMA store reads it
+      out = self.outputs[6]
+      for m in range(2):
+        plgpu.copy_smem_to_gmem(
+          self.vector("drates", m),
+          out.at[self.row, self.h, self.c, m, self.channels],
+        )
+
+    return results

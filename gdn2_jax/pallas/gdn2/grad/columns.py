@@ -61,7 +61,8 @@ def neighbour(x, distance):
   """
   N = x.shape[1]
   if target.is_interpreted():
-    return x[:, np.arange(N) ^ distance]
+    pairs = x.reshape(TILE, -1, 2, distance)
+    return jnp.flip(pairs, axis=2).reshape(TILE, N)
 
   @plgpu.inline_mgpu(
     arg_types=(ROWS,),
@@ -101,12 +102,12 @@ def store(ref, x):
     ref[...] = x
 
 
-def load_float32(ref):
-  """Loads a float32 ref [tokens, 64], not tiled, as an array [64, tokens]."""
+def load_global(ref):
+  """Loads a ref [tokens, 64] in global memory as a float32 [64, tokens]."""
   x = plgpu.load(ref, layout=_COLUMNS, optimized=False)
   shape = x.shape[::-1]
   if target.is_interpreted():
-    return x.T
+    return x.T.astype(jnp.float32)
 
   @plgpu.inline_mgpu(
     arg_types=(_COLUMNS,),
@@ -125,11 +126,11 @@ def load_float32(ref):
       _is_signed=None,
     )
 
-  return transpose(x)
+  return transpose(x).astype(jnp.float32)
 
 
-def store_float32(ref, x):
-  """Stores x [64, tokens] in a float32 ref [tokens, 64] that is not tiled."""
+def store_global(ref, x):
+  """Stores x [64, tokens] in a ref [tokens, 64] in global memory."""
   shape = x.shape[::-1]
   if target.is_interpreted():
     ref[...] = x.T

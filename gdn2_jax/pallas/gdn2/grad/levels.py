@@ -55,17 +55,17 @@ class Levels:
     self.flow = [None, None]
 
   def run(self):
-    """Returns dq, dk, db and dg [channels, tokens]."""
+    """Returns dq, dk, db and dg, each two arrays [channels, 16]."""
     self._of_halves()
     results = []
     for n in range(2):
       self._of_block(n)
       results.append(self._of_tokens(n))
-    return results
+    return tuple(zip(*results, strict=True))
 
   def _rows(self, n):
     """Tokens of block n."""
-    return pl.ds(self.chunk.half * HALF + n * BLOCK, BLOCK)
+    return self.chunk.block(n)
 
   def _keys(self, n):
     """-e, q and k of block n."""
@@ -103,7 +103,7 @@ class Levels:
     chunk.meet()
 
   def _store_diagonal_blocks(self, x, matrix, n):
-    """Stores the blocks on the diagonal of 32 columns, masked for each level."""
+    """Stores the diagonal blocks of 32 columns, masked for each level."""
     r, c = (
       plgpu.broadcasted_iota(jnp.int32, (C, BLOCK), axis, layout=ROWS)
       for axis in range(2)
@@ -263,7 +263,7 @@ class Levels:
     self.de[n], self.dq[n], self.dk[n] = map(blocks.in_rows, sums)
 
   def _of_tokens(self, n):
-    """Writes dq, dk and db of block n over q, k and b; returns dg."""
+    """dq, dk, db and dg of block n."""
     chunk, rows = self.chunk, self._rows(n)
     a = self._decays(n).prefix
     b, q, k = (chunk.load(name, rows) for name in "bqk")
@@ -276,6 +276,4 @@ class Levels:
     diagonal = blocks.of_columns(diagonal, (TILE, BLOCK))
     dq = (dq + diagonal * k) * chunk.scale
     dk += diagonal * q - b * de
-    for name, x in (("q", dq), ("k", dk), ("b", -k * de)):
-      columns.store(chunk.key(name, rows), x)
-    return dg
+    return dq, dk, -k * de, dg

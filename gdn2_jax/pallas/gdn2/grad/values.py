@@ -133,7 +133,7 @@ def _add_scores(chunk, sum_before, columns_half):
 
 
 def _add_dgamma_C(chunk):
-  """Adds S*dS, summed over 32 value channels: of each half of the tokens, 32."""
+  """Adds S*dS, summed over the 32 value channels that this half adds."""
   dgamma_C = chunk.vector("dgamma_C", chunk.half)
   product = 1.0
   for name in ("S", "dS"):
