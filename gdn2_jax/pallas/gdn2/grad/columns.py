@@ -54,10 +54,13 @@ def _layout():
 _COLUMNS = _layout()
 
 
-def neighbour(x, distance):
+def neighbour(x, distance, *, in_pairs=False):
   """x[:, c ^ distance] for every column c of x [64, N], float32.
 
-  distance: a power of two below N.
+  Args:
+    x: Array in the layout of wgmma results.
+    distance: A power of two below N.
+    in_pairs: Columns 2*n and 2*n + 1 are equal, so one number is exchanged.
   """
   N = x.shape[1]
   if target.is_interpreted():
@@ -78,6 +81,10 @@ def neighbour(x, distance):
         if distance == 1:
           parts = [utils.vector_slice(pair, slice(n, n + 1)) for n in (1, 0)]
           registers[index] = utils.vector_concat(parts)
+        elif in_pairs:
+          one = utils.vector_slice(pair, slice(0, 1))
+          one = utils.shfl_bfly(one, distance // 2)
+          registers[index] = utils.vector_concat([one, one])
         else:
           registers[index] = utils.shfl_bfly(pair, distance // 2)
     return fragmented_array.FragmentedArray(
@@ -211,4 +218,4 @@ class Decays:
 
   def other(self):
     """Total of the block that this block is joined with one level up."""
-    return neighbour(self.total, self.half)
+    return neighbour(self.total, self.half, in_pairs=self.half > 1)
