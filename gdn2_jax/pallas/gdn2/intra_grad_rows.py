@@ -21,9 +21,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gdn2_jax.pallas import blocks, projected
+from gdn2_jax.pallas import blocks
 from gdn2_jax.pallas.blocks import ROWS, TILE, C
-from gdn2_jax.pallas.gdn2.grad import columns
+from gdn2_jax.pallas.gdn2.grad import columns, gates
 from gdn2_jax.pallas.gdn2.grad.columns import BLOCK, HALF, LEVELS, PART
 from gdn2_jax.pallas.gdn2.grad.levels import Levels
 from gdn2_jax.pallas.gdn2.grad.values import over_values
@@ -234,15 +234,13 @@ class _Chunk:
     g = self.load_global(3)
     plgpu.barrier_wait(s["keys_loaded"])
     if self.is_projected:
-      g = self.load_vector("rates", 0) * projected.softplus(
-        self.at_tokens(g) + self.load_vector("rates", 1)
-      )
+      g = gates.log_decay(self, g)
     kinds = self.kinds()
     a = jnp.where(kinds == blocks.RESTART, 0.0, jnp.exp(g))
     a = jnp.where(kinds == blocks.PADDING, 1.0, a)
     s["a"].at[self.channels, self.rows][...] = a
     if self.is_projected:
-      self.take_projected()
+      gates.take_inputs(self)
     else:
       for name in "qkb":
         x = self.at_tokens(columns.load(self.key(name)))
@@ -302,49 +300,6 @@ class _Chunk:
         to = s[name].at[pl.ds(part * self.K, self.K)]
         plgpu.copy_gmem_to_smem(source, to, loaded)
 
-  def take_projected(self):
-    """Replaces q, k and b by what the norms and the gate make of them."""
-
-    def load(name):
-      x = self.at_tokens(columns.load(self.key(name)))
-      return x.astype(jnp.float32)
-
-    b = self.erase_scale * projected.sigmoid(load("b"))
-    columns.store(self.key("b"), b)
-    self.sum_over_channels("squares", [[x * x] for x in map(load, "qk")])
-    for n, name in enumerate("qk"):
-      norm = lax.rsqrt(self.load_sum("squares", n) + projected.EPS)
-      columns.store(self.key(name), load(name) * norm)
-
-  def sum_over_channels(self, name, arrays):
-    """Stores this warpgroup's sums of lists of arrays [channels, tokens].
-
-    All warpgroups have seen them when it returns.
-    """
-
-    def store():
-      for n, parts in enumerate(arrays):
-        width = HALF // len(parts)
-        for m, x in enumerate(parts):
-          tokens = pl.ds(self.half * HALF + m * width, width)
-          ref = self.s[name].at[n * self.tiles + self.tile, tokens]
-          ref[...] = x.sum(axis=0)
-
-    blocks.in_turns(self.wg, 2 * self.tiles, self.s["met"], store)
-
-  def load_sum(self, name, n, block=None):
-    """Total of sum_over_channels for list n as an array [channels, tokens]."""
-    rows, width = self.rows, HALF
-    if block is not None:
-      rows, width = self.block(block), BLOCK
-    total = sum(
-      plgpu.load(
-        self.s[name].at[n * self.tiles + tile, rows], layout=ROWS.reduce(0)
-      )
-      for tile in range(self.tiles)
-    )
-    return blocks.of_columns(total, (TILE, width))
-
   def block(self, n):
     """16 of this warpgroup's tokens."""
     return pl.ds(self.half * HALF + n * BLOCK, BLOCK)
@@ -356,9 +311,9 @@ class _Chunk:
       for n, x in enumerate(dg)
     ]
     if self.is_projected:
-      dq, dk = self.through_norms(dq, dk)
-      db = [self.through_gate(n, x) for n, x in enumerate(db)]
-      dg = self.through_decay(dg)
+      dq, dk = gates.through_norms(self, dq, dk)
+      db = [gates.through_gate(self, n, x) for n, x in enumerate(db)]
+      dg = gates.through_decay(self, dg)
     for name, parts in zip("qkb", (dq, dk, db), strict=True):
       for n, x in enumerate(parts):
         columns.store(self.key(name, self.block(n)), x)
@@ -377,62 +332,3 @@ class _Chunk:
     """Loads 16 tokens of input n as they were before norms and gates."""
     x = self.load_global(n, block)
     return jnp.where(self.kinds(block) == blocks.PADDING, 0.0, x)
-
-  def through_gate(self, block, db):
-    """Gradient before the sigmoid of b, from that of b."""
-    # Recomputed in float32: 1 - b of a gate rounded to 16 bits may be 0.
-    b = projected.sigmoid(self.load_raw(2, block))
-    return db * (self.erase_scale * b * (1.0 - b))
-
-  def through_norms(self, *gradients):
-    """Gradients before the norms of q and k, from those after them.
-
-    With y = x*r: dx = r*(dy - y (y . dy)). The difference cancels where dy is
-    parallel to y, so a y that was rounded to 16 bits is not accurate enough.
-    """
-    products = [
-      [self.load_raw(n, m) * x for m, x in enumerate(parts)]
-      for n, parts in enumerate(gradients)
-    ]
-    self.sum_over_channels("products", products)
-    results = []
-    for n, parts in enumerate(gradients):
-      results.append([])
-      for m, dy in enumerate(parts):
-        norm = lax.rsqrt(self.load_sum("squares", n, m) + projected.EPS)
-        x = self.load_raw(n, m) * self.load_sum("products", n, m)
-        results[n].append(norm * (dy - x * norm * norm))
-    return results
-
-  def through_decay(self, dg):
-    """Gradient of f, from that of g; writes the gradients of the rates."""
-    results, drates = [], [0.0, 0.0]
-    for n, x in enumerate(dg):
-      rate, bias = (self.load_vector("rates", m, BLOCK) for m in range(2))
-      f = self.load_raw(3, n) + bias
-      df = x * rate * projected.sigmoid(f)
-      results.append(df)
-      for m, y in enumerate((x * projected.softplus(f), df)):
-        drates[m] += y.sum(axis=1)
-
-    @pl.when(self.half == 1)
-    def _():
-      for m in range(2):
-        self.vector("drates", m)[...] = drates[m]
-
-    self.meet()
-
-    @pl.when(self.half == 0)
-    def _():
-      for m in range(2):
-        ref = self.vector("drates", m)
-        ref[...] = plgpu.load(ref, layout=ROWS.reduce(1)) + drates[m]
-      plgpu.commit_smem()  # the TMA store reads it
-      out = self.outputs[6]
-      for m in range(2):
-        plgpu.copy_smem_to_gmem(
-          self.vector("drates", m),
-          out.at[self.row, self.h, self.c, m, self.channels],
-        )
-
-    return results

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gdn2_jax.pallas import blocks
+from gdn2_jax.pallas import blocks, projected
 from gdn2_jax.pallas.blocks import ROWS, TILE, C
 from gdn2_jax.pallas.gdn2.grad import columns
 from gdn2_jax.pallas.gdn2.grad.columns import HALF, PART
@@ -150,7 +150,7 @@ def _recompute_R(chunk):
     R = [_of_part(s["R"], part, low) for low in range(2)]
     S = _of_state(s["S"], part, chunk.K)
     X = blocks.dot(blocks.zeros(C, PART), (s["E_neg"], S))
-    X += _load(chunk, "v", part) * _load(chunk, "w", part)
+    X += _load(chunk, "v", part) * _load_w(chunk, part)
     blocks.store_split(X, *R)  # X, until R replaces it
     plgpu.commit_smem()  # wgmma reads X
     X_to_R = blocks.dot(blocks.zeros(C, PART), *((s["A"], x) for x in R))
@@ -183,9 +183,12 @@ def _write_values(chunk, j):
       for n in range(2)
     )
     dX = high + low
-    v, w = (_load(chunk, name, part) for name in "vw")
-    for ref, x in zip(refs, (w, v), strict=True):
-      ref[...] = (x * dX).astype(ref.dtype)
+    v, w = _load(chunk, "v", part), _load_w(chunk, part)
+    dw = v * dX
+    if chunk.is_projected:
+      dw *= w * (1.0 - w)
+    for ref, x in zip(refs, (w * dX, dw), strict=True):
+      ref[...] = x.astype(ref.dtype)
     plgpu.commit_smem()  # the TMA stores read dv and dw
     values = pl.ds(j * TILE + part * PART, PART)
     for n, ref in zip((4, 5), refs, strict=True):
@@ -196,3 +199,9 @@ def _write_values(chunk, j):
 def _load(chunk, name, part):
   """Loads 32 value channels of v or w."""
   return blocks.load(_of_part(chunk.s[name], part)).astype(jnp.float32)
+
+
+def _load_w(chunk, part):
+  """Loads the write gate of 32 value channels."""
+  w = _load(chunk, "w", part)
+  return projected.sigmoid(w) if chunk.is_projected else w
