@@ -251,7 +251,8 @@ class _Chunk:
 
     @pl.when(self.half == 0)
     def _():
-      self.vector("totals", 2)[...] = jnp.ones_like(total)
+      ones = jnp.ones((TILE,), jnp.float32)
+      self.vector("totals", 2)[...] = plgpu.layout_cast(ones, ROWS.reduce(1))
 
     self.meet()
     before = jnp.where(self.half == 1, 0, 2)
