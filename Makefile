@@ -14,10 +14,11 @@ PYTHON_GPU ?= python3
 AOT_JAX ?= 0.12.0.1
 AOT_EXTRAS ?=
 AOT_VENV := .venv-aot-$(AOT_JAX)
+NVDISASM ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train generate plan test test-slow lint format notebooks \
-  faults bench bench-serve replicate gpu aot aot-all clean
+  faults bench bench-serve replicate gpu aot aot-all model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' \
@@ -101,6 +102,16 @@ aot-all: ## the same with the oldest and the newest JAX supported
 	@for version in 0.11.2 0.12.0.1; do \
 	  $(MAKE) --no-print-directory aot AOT_JAX=$$version || exit 1; \
 	done
+
+model: $(AOT_VENV)/.ready ## model the kernels' times on an H100; no GPU needed
+	@$(AOT_VENV)/bin/python -c "from tools.kernel_model import disassembly as d; \
+	  d.find_nvdisasm('$(NVDISASM)')" 2>/dev/null || test -n "$(NVDISASM)" || \
+	$(AOT_VENV)/bin/python -m pip install --quiet --no-deps \
+	  --disable-pip-version-check 'nvidia-cuda-nvdisasm>=13,<14' || { \
+	  echo "make model: cannot install nvdisasm into $(AOT_VENV); name one:" \
+	    "NVDISASM=PATH" >&2; exit 1; }
+	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m tools.kernel_model \
+	  $(NVDISASM:%=--nvdisasm=%) $(ARGS)
 
 # JAX's CUDA plugin compiles without a driver; of NVIDIA's wheels it needs those
 # with ptxas and libdevice, where no CUDA toolkit is installed.

@@ -45,7 +45,7 @@ ALLOWED = {
   "bench": "typing kernels sharding pallas triton ops model data train "
   "inference analysis",
   "replicate": "files eval train",
-  "aot": "typing kernels sharding pallas triton ops model data train",
+  "aot": "typing kernels sharding pallas triton ops model data train inference",
 }
 # Entry points stand above all layers and are imported by nobody.
 ENTRY_POINTS = {"convert", "export", "generate", "launch", "plan"}

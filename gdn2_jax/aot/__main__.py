@@ -5,11 +5,13 @@ r"""Compiles kernels and the training step for an H100, without a GPU.
   make aot ARGS=--nokernels
   make aot ARGS='--implementation=xla --json=aot.json'
 
-Prints the resources of every kernel, and memory and communication of the 1.3B
-hybrid's training step on one and on eight H100s. Exits with code 1 if a kernel
+Prints the resources of every kernel, launches and bytes of a decoding step, and
+memory and communication of the 1.3B hybrid's training step on one and on eight
+H100s. Exits with code 1 if a kernel
 spills registers, if ptxas serialises its wgmma, if it needs more shared memory
-than a CTA has, if it exceeds its own budget, or if the step exceeds 80 GB. On
-one H100 the step also has limits for products, bytes moved, launches and memory
+than a CTA has, if it exceeds its own budget, if a decoding step copies states
+or exceeds its own, or if the training step exceeds 80 GB. On one H100 that step
+also has limits for products, bytes moved, launches and memory
 (`step_budget.ONE_DEVICE`), and a table of costs by part of the model.
 
 Bytes per token-head count every operand and result of a kernel once; operands
@@ -41,6 +43,7 @@ from gdn2_jax.aot.kernels import (
 )
 
 _CONFIG = "gdn2_jax.configs.gdn2_swa_1p3b"
+_DECODED = "gdn2_jax.configs.gdn2_1p3b"
 _TRITON_TARGETS = (80, 89, 120)
 
 
@@ -51,6 +54,9 @@ def define_flags() -> None:
   )
   flags.DEFINE_bool("kernels", True, "Compile the kernels one by one.")
   flags.DEFINE_string("json", None, "JSON file to write all figures to.")
+  flags.DEFINE_bool(
+    "decode_step", True, "Compile the decoding step; about two minutes."
+  )
   flags.DEFINE_bool(
     "train_step", True, "Compile the training step; about 20 minutes."
   )
@@ -112,7 +118,7 @@ def compile_steps(
   implementation: str, reader: Reader
 ) -> tuple[list[Any], list[str]]:
   """Compiles and prints the training step on every mesh."""
-  from gdn2_jax.aot import train_step
+  from gdn2_jax.aot.programs import train_step
 
   reports, failures = [], []
   for name in train_step.MESHES:
@@ -120,6 +126,22 @@ def compile_steps(
     config.model.gdn2.implementation = implementation
     report = train_step.compile_train_step(config, name, reader)
     print(train_step.step_lines(report, implementation), flush=True)
+    reports.append(report)
+    failures += report.failures
+  return reports, failures
+
+
+def compile_decoding() -> tuple[list[Any], list[str]]:
+  """Compiles and prints the decoding step for few and for many rows."""
+  from gdn2_jax.aot.programs import decode_step
+
+  reports, failures = [], []
+  for rows in decode_step.BATCHES:
+    config = importlib.import_module(_DECODED).get_config().model
+    config.gdn2.implementation = "mosaic_gpu"
+    sharding = topology.h100_sharding()
+    report = decode_step.compile_decode_step(config, rows, sharding)
+    print(decode_step.decode_lines(report), flush=True)
     reports.append(report)
     failures += report.failures
   return reports, failures
@@ -134,10 +156,13 @@ def main(argv: Sequence[str]) -> None:
   jax.config.update("jax_platforms", "cpu")
   start, reader = time.perf_counter(), Reader()
   with cli.one_line_errors(NotImplementedError):
-    kernels, triton_rows, steps, failures = [], [], [], []
+    kernels, triton_rows, decoding, steps, failures = [], [], [], [], []
     if flags.FLAGS.kernels:
       kernels, failures = compile_kernels(flags.FLAGS.only, reader)
       triton_rows, more = compile_triton(flags.FLAGS.only)
+      failures += more
+    if flags.FLAGS.decode_step and not flags.FLAGS.only:
+      decoding, more = compile_decoding()
       failures += more
     if flags.FLAGS.train_step and not flags.FLAGS.only:
       steps, more = compile_steps(flags.FLAGS.implementation, reader)
@@ -147,6 +172,7 @@ def main(argv: Sequence[str]) -> None:
         "jax": jax.__version__,
         "kernels": [kernel_figures(report) for report in kernels],
         "triton": triton_rows,
+        "decode_step": [dataclasses.asdict(report) for report in decoding],
         "train_step": [
           {
             "implementation": flags.FLAGS.implementation,

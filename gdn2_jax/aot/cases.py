@@ -26,6 +26,7 @@ MODULES = (
   "gdn2_jax.pallas.gdn2.step",
   "gdn2_jax.pallas.gdn2.intra",
   "gdn2_jax.pallas.gdn2.scan",
+  "gdn2_jax.pallas.gdn2.sections",
   "gdn2_jax.pallas.gdn2.intra_grad",
   "gdn2_jax.pallas.gdn2.scan_grad",
   "gdn2_jax.pallas.gated_norm",

@@ -46,9 +46,15 @@ class Launch:
   written: int  # bytes
 
 
-def launches(program: Program) -> list[Launch]:
-  """Launches of a program, in the order of its text."""
-  return list(_walk(program, program.entry, 1))
+def launches(program: Program, start: str = "") -> list[Launch]:
+  """Launches of a program, or of a computation of it, in the text's order."""
+  return list(_walk(program, start or program.entry, 1))
+
+
+def loop_bodies(program: Program) -> list[str]:
+  """Bodies of the loops that the program itself runs, not of those inside."""
+  entry = program.computations[program.entry].values()
+  return [x.computation("body") for x in entry if x.opcode == "while"]
 
 
 def _walk(program: Program, name: str, times: int) -> Iterator[Launch]:

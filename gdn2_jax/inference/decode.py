@@ -12,6 +12,7 @@ from flax import struct
 from gdn2_jax.inference.checks import find_causes, is_usable, require_alive
 from gdn2_jax.inference.sampling import sample
 from gdn2_jax.inference.state import State, advance
+from gdn2_jax.model.lm import without_stacks
 
 TOKENS_PER_DISPATCH = 16
 _FAILED = -1  # among the tokens: no finite logits to choose one from
@@ -62,7 +63,8 @@ def decode_block(
     Tokens [B, size] int32, of which row i has the first (new index - old index)
     columns, followed by -1 if its logits were not finite; new state; new rows.
   """
-  before = rows.done
+  before, config = rows.done, state.config
+  params, own_config = without_stacks(params, config)
 
   def unfinished(loop):
     column, _, _, rows = loop
@@ -79,9 +81,9 @@ def decode_block(
     return column + 1, tokens, state, rows
 
   tokens = jnp.zeros((state.batch_size, size), jnp.int32)
-  start = (jnp.zeros((), jnp.int32), tokens, state, rows)
-  _, tokens, state, rows = jax.lax.while_loop(unfinished, body, start)
-  return tokens, state, rows
+  start = jnp.zeros((), jnp.int32), tokens, state.replace(config=own_config)
+  _, tokens, state, rows = jax.lax.while_loop(unfinished, body, (*start, rows))
+  return tokens, state.replace(config=config), rows
 
 
 def _choose(logits, rows):

@@ -28,14 +28,14 @@ def sequence(dtype: Any) -> Case:
 
 
 def step(dtype: Any) -> Case:
-  """For f(q, k, v, g, b, w, state, scale) -> (o, state), of one token."""
+  """For f(q, k, v, g, b, w, states, layer, scale) -> (o, states), one token."""
   (*tokens, state), _ = _recurrence(dtype)
-  inputs = (*(x[:, 0] for x in tokens), state)
+  inputs = (*(x[:, 0] for x in tokens), jnp.stack([state, 2 * state]))
 
   def outputs_of(run, *inputs):
-    return run(*inputs, _CHANNELS**-0.5)
+    return run(*inputs, jnp.int32(1), _CHANNELS**-0.5)
 
-  return Case(("o", "state"), inputs, outputs_of)
+  return Case(("o", "states"), inputs, outputs_of)
 
 
 def gated_norm(dtype: Any) -> Case:

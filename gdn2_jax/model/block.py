@@ -5,11 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.layers import RMSNorm, SwiGLU
-from gdn2_jax.model.mixers.kv_cache import CacheLayer
+from gdn2_jax.model.mixers.layer_cache import CacheLayer
 from gdn2_jax.model.mixers.registry import kind_of
 from gdn2_jax.typing import Activations, SegmentIds
 
@@ -21,39 +20,10 @@ def init_mixer_cache(
 
   Leaves are [groups, B, ...]. Only kinds whose cache grows need max_length.
   """
-  kind = kind_of(letter)
-  cache = kind.init_cache(config, batch_size, max_length)
-  if kind.is_indexed:
-    return cache
+  cache = kind_of(letter).init_cache(config, batch_size, max_length)
   groups = config.num_groups
   return jax.tree.map(
     lambda a: jnp.broadcast_to(a[None], (groups, *a.shape)).copy(), cache
-  )
-
-
-def _layer_of(kind, cache, index):
-  """One layer's part of the cache of all groups."""
-  if kind.is_indexed:
-    return CacheLayer(cache, index)
-  return jax.tree.map(
-    lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), cache
-  )
-
-
-def _with_layer(kind, cache, index, new):
-  """Stores a layer's new cache in the cache of all groups, in place under jit.
-
-  Caches are a scan's carry and not its inputs and outputs, which would be two
-  arrays and a copy.
-  """
-  if kind.is_indexed:
-    return new.cache
-  return jax.tree.map(
-    lambda a, b: lax.dynamic_update_index_in_dim(
-      a, b.astype(a.dtype), index, 0
-    ),
-    cache,
-    new,
   )
 
 
@@ -94,14 +64,19 @@ class Group(nn.Module):
     x, caches = carry
     caches = None if caches is None else list(caches)
     for i, letter in enumerate(self.config.pattern):
-      kind = kind_of(letter)
       block = Block(letter, self.config, name=f"layer_{i}")
       if caches is None:
         x, _ = block(x, segment_ids, None)
-      else:
-        part = _layer_of(kind, caches[i], index)
+        continue
+      # Caches are a scan's carry and not its inputs and outputs, which would be
+      # two arrays and a copy.
+      part = CacheLayer(caches[i], index)
+      if kind_of(letter).is_indexed:
         x, part = block(x, segment_ids, part)
-        caches[i] = _with_layer(kind, caches[i], index, part)
+      else:
+        x, new = block(x, segment_ids, part.read())
+        part = part.write(new)
+      caches[i] = part.cache
     return (x, None if caches is None else tuple(caches)), None
 
 

@@ -1,5 +1,6 @@
 """Language model: embedding, groups of layers, final norm, untied head."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -148,6 +149,27 @@ class LM(nn.Module):
       x, self.head.astype(x.dtype), targets, chunk=self.config.loss_chunk
     )
     return join(nll)
+
+
+def without_stacks(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
+  """Parameters with an entry for each group, and the config that they fit.
+
+  Where a loop over tokens runs the model, XLA copies the parameters of a group
+  out of those of all groups for every token. Called before such a loop, this
+  copies them once. Where the groups are a loop themselves, nothing changes.
+
+  Args:
+    params: Unboxed parameters of LM(config).
+    config: Config of the model.
+  """
+  if not config.scan_layers or config.groups_per_turn < config.num_groups:
+    return params, config
+  rest = {name: x for name, x in params.items() if name != "groups"}
+  groups = {
+    f"group_{i}": jax.tree.map(lambda a, i=i: a[i], params["groups"])
+    for i in range(config.num_groups)
+  }
+  return rest | groups, dataclasses.replace(config, scan_layers=False)
 
 
 def init_cache(

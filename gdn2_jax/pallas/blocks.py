@@ -190,9 +190,9 @@ def _iota(shape: tuple[int, int], dimension: int) -> Any:
   return x if isinstance(zero, int) else x + zero
 
 
-def iotas() -> tuple[Any, Any]:
-  """Row and column numbers of a [C, C] tile."""
-  return _iota((C, C), 0), _iota((C, C), 1)
+def iotas(shape: tuple[int, int] = (C, C)) -> tuple[Any, Any]:
+  """Row and column numbers of a tile."""
+  return _iota(shape, 0), _iota(shape, 1)
 
 
 def row_iota() -> Any:
@@ -200,9 +200,9 @@ def row_iota() -> Any:
   return _iota((C, TILE), 0)
 
 
-def loop(count: int, body: Any, init: Any) -> Any:
+def loop(count: int | jax.Array, body: Any, init: Any) -> Any:
   """lax.fori_loop with an int32 index, also with x64 enabled."""
-  return lax.fori_loop(jnp.int32(0), jnp.int32(count), body, init)
+  return lax.fori_loop(jnp.int32(0), jnp.asarray(count, jnp.int32), body, init)
 
 
 def level_half(level: Any) -> Any:
@@ -240,10 +240,9 @@ def chunk_span() -> Any:
   return r >= 0
 
 
-def everywhere(flag: Any) -> Any:
-  """Broadcasts a scalar condition to a [C, C] mask, which where() cannot."""
-  r, _ = iotas()
-  return r < jnp.where(flag, C, 0)
+def everywhere(flag: Any, shape: tuple[int, int] = (C, C)) -> Any:
+  """Broadcasts a scalar condition to a mask, which where() cannot."""
+  return _iota(shape, 0) < jnp.where(flag, shape[0], 0)
 
 
 def level_pairs(half: Any) -> Any:

@@ -7,7 +7,8 @@ as more rows.
 
 A layout gives the batch and head axes of an array, one character per leading
 axis: "b", "h", or "." for any other; further axes are "." too. For example,
-[B, T, H, K] is "b.h", [B, H, K, V] is "bh", and [B, T] is "b".
+[B, T, H, K] is "b.h", [B, H, K, V] is "bh", [B, T] is "b", and a number that
+all rows share is "".
 """
 
 import functools
@@ -90,12 +91,17 @@ def over_batch_and_heads(
 
     @batched.def_vmap
     def _fold(size, is_batched, *flat):
+      layouts = _spread(operands, args)
       flat = [
-        _to_rows(x, b, size) for x, b in zip(flat, is_batched, strict=True)
+        _to_rows(layout, x, b, size)
+        for layout, x, b in zip(layouts, flat, is_batched, strict=True)
       ]
       outputs = call(*jax.tree.unflatten(tree, flat))
       outputs = [
-        x.reshape(size, -1, *x.shape[1:]) for x in jax.tree.leaves(outputs)
+        _from_rows(layout, x, size)
+        for layout, x in zip(
+          _spread(results, outputs), jax.tree.leaves(outputs), strict=True
+        )
       ]
       return outputs, [True] * len(outputs)
 
@@ -114,11 +120,27 @@ def _spread(layouts, trees):
   )
 
 
-def _to_rows(x, is_batched, size):
-  """Folds a mapped axis into rows: [size, B, ...] to [size * B, ...]."""
+def _to_rows(layout, x, is_batched, size):
+  """Folds a mapped axis into rows, e.g. [size, B, ...] to [size * B, ...]."""
+  if "b" not in layout:
+    if is_batched:
+      raise NotImplementedError(
+        f"vmap over a kernel's operand of shape {x.shape[1:]}, which all rows "
+        "share"
+      )
+    return x
   if not is_batched:
     x = jax.numpy.broadcast_to(x[None], (size, *x.shape))
-  return x.reshape(-1, *x.shape[2:])
+  b = layout.index("b")
+  x = jax.numpy.moveaxis(x, 0, b)
+  return x.reshape(*x.shape[:b], -1, *x.shape[b + 2 :])
+
+
+def _from_rows(layout, x, size):
+  """Inverse of _to_rows."""
+  b = layout.index("b")
+  x = x.reshape(*x.shape[:b], size, -1, *x.shape[b + 1 :])
+  return jax.numpy.moveaxis(x, b, 0)
 
 
 def _is_splittable():

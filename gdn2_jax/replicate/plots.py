@@ -47,7 +47,7 @@ def _legend(figure, axes):
       entries.values(),
       entries.keys(),
       loc="outside lower center",
-      ncols=min(8, len(entries)),
+      ncols=min(int(figure.get_figwidth() / 1.4), len(entries)),
       frameon=False,
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from gdn2_jax.model.lm import LM, init_cache
+from gdn2_jax.model.lm import LM, init_cache, without_stacks
 from tests.model.models import small_config, tokens_of
 
 # Another program sums in another order: losses of 4.1 nats differed by 5e-7,
@@ -76,6 +76,29 @@ def test_a_cache_goes_through_unrolled_groups():
   second, _ = step({"params": params}, tokens[:, 8:], None, cache)
   got = jnp.concatenate([first, second], axis=1)
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_parameters_without_stacks_are_those_of_the_same_model():
+  config, tokens = config_of(0), tokens_of(1, 1)
+  params, alone = without_stacks(params_of(0), config)
+  assert not alone.scan_layers and "groups" not in params
+
+  def outputs(config, params):
+    run = functools.partial(LM(config).apply, {"params": params})
+    return jax.jit(lambda cache: run(tokens, None, cache))(
+      init_cache(config, 1)
+    )
+
+  both = outputs(config, params_of(0)), outputs(alone, params)
+  for x, y in zip(*map(jax.tree.leaves, both), strict=True):
+    np.testing.assert_allclose(x, y, atol=ATOL)
+
+
+@pytest.mark.parametrize("changes", [{"scan_layers": False}, {"remat": "none"}])
+def test_parameters_of_a_loop_over_groups_stay_stacked(changes):
+  config = config_of(1, **changes)
+  params, alone = without_stacks({"groups": {}}, config)
+  assert params == {"groups": {}} and alone is config
 
 
 def test_no_loop_over_groups_is_left():

@@ -275,3 +275,18 @@ def test_without_the_wrapper_xla_gathers(split):
   compiled = jax.jit(lambda x: call(x + 1)[0]).lower(x).compile().as_text()
   assert ("all-gather" in compiled) != split
   assert ("f32[1,3,1,5]{3,2,1,0} custom-call" in compiled) == split
+
+
+def _add_to_layer(x, states, layer):
+  return x + 1, states.at[layer].add(x)
+
+
+def test_vmap_over_states_of_many_layers():
+  x = jnp.arange(2.0 * 3 * 4).reshape(2, 3, 4)  # mapped axis, rows, heads
+  states = jnp.arange(2.0 * 5 * 3 * 4).reshape(2, 5, 3, 4)
+  run = over_batch_and_heads(_add_to_layer, ("bh", ".bh", ""), ("bh", ".bh"))
+  y, new = jax.vmap(run, in_axes=(0, 0, None))(x, states, jnp.int32(3))
+  np.testing.assert_array_equal(y, x + 1)
+  np.testing.assert_array_equal(new, states.at[:, 3].add(x))
+  with pytest.raises(NotImplementedError, match="which all rows share"):
+    jax.vmap(run)(x, states, jnp.zeros(2, jnp.int32))

@@ -135,9 +135,8 @@ def test_bad_flags_are_refused(tmp_path, flag, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_command_loses_and_repeats_nothing(tmp_path, workers):
-  flags = [f"--workers={workers}"]
+def test_a_killed_command_loses_and_repeats_nothing(tmp_path):
+  flags = ["--workers=2"]
   path = tmp_path / "runs.jsonl"
   process = subprocess.Popen(command(tmp_path, *flags), env=ENV)
   deadline = time.monotonic() + 300
@@ -164,4 +163,4 @@ def test_rehearsal_of_the_gpu_budget(tmp_path):
   flags = ["--budget=gpu15", "--rehearse", "--workers=2", "--minutes=20"]
   subprocess.run(command(tmp_path, *flags), env=ENV, check=True)
   suites = [row["suite"] for row in read_rows(tmp_path / "runs.jsonl")]
-  assert suites.count("language") == 2 and suites.count("synthetic") > 20
+  assert suites.count("language") == 2 and suites.count("synthetic") == 4 * 4

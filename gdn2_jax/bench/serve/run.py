@@ -232,10 +232,11 @@ def _subjects(result, preset, names):
 
 def _has_window(config: Any) -> bool:
   """True if some layers keep the keys and values of a window."""
-  from gdn2_jax.model.mixers.registry import kinds_of
+  from gdn2_jax.model.lm import init_cache
+  from gdn2_jax.model.mixers.kv_cache import RingCache
 
-  kinds = kinds_of(config.pattern).values()
-  return any(kind.is_indexed and not kind.grows for kind in kinds)
+  cache = jax.eval_shape(lambda: init_cache(config, 1, 1))
+  return any(isinstance(part, RingCache) for part in cache)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -17,7 +17,6 @@ from gdn2_jax.model.layers import (
   fan_in_uniform,
   parameter,
 )
-from gdn2_jax.model.mixers.kv_cache import CacheLayer
 from gdn2_jax.model.mixers.registry import kind_of
 
 REFERENCE_MIXER = "gdn2"  # parameters of the others are matched to it
@@ -125,14 +124,8 @@ def init_caches(
   config: ModelConfig, batch_size: int, length: int
 ) -> tuple[Any, ...]:
   """Empty caches of all layers, for at most `length` steps."""
-  # A cache with the index of a layer is made for all layers of its kind; here
-  # each layer has its own.
-  one = dataclasses.replace(config, pattern=config.pattern[0], num_layers=1)
   caches = []
   for i in range(config.num_layers):
     kind = kind_of(config.pattern[i % len(config.pattern)])
-    cache = kind.init_cache(one, batch_size, length)
-    if kind.is_indexed:
-      cache = CacheLayer(cache, jnp.int32(0))
-    caches.append(cache)
+    caches.append(kind.init_cache(config, batch_size, length))
   return tuple(caches)

@@ -1,6 +1,7 @@
 """Causal softmax attention with rotary positions, windowed or full."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -8,10 +9,11 @@ from flax import linen as nn
 from gdn2_jax.config_class import config_class
 from gdn2_jax.model.layers import Linear, fan_in_uniform
 from gdn2_jax.model.mixers.kv_cache import (
-  CacheLayer,
   attend_and_store,
+  next_position,
   runs_and_positions,
 )
+from gdn2_jax.model.mixers.layer_cache import as_layer, like
 from gdn2_jax.model.on_shards import on_shards
 from gdn2_jax.ops.attention.api import IMPLEMENTATIONS, sliding_window_attention
 from gdn2_jax.ops.attention.rope import apply_rope
@@ -100,8 +102,8 @@ class AttentionMixer(nn.Module):
     self,
     x: Activations,
     segment_ids: SegmentIds | None = None,
-    cache: CacheLayer | None = None,
-  ) -> tuple[Activations, CacheLayer | None]:
+    cache: Any = None,  # of one layer, or a CacheLayer
+  ) -> tuple[Activations, Any]:
     c = self.config
     q = self._project("q_proj", c.num_heads, "heads")(x)
     k = self._project("k_proj", c.kv_heads, "kv_heads")(x)
@@ -110,7 +112,9 @@ class AttentionMixer(nn.Module):
       attend = on_shards(self._attend, _NAMES, _NAMES["q"])
       o = attend(q=q, k=k, v=v, segment_ids=segment_ids)
     else:
-      o, cache = self._attend_and_store(q, k, v, segment_ids, cache)
+      part = as_layer(cache)
+      o, part = self._attend_and_store(q, k, v, segment_ids, part)
+      cache = like(cache, part)
     y = Linear(
       (x.shape[-1],),
       ("heads", "head_dim", "embed"),
@@ -142,12 +146,12 @@ class AttentionMixer(nn.Module):
       axis_name=axis_name,
     )
 
-  def _attend_and_store(self, q, k, v, segment_ids, cache):
+  def _attend_and_store(self, q, k, v, segment_ids, part):
     """Attention to the cache and to the new tokens; returns the new cache."""
-    first = cache.next_position
+    first = next_position(part)
     runs, positions = runs_and_positions(first, q.shape[1], segment_ids)
     q, k = self._rotate(q, k, positions)
-    return attend_and_store(cache, q, k, v, runs, positions, self._window)
+    return attend_and_store(part, q, k, v, runs, positions, self._window)
 
   def _rotate(self, q, k, positions):
     base = self.config.rope_base

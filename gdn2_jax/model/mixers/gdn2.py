@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from gdn2_jax.model import layers
 from gdn2_jax.model.mixers.gdn2_config import GDN2Config
+from gdn2_jax.model.mixers.layer_cache import CacheLayer, as_layer, like
 from gdn2_jax.model.on_shards import length_axis, on_shards
 from gdn2_jax.ops.gdn2.api import gdn2, gdn2_step
 from gdn2_jax.ops.gdn2.fused_gates import (
@@ -101,14 +102,20 @@ class GDN2Mixer(nn.Module):
     self,
     x: Activations,
     segment_ids: SegmentIds | None = None,
-    cache: GDN2Cache | None = None,
-  ) -> tuple[Activations, GDN2Cache | None]:
+    cache: GDN2Cache | CacheLayer | None = None,
+  ) -> tuple[Activations, GDN2Cache | CacheLayer | None]:
     c = self.config
     key_head = (c.num_heads, c.key_dim, "key_dim")
     value_head = (c.value_heads, c.value_dim, "value_dim")
-    tails = (None,) * 3
+    tails, part = (None,) * 3, None
     if cache is not None:
-      tails = (cache.conv_q, cache.conv_k, cache.conv_v)
+      part = as_layer(cache)
+      tails = tuple(
+        map(
+          part.of_layer,
+          (part.cache.conv_q, part.cache.conv_k, part.cache.conv_v),
+        )
+      )
     q, conv_q = self._short_conv("q", x, key_head, segment_ids, tails[0])
     k, conv_k = self._short_conv("k", x, key_head, segment_ids, tails[1])
     v, conv_v = self._short_conv("v", x, value_head, segment_ids, tails[2])
@@ -127,25 +134,28 @@ class GDN2Mixer(nn.Module):
       for name, value in zip("qkvgbw", inputs, strict=True):
         self.sow("intermediates", name, value)
 
-    state = None if cache is None else cache.state
-    options = {"state": state, "implementation": c.implementation or None}
+    options = {"implementation": c.implementation or None}
     if is_token:
-      o, state = gdn2_step(*(a[:, 0] for a in inputs), **options)
-      o = o[:, None]
-    elif from_projections:
-      o, state = gdn2_fused_gates(
-        p, erase_scale=c.erase_scale, segment_ids=segment_ids, **options
+      states, layer = part.cache.state, part.layer
+      o, states = gdn2_step(
+        *(a[:, 0] for a in inputs), states, layer=layer, **options
       )
+      o, part = o[:, None], part.replace(cache=part.cache.replace(state=states))
     else:
-      run = on_shards(gdn2, _OP, [_TOKENS, _OP["state"]])
-      arrays = dict(zip("qkvgbw", inputs, strict=True))
-      o, state = run(**arrays, segment_ids=segment_ids, **options)
+      state = None if part is None else part.of_layer(part.cache.state)
+      options |= {"state": state, "segment_ids": segment_ids}
+      if from_projections:
+        o, state = gdn2_fused_gates(p, erase_scale=c.erase_scale, **options)
+      else:
+        run = on_shards(gdn2, _OP, [_TOKENS, _OP["state"]])
+        o, state = run(**dict(zip("qkvgbw", inputs, strict=True)), **options)
+      part = part and part.update(state=state)
     self.sow("intermediates", "o", o)
     y = self._output(x, o)
     if cache is None:
       return y, None
-    return y, GDN2Cache(
-      state=state, conv_q=conv_q, conv_k=conv_k, conv_v=conv_v
+    return y, like(
+      cache, part.update(conv_q=conv_q, conv_k=conv_k, conv_v=conv_v)
     )
 
   def gates(

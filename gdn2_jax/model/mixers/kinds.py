@@ -65,6 +65,7 @@ def gdn2_kind(
       settings(config).has_fusible_gates and mixer.gates is GDN2Mixer.gates
     ),
     gates=OP_ARRAYS,
+    is_indexed=True,
   )
 
 
@@ -88,7 +89,7 @@ def _attention(name: str, *, full: bool) -> MixerKind:
   def init_cache(config, batch_size, max_length):
     c = config.attention
     slots = max_length if full else c.window
-    shape = (config.num_groups, batch_size, c.kv_heads, slots, c.head_dim)
+    shape = (batch_size, c.kv_heads, slots, c.head_dim)
     return init_kv_cache(shape, config.dtype, ring=not full)
 
   def flops(config, seq_len):
@@ -137,6 +138,7 @@ def _mamba2() -> MixerKind:
     ),
     has_fused_gates=lambda config: False,
     gates=OP_ARRAYS,
+    is_indexed=True,
   )
 
 

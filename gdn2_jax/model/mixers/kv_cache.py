@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import struct
 
+from gdn2_jax.model.mixers.layer_cache import CacheLayer
 from gdn2_jax.ops.attention.cached import cached_attention
 from gdn2_jax.ops.segments import reset_counts, segment_positions
 
@@ -47,46 +48,34 @@ class KVCache:
   next_position: Any
 
 
-@struct.dataclass
-class CacheLayer:
-  """One layer of a RingCache or KVCache.
+def next_position(part: CacheLayer) -> Any:
+  """Position of the next token [B]."""
+  return part.cache.next_position[part.layer]
 
-  Attributes:
-    cache: Cache of all layers.
-    layer: Index of the layer.
-  """
 
-  cache: Any
-  layer: Any
-
-  @property
-  def next_position(self) -> Any:
-    """Position of the next token [B]."""
-    return self.cache.next_position[self.layer]
-
-  @property
-  def held(self) -> Any:
-    """Position of the token in each slot [B, S], -1 if empty."""
-    if isinstance(self.cache, RingCache):
-      return self.cache.positions[self.layer]
-    slot = jnp.arange(self.cache.k.shape[3], dtype=jnp.int32)[None]
-    return jnp.where(slot < self.next_position[:, None], slot, -1)
+def _held(part):
+  """Position of the token in each slot [B, S], -1 if empty."""
+  if isinstance(part.cache, RingCache):
+    return part.cache.positions[part.layer]
+  slot = jnp.arange(part.cache.k.shape[3], dtype=jnp.int32)[None]
+  return jnp.where(slot < next_position(part)[:, None], slot, -1)
 
 
 def init_kv_cache(
   shape: tuple[int, ...], dtype: Any, *, ring: bool
 ) -> RingCache | KVCache:
-  """Empty cache with keys and values of shape [N, B, HKV, S, D]."""
-  layers, batch_size, _, slots, _ = shape
+  """Empty cache of one layer, keys and values of shape [B, HKV, S, D]."""
+  batch_size, _, slots, _ = shape
   arrays = {
     "k": jnp.zeros(shape, dtype),
     "v": jnp.zeros(shape, dtype),
-    "next_position": jnp.zeros((layers, batch_size), jnp.int32),
+    "next_position": jnp.zeros((batch_size,), jnp.int32),
   }
   if not ring:
     return KVCache(**arrays)
-  positions = jnp.full((layers, batch_size, slots), -1, jnp.int32)
-  return RingCache(positions=positions, **arrays)
+  return RingCache(
+    positions=jnp.full((batch_size, slots), -1, jnp.int32), **arrays
+  )
 
 
 def attend_and_store(
@@ -117,7 +106,7 @@ def attend_and_store(
   cache, layer = part.cache, part.layer
   S = cache.k.shape[3]
   all_runs = jnp.ones_like(positions) if runs is None else runs
-  end, in_last = _last_run(all_runs, positions, part.next_position)
+  end, in_last = _last_run(all_runs, positions, next_position(part))
   if isinstance(cache, RingCache):
     kept, slots = in_last & (positions >= end[:, None] - S), positions % S
   else:
@@ -132,7 +121,7 @@ def attend_and_store(
     cache.k,
     cache.v,
     layer=layer,
-    held=part.held,
+    held=_held(part),
     positions=positions,
     slots=slots,
     window=window,
@@ -180,7 +169,7 @@ def _ring_positions(part, runs, positions, slots):
   held = part.cache.positions
   if runs is not None:  # a new document clears the ring
     restarted = runs.max(axis=1, keepdims=True) > 1
-    held = held.at[part.layer].set(jnp.where(restarted, -1, part.held))
+    held = held.at[part.layer].set(jnp.where(restarted, -1, _held(part)))
   rows = jnp.arange(positions.shape[0])[:, None]
   return held.at[part.layer, rows, slots].set(
     positions, mode="drop", unique_indices=True

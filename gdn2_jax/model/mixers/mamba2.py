@@ -22,6 +22,7 @@ from flax import struct
 
 from gdn2_jax.config_class import config_class
 from gdn2_jax.model import layers
+from gdn2_jax.model.mixers.layer_cache import CacheLayer, as_layer, like
 from gdn2_jax.model.on_shards import on_shards
 from gdn2_jax.ops.gdn2.api import IMPLEMENTATIONS, gdn2, gdn2_step
 from gdn2_jax.ops.norm import rms_norm
@@ -180,14 +181,20 @@ class Mamba2Mixer(nn.Module):
     self,
     x: Activations,
     segment_ids: SegmentIds | None = None,
-    cache: Mamba2Cache | None = None,
-  ) -> tuple[Activations, Mamba2Cache | None]:
+    cache: Mamba2Cache | CacheLayer | None = None,
+  ) -> tuple[Activations, Mamba2Cache | CacheLayer | None]:
     c = self.config
     inner = ((c.num_heads, c.head_dim), ("heads", "value_dim"))
     shared = ((c.state_dim,), ("key_dim",))
-    tails = (None,) * 3
+    tails, part = (None,) * 3, None
     if cache is not None:
-      tails = (cache.conv_x, cache.conv_b, cache.conv_c)
+      part = as_layer(cache)
+      tails = tuple(
+        map(
+          part.of_layer,
+          (part.cache.conv_x, part.cache.conv_b, part.cache.conv_c),
+        )
+      )
     z = input_projection(self, "z_proj", *inner)(x)
     v, conv_x = self._short_conv("x", x, inner, segment_ids, tails[0])
     k, conv_b = self._short_conv("B", x, shared, segment_ids, tails[1])
@@ -202,24 +209,24 @@ class Mamba2Mixer(nn.Module):
     inputs = {"q": q, "k": k, "v": v, "g": g, "b": jnp.zeros_like(k), "w": w}
     for name, value in inputs.items():
       self.sow("intermediates", name, value)
-    state = None if cache is None else cache.state
-    options = {
-      "state": state,
-      "scale": 1.0,
-      "implementation": c.implementation or None,
-    }
+    options = {"scale": 1.0, "implementation": c.implementation or None}
     if cache is not None and segment_ids is None and x.shape[1] == 1:
-      o, state = gdn2_step(*(a[:, 0] for a in inputs.values()), **options)
-      o = o[:, None]
+      token = (a[:, 0] for a in inputs.values())
+      o, states = gdn2_step(
+        *token, part.cache.state, layer=part.layer, **options
+      )
+      o, part = o[:, None], part.replace(cache=part.cache.replace(state=states))
     else:
+      state = None if part is None else part.of_layer(part.cache.state)
       run = on_shards(gdn2, _OP, [_TOKENS, _OP["state"]])
-      o, state = run(**inputs, segment_ids=segment_ids, **options)
+      o, state = run(**inputs, state=state, segment_ids=segment_ids, **options)
+      part = part and part.update(state=state)
     self.sow("intermediates", "o", o)
     y = self._output(x, o, v, z)
     if cache is None:
       return y, None
-    return y, Mamba2Cache(
-      state=state, conv_x=conv_x, conv_b=conv_b, conv_c=conv_c
+    return y, like(
+      cache, part.update(conv_x=conv_x, conv_b=conv_b, conv_c=conv_c)
     )
 
   def _short_conv(self, name, x, channels, segment_ids, tail):

@@ -69,8 +69,7 @@ class MixerKind:
     make: make(config, name=..., dtype=..., param_dtype=...) returns the linen
       module, a Mixer, for a ModelConfig.
     init_cache: init_cache(config, batch_size, max_length) returns the empty
-      cache of one layer, with leaves [B, ...]; with is_indexed that of all
-      layers at one place of the pattern, with leaves [layers, B, ...].
+      cache of one layer, with leaves [B, ...].
     flops: flops(config, seq_len) returns the forward operations per token that
       are not products with parameters, the mean over a sequence.
     validate: validate(config, path) raises ValueError naming the first field
@@ -89,7 +88,7 @@ class MixerKind:
       defaults, by name; config.options changes them and `read_options` returns
       them.
     is_indexed: The module gets the cache of all layers at its place of the
-      pattern and the index of its own (CacheLayer).
+      pattern and the index of its own (CacheLayer), to update it in place.
     grows: The cache has a slot for every token, max_length in all.
   """
 

@@ -12,6 +12,7 @@ equations are derived in reference.py (token by token) and xla.py (chunks).
 
 from typing import no_type_check
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.ops.context.borders import check_axis, vary, vary_together
@@ -26,6 +27,7 @@ from gdn2_jax.ops.gdn2.dispatch import (
 from gdn2_jax.ops.gdn2.inputs import (
   MIN_HEAD_DIM,
   check_inputs,
+  check_layer,
   check_scale,
   check_segment_ids,
   check_state,
@@ -133,11 +135,12 @@ def gdn2_step(
   g: Float[Array, "B H K"],
   b: Float[Array, "B H K"],
   w: Float[Array, "B HV V"],
-  state: Float[Array, "B HV K V"],
+  state: Float[Array, "*N B HV K V"],
   *,
+  layer: Int[Array, ""] | int | None = None,
   scale: float | None = None,
   implementation: Implementation | None = None,
-) -> tuple[Float[Array, "B HV V"], Float[Array, "B HV K V"]]:
+) -> tuple[Float[Array, "B HV V"], Float[Array, "*N B HV K V"]]:
   """One token of Gated DeltaNet-2 (Eq. 10); `state` may be donated.
 
   Args:
@@ -147,12 +150,15 @@ def gdn2_step(
     g: Log-decay [B, H, K], <= 0.
     b: Erase gate [B, H, K].
     w: Write gate [B, HV, V].
-    state: State before the token [B, HV, K, V], float32.
+    state: State before the token [B, HV, K, V], float32; with `layer` those of
+      N layers, [N, B, HV, K, V].
+    layer: Index in [0, N) of the state to use, an integer. Kernels then update
+      that state in place, where a slice of all states would be copied.
     scale: Factor on the output; None means K**-0.5.
     implementation: As in gdn2.
 
   Returns:
-    o [B, HV, V] in the dtype of v, and the new state [B, HV, K, V].
+    o [B, HV, V] in the dtype of v, and the new state, in the shape of `state`.
 
   Raises:
     ValueError: An argument has a wrong shape, dtype or value; it is named.
@@ -163,6 +169,11 @@ def gdn2_step(
   scale = check_scale(scale, q.shape[-1])
   if state is None:
     raise ValueError("gdn2_step: state: got None, expected [B, HV, K, V]")
-  state = check_state(state, q, v, dtype_of(q, k, v, g, b, w))
+  layers = check_layer(layer, state)
+  state = check_state(state, q, v, dtype_of(q, k, v, g, b, w), layers)
   q, k, v, g, b, w, state = vary_together((q, k, v, g, b, w, state))
-  return dispatch.step_of(name)(q, k, v, g, b, w, state, scale)
+  run, inputs = dispatch.step_of(name), (q, k, v, g, b, w)
+  if layer is None:
+    o, state = run(*inputs, state[None], jnp.int32(0), scale)
+    return o, state[0]
+  return run(*inputs, state, jnp.asarray(layer, jnp.int32), scale)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from gdn2_jax.kernels import choice
 from gdn2_jax.ops.gdn2 import reference, xla_step
@@ -130,16 +131,28 @@ def sequence_of(name: str) -> Callable[..., Any]:
 
 
 def step_of(name: str) -> Callable[..., Any]:
-  """Implementation f(q, k, v, g, b, w, state, scale) -> o, state of one token.
+  """Implementation of one token, f(q, k, v, g, b, w, states, layer, scale).
 
-  Value heads are not folded: v, w [B, HV, V], state [B, HV, K, V].
+  Value heads are not folded: v, w [B, HV, V], states [N, B, HV, K, V] of N
+  layers, of which one is updated. Returns o and the states.
   """
   return {
-    "reference": functools.partial(run_folded, reference.gdn2_step_reference),
-    "xla": functools.partial(run_folded, xla_step.gdn2_step_xla),
+    "reference": functools.partial(
+      _one_layer, functools.partial(run_folded, reference.gdn2_step_reference)
+    ),
+    "xla": functools.partial(
+      _one_layer, functools.partial(run_folded, xla_step.gdn2_step_xla)
+    ),
     "mosaic_gpu": functools.partial(_kernel_step, _mosaic_gpu_step),
     "triton": functools.partial(_kernel_step, _triton_step),
   }[name]
+
+
+def _one_layer(run, q, k, v, g, b, w, states, layer, scale):
+  """Runs one layer's step on its slice of the states."""
+  state = lax.dynamic_index_in_dim(states, layer, keepdims=False)
+  o, state = run(q, k, v, g, b, w, state, scale)
+  return o, lax.dynamic_update_index_in_dim(states, state, layer, 0)
 
 
 # Value heads that share a key head have the same keys, decays and erase gates,
@@ -205,10 +218,10 @@ def _mosaic_gpu(q, k, v, g, b, w, state, segment_ids, scale):
   return gdn2_mosaic_gpu(q, k, v, g, b, w, state, kinds, scale)
 
 
-def _mosaic_gpu_step(q, k, v, g, b, w, state, scale):
+def _mosaic_gpu_step(q, k, v, g, b, w, states, layer, scale):
   from gdn2_jax.pallas.gdn2.api import gdn2_step_mosaic_gpu
 
-  return gdn2_step_mosaic_gpu(q, k, v, g, b, w, state, scale)
+  return gdn2_step_mosaic_gpu(q, k, v, g, b, w, states, layer, scale)
 
 
 def _triton_reason(q, k, v, g, b, w):
@@ -239,31 +252,36 @@ def _triton_jvp(scale, primals, tangents):
   raise NotImplementedError(NO_GRADIENT)
 
 
-def _triton_step(q, k, v, g, b, w, state, scale):
+def _triton_step(q, k, v, g, b, w, states, layer, scale):
   from gdn2_jax.pallas.partition import over_batch_and_heads
   from gdn2_jax.triton.gdn2 import gdn2_step_triton
 
   run = over_batch_and_heads(
     gdn2_step_triton, 7 * ("bh",), 2 * ("bh",), scale=scale
   )
-  return run_folded(run, q, k, v, g, b, w, state)
+
+  def step(*arrays):
+    return run_folded(run, *arrays[:-1])  # without the scale: `run` has it
+
+  return _one_layer(step, q, k, v, g, b, w, states, layer, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 8))
-def _kernel_step(run, q, k, v, g, b, w, state, scale):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 9))
+def _kernel_step(run, q, k, v, g, b, w, states, layer, scale):
   """Runs a step kernel; "xla" computes its gradient, which is rarely needed."""
-  return run(q, k, v, g, b, w, state, scale)
+  return run(q, k, v, g, b, w, states, layer, scale)
 
 
-def _kernel_step_fwd(run, q, k, v, g, b, w, state, scale):
-  inputs = (q, k, v, g, b, w, state)
-  return run(*inputs, scale), inputs
+def _kernel_step_fwd(run, q, k, v, g, b, w, states, layer, scale):
+  inputs = (q, k, v, g, b, w, states)
+  return run(*inputs, layer, scale), (inputs, layer)
 
 
-def _kernel_step_bwd(run, scale, inputs, cotangents):
+def _kernel_step_bwd(run, scale, residuals, cotangents):
   del run
-  _, pullback = jax.vjp(lambda *x: step_of("xla")(*x, scale), *inputs)
-  return pullback(cotangents)
+  inputs, layer = residuals
+  _, pullback = jax.vjp(lambda *x: step_of("xla")(*x, layer, scale), *inputs)
+  return (*pullback(cotangents), None)
 
 
 _kernel_step.defvjp(_kernel_step_fwd, _kernel_step_bwd)

@@ -71,12 +71,38 @@ def dtype_of(*arrays):
   return jnp.dtype(jnp.float64 if float64 else jnp.float32)
 
 
-def check_state(state, q, v, dtype):
-  """Returns the initial state, zeros for None; raises ValueError if wrong."""
-  shape = (q.shape[0], v.shape[-2], q.shape[-1], v.shape[-1])
+def check_layer(layer, states):
+  """Sizes of the axes before B of states, from the index of one of them.
+
+  Returns () for None and (N,) for an index; raises ValueError if it is wrong.
+  """
+  if layer is None:
+    return ()
+  if getattr(states, "ndim", 0) != 5:
+    raise _bad(
+      "state",
+      f"shape {getattr(states, 'shape', None)} with layer",
+      "[N, B, HV, K, V]",
+    )
+  N = states.shape[0]
+  is_integer = jnp.issubdtype(jnp.result_type(layer), jnp.integer)
+  if jnp.ndim(layer) or not is_integer:
+    raise _bad("layer", repr(layer), "None or an integer")
+  if isinstance(layer, numbers.Integral) and not 0 <= layer < N:
+    raise _bad("layer", str(layer), f"an index below the {N} states")
+  return (N,)
+
+
+def check_state(state, q, v, dtype, layers=()):
+  """Returns the initial state, zeros for None; raises ValueError if wrong.
+
+  `layers` are the sizes of axes before that of the batch.
+  """
+  shape = (*layers, q.shape[0], v.shape[-2], q.shape[-1], v.shape[-1])
   if state is None:
     return jnp.zeros(shape, dtype)
-  expected = f"{dtype} [B, HV, K, V] = {shape}"
+  axes = "[N, B, HV, K, V]" if layers else "[B, HV, K, V]"
+  expected = f"{dtype} {axes} = {shape}"
   if not hasattr(state, "shape") or not hasattr(state, "dtype"):
     raise _bad("state", type(state).__name__, expected)
   if tuple(state.shape) != shape or state.dtype != dtype:

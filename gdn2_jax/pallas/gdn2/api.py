@@ -158,25 +158,31 @@ def gdn2_step_mosaic_gpu(
   g: Float[Array, "B H K"],
   b: Float[Array, "B H K"],
   w: Float[Array, "B HV V"],
-  state: Float[Array, "B HV K V"],
+  states: Float[Array, "N B HV K V"],
+  layer: Int[Array, ""] | int,
   scale: float,
-) -> tuple[Float[Array, "B HV V"], Float[Array, "B HV K V"]]:
+) -> tuple[Float[Array, "B HV V"], Float[Array, "N B HV K V"]]:
   """Kernel of step.py, split over devices; not differentiable."""
   H = q.shape[1]
 
   def grouped(x):
     return x.reshape(x.shape[0], H, -1, *x.shape[2:])
 
+  of_layers = states.reshape(*states.shape[:2], H, -1, *states.shape[3:])
   run = over_batch_and_heads(
-    _step_of_groups, 7 * ("bh",), 2 * ("bh",), scale=scale
+    _step_of_groups, (*6 * ("bh",), ".bh", ""), ("bh", ".bh"), scale=scale
   )
-  o, new = run(q, k, grouped(v), g, b, grouped(w), grouped(state))
-  return o.reshape(v.shape), new.reshape(state.shape)
+  o, new = run(
+    q, k, grouped(v), g, b, grouped(w), of_layers, jnp.asarray(layer, jnp.int32)
+  )
+  return o.reshape(v.shape), new.reshape(states.shape)
 
 
-def _step_of_groups(q, k, v, g, b, w, state, *, scale):
+def _step_of_groups(q, k, v, g, b, w, states, layer, *, scale):
   """Kernel on [B, H, HV // H, ...], where all operands share the head axis."""
   B, H, G = v.shape[:3]
-  v, w, state = (x.reshape(B, H * G, *x.shape[3:]) for x in (v, w, state))
-  o, state = step.gdn2_step_mosaic_gpu(q, k, v, g, b, w, state, scale)
-  return tuple(x.reshape(B, H, G, *x.shape[2:]) for x in (o, state))
+  v, w = (x.reshape(B, H * G, -1) for x in (v, w))
+  shape = states.shape
+  states = states.reshape(shape[0], B, H * G, *shape[4:])
+  o, states = step.gdn2_step_mosaic_gpu(q, k, v, g, b, w, states, layer, scale)
+  return o.reshape(B, H, G, -1), states.reshape(shape)

@@ -1,8 +1,9 @@
-"""Backward pass of forward.py, in three kernels."""
+"""Backward pass of forward.py."""
 
 from gdn2_jax.pallas.gdn2.intra import intra
 from gdn2_jax.pallas.gdn2.intra_grad import intra_grad
-from gdn2_jax.pallas.gdn2.scan_grad import scan_grad
+from gdn2_jax.pallas.gdn2.scan_grad import scan_grad, section_count
+from gdn2_jax.pallas.gdn2.sections import end_gradients
 
 
 def backward(
@@ -19,7 +20,12 @@ def backward(
   A, states = residuals
   gates = {"rates": rates, "erase_scale": erase_scale}
   Y_neg, Qg, Kd, Aqk, _, gamma_C = intra(q, k, b, g, kinds, scale, A=A, **gates)
-  dstates, dinitial = scan_grad(Y_neg, Qg, Kd, Aqk, gamma_C, do, dstate)
+  keys = (Y_neg, Qg, Kd, Aqk, gamma_C)
+  B, H, chunks, _ = gamma_C.shape
+  sections = section_count(B, H, v.shape[-1], chunks)
+  if sections > 1:
+    dstate = end_gradients(*keys, do, dstate, sections=sections)
+  dstates, dinitial = scan_grad(*keys, do, dstate, sections=sections)
   dq, dk, db, dg, dv, dw, drates = intra_grad(
     q, k, b, g, kinds, v, w, do, A, Aqk, states, dstates, scale, **gates
   )

@@ -1,7 +1,8 @@
-"""Forward pass: two kernels, and the residuals for the backward pass."""
+"""Forward pass of the kernels, and the residuals for the backward pass."""
 
 from gdn2_jax.pallas.gdn2.intra import intra
-from gdn2_jax.pallas.gdn2.scan import scan
+from gdn2_jax.pallas.gdn2.scan import scan, section_count
+from gdn2_jax.pallas.gdn2.sections import start_states
 
 
 def forward(q, k, v, g, b, w, rates, state, kinds, *, scale, erase_scale, save):
@@ -29,17 +30,12 @@ def forward(q, k, v, g, b, w, rates, state, kinds, *, scale, erase_scale, save):
   Y_neg, Qg, Kd, Aqk, A, gamma_C = intra(
     q, k, b, g, kinds, scale, rates=rates, erase_scale=erase_scale
   )
+  B, H, chunks, _ = gamma_C.shape
+  sections = section_count(B, H, v.shape[-1], chunks)
+  options = {"is_projected": rates is not None, "sections": sections}
+  if sections > 1:
+    state = start_states(Y_neg, Kd, A, gamma_C, v, w, state, **options)
   o, state, states = scan(
-    Y_neg,
-    Qg,
-    Kd,
-    Aqk,
-    A,
-    gamma_C,
-    v,
-    w,
-    state,
-    save=save,
-    is_projected=rates is not None,
+    Y_neg, Qg, Kd, Aqk, A, gamma_C, v, w, state, save=save, **options
   )
   return o, state, (A, states) if save else ()

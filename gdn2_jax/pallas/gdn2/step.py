@@ -15,8 +15,12 @@ columns of its own, so each sum over K stays inside a warp and needs no shared
 memory. The update in place is safe because each thread writes exactly the
 elements that it read.
 
-Legend: B batch, H key heads, HV value heads, K key channels, V value channels;
-J columns of a tile.
+States of many layers may be one array, of which a call updates one layer: a
+slice of it would be copied out and back, which takes twice the time of the
+kernel.
+
+Legend: N layers, B batch, H key heads, HV value heads, K key channels, V value
+channels; J columns of a tile.
 """
 
 import functools
@@ -30,7 +34,7 @@ from jax._src.pallas import mpmd
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from gdn2_jax.kernels import target
 from gdn2_jax.pallas import blocks
@@ -69,12 +73,13 @@ def gdn2_step_mosaic_gpu(
   g: Float[Array, "B H K"],
   b: Float[Array, "B H K"],
   w: Float[Array, "B HV V"],
-  state: Float[Array, "B HV K V"],
+  states: Float[Array, "N B HV K V"],
+  layer: Int[Array, ""] | int,
   scale: float,
   *,
   tile: int | None = None,
-) -> tuple[Float[Array, "B HV V"], Float[Array, "B HV K V"]]:
-  """One token of Eq. 10; a donated state is updated without a copy.
+) -> tuple[Float[Array, "B HV V"], Float[Array, "N B HV K V"]]:
+  """One token of Eq. 10; donated states are updated without a copy.
 
   Arguments are those of ops.gdn2.gdn2_step, each array bfloat16, float16 or
   float32. g = -inf clears a channel. `tile` is the number of columns of a
@@ -83,7 +88,7 @@ def gdn2_step_mosaic_gpu(
   """
   B, H, K = q.shape
   HV, V = v.shape[1:]
-  assert HV % H == 0 and state.shape == (B, HV, K, V)
+  assert HV % H == 0 and states.shape[1:] == (B, HV, K, V)
   dtypes = [x.dtype for x in (q, k, v, g, b, w)]
   reason = step_unsupported_reason(K, V, *dtypes)
   if reason is None and max(B, HV) > _MAX_ROWS:
@@ -94,17 +99,17 @@ def gdn2_step_mosaic_gpu(
     tile = next(J for J in TILES if V % J == 0)
   assert V % tile == 0 and K % _rows_per_load(tile) == 0, (K, V, tile)
   # The target is an argument so that jit's cache has an entry per target.
-  return _step(float(scale), tile, target.current(), q, k, v, g, b, w, state)
+  arrays = (q, k, v, g, b, w, states, jnp.asarray(layer, jnp.int32)[None])
+  return _step(float(scale), tile, target.current(), *arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _step(scale, tile, target_name, q, k, v, g, b, w, state):
+def _step(scale, tile, target_name, q, k, v, g, b, w, states, layer):
   assert target_name == target.current()
   B, HV, V = v.shape
   # Not plgpu.kernel: it aliases an operand with a single reference, one address
-  # for reading and writing. XLA may use two addresses for an aliased call,
-  # because it fuses the call with the slices of all layers' states that it
-  # reads and writes.
+  # for reading and writing. XLA may use two addresses for an aliased call, if
+  # it fuses the call with slices that it reads and writes.
   kernel = mpmd._mpmd_map(
     [
       (
@@ -113,7 +118,7 @@ def _step(scale, tile, target_name, q, k, v, g, b, w, state):
         functools.partial(_body, scale=scale, tile=tile),
       )
     ],
-    out_types=[_like(v), _like(state)],
+    out_types=[_like(v), _like(states)],
     input_output_aliases={6: 1},
     compiler_params=plgpu.CompilerParams(
       # An exact exp costs little here; the approximation loses digits where
@@ -125,7 +130,7 @@ def _step(scale, tile, target_name, q, k, v, g, b, w, state):
     interpret=target.interpret_params(),
     name="gdn2_step",
   )
-  return tuple(kernel(q, k, v, g, b, w, state))
+  return tuple(kernel(q, k, v, g, b, w, states, layer))
 
 
 def _like(x):
@@ -143,6 +148,7 @@ def _body(
   b_gmem,
   w_gmem,
   S_gmem,
+  layer_gmem,
   o_gmem,
   S_out_gmem,
   *,
@@ -150,6 +156,7 @@ def _body(
   tile,
 ):
   row, head = lax.axis_index("row"), lax.axis_index("head")
+  layer = layer_gmem[0]
   H, K = q_gmem.shape[1:]
   key_head = lax.div(head, jnp.int32(v_gmem.shape[1] // H))
   columns = pl.ds(lax.axis_index("tile") * tile, tile)
@@ -164,7 +171,7 @@ def _body(
   def along_V(x):
     return lax.broadcast_in_dim(x, (K, tile), (1,))
 
-  S_KJ = load(S_gmem.at[row, head, :, columns], layout)
+  S_KJ = load(S_gmem.at[layer, row, head, :, columns], layout)
   q_K, k_K, g_K, b_K = (
     load(ref.at[row, key_head], layout.reduce(1))
     for ref in (q_gmem, k_gmem, g_gmem, b_gmem)
@@ -183,7 +190,7 @@ def _body(
   # than a sector of memory.
   blocks.store_global(o_gmem.at[row, head, columns], o_J.astype(o_gmem.dtype))
   S_KJ = plgpu.layout_cast(S_KJ, layout)
-  blocks.store_global(S_out_gmem.at[row, head, :, columns], S_KJ)
+  blocks.store_global(S_out_gmem.at[layer, row, head, :, columns], S_KJ)
 
 
 def _vector_size(tile):
@@ -211,17 +218,18 @@ def _state_layout(tile):
 def aot_cases() -> list[tuple[str, Callable, list[jax.ShapeDtypeStruct]]]:
   """Representative calls: name, function (donate argument 6), arguments."""
 
-  def case(name, B, H, HV, K, V, dtype="bfloat16"):
+  def case(name, B, H, HV, K, V, dtype="bfloat16", layers=1):
     def token(*shape):
       return jax.ShapeDtypeStruct(shape, dtype)
 
-    def step(q, k, v, g, b, w, state):
-      return gdn2_step_mosaic_gpu(q, k, v, g, b, w, state, K**-0.5)
+    def step(q, k, v, g, b, w, states):
+      arrays = (q, k, v, g, b, w, states)
+      return gdn2_step_mosaic_gpu(*arrays, layers - 1, K**-0.5)
 
     key, value = token(B, H, K), token(B, HV, V)
     g = jax.ShapeDtypeStruct((B, H, K), "float32")
-    state = jax.ShapeDtypeStruct((B, HV, K, V), "float32")
-    return name, step, [key, key, value, g, key, value, state]
+    states = jax.ShapeDtypeStruct((layers, B, HV, K, V), "float32")
+    return name, step, [key, key, value, g, key, value, states]
 
   return [
     case("step B=1", 1, 16, 16, 128, 128),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax.kernels import choice, self_check, target
-from gdn2_jax.ops.gdn2 import reference
+from gdn2_jax.ops.gdn2 import dispatch, reference
 from gdn2_jax.ops.gdn2.api import (
   gdn2,
   gdn2_step,
@@ -160,16 +160,15 @@ def test_the_call_reaches_the_kernels(value_heads, hopper, rng):
 
 
 def test_a_step_by_kernel_has_xlas_gradient(hopper, rng, monkeypatch):
-  from gdn2_jax.ops.gdn2.xla_step import gdn2_step_xla
   from gdn2_jax.pallas.gdn2 import step
 
-  def stand_in(q, k, v, g, b, w, state, scale):
-    assert v.ndim == 3 and state.shape[1] == v.shape[1]
+  def stand_in(q, k, v, g, b, w, states, layer, scale):
+    assert v.ndim == 3 and states.shape[2] == v.shape[1]
     wide = [
       jnp.repeat(x, v.shape[1] // q.shape[1], axis=1) for x in (q, k, g, b)
     ]
     q, k, g, b = wide
-    return gdn2_step_xla(q, k, v, g, b, w, state, scale)
+    return dispatch.step_of("xla")(q, k, v, g, b, w, states, layer, scale)
 
   monkeypatch.setattr(step, "gdn2_step_mosaic_gpu", stand_in)
   case = numerics.make_case(rng, B=2, T=1, V=32, value_heads=2)
@@ -335,10 +334,9 @@ def test_a_named_implementation_is_not_checked(checks, monkeypatch, rng):
 
 
 def test_the_step_is_checked_by_itself(checks, monkeypatch):
-  from gdn2_jax.ops.gdn2.xla_step import gdn2_step_xla
   from gdn2_jax.pallas.gdn2 import step
 
-  monkeypatch.setattr(step, "gdn2_step_mosaic_gpu", gdn2_step_xla)
+  monkeypatch.setattr(step, "gdn2_step_mosaic_gpu", dispatch.step_of("xla"))
   call = like(step=True)
   assert select_implementation(*call, step=True) == "mosaic_gpu"
   (key,) = json.loads(checks.read_text())

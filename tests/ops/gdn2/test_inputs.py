@@ -1,5 +1,7 @@
 """What gdn2 refuses, and that it says which argument was wrong."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,3 +117,23 @@ def test_step(rng):
     gdn2_step(**args, state=state[:, :1])
   with pytest.raises(NotImplementedError, match="mosaic_gpu"):
     gdn2_step(**args, state=state, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+  ("layer", "words"),
+  [
+    (2, "layer: got 2, expected an index below the 2 states"),
+    (-1, "layer: got -1"),
+    (0.5, "layer: got 0.5, expected None or an integer"),
+    (np.zeros(1, int), "layer: got array"),
+  ],
+)
+def test_the_layer_of_a_step(layer, words, rng):
+  args = {n: x[:, 0] for n, x in good(rng).items()}
+  state = jnp.zeros((2, 1, 2, 16, 24))
+  with pytest.raises(ValueError, match=re.escape(words)):
+    gdn2_step(**args, state=state, layer=layer)
+  with pytest.raises(ValueError, match=r"with layer, expected \[N, B, HV"):
+    gdn2_step(**args, state=state[0], layer=0)
+  with pytest.raises(ValueError, match=r"expected float32 \[N, B, HV"):
+    gdn2_step(**args, state=state[..., 1:], layer=0)

@@ -62,6 +62,24 @@ def test_steps_equal_the_sequence(implementation, rng):
   assert error < 2**-8
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_one_of_the_states_of_many_layers(implementation, rng):
+  case = numerics.make_case(rng, B=2, T=1, value_heads=2)
+  token = tuple(x[:, 0] for x in arrays_of(case))
+  state = jnp.asarray(case["initial_state"])
+  o, new = gdn2_step(*token, state, implementation=implementation)
+  states = jnp.stack([state, 2 * state, 3 * state])
+  step = jax.jit(gdn2_step, static_argnames="implementation")
+  for layer in (0, jnp.int32(0)):
+    got, after = step(
+      *token, states, layer=layer, implementation=implementation
+    )
+    numerics.assert_close(
+      {"o": got, "final_state": after[0]}, {"o": o, "final_state": new}
+    )
+    np.testing.assert_array_equal(after[1:], states[1:])
+
+
 def test_rows_one_by_one_where_the_states_outgrow_the_cache(rng, monkeypatch):
   case = numerics.make_case(rng, B=3, T=1, value_heads=2)
   token = tuple(x[:, 0] for x in arrays_of(case))

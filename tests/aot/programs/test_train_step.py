@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
-from gdn2_jax.aot import ptxas, topology, train_step
+from gdn2_jax.aot import ptxas, topology
 from gdn2_jax.aot.hlo_text import read_program
-from gdn2_jax.aot.step_budget import ONE_DEVICE, Costs
+from gdn2_jax.aot.programs import train_step
+from gdn2_jax.aot.programs.step_budget import ONE_DEVICE, Costs
 from tests.aot import recorded
 
 HLO = """\

@@ -9,9 +9,10 @@ import collections
 import dataclasses
 import time
 
-from gdn2_jax.aot import ptxas, step_budget
+from gdn2_jax.aot import ptxas
 from gdn2_jax.aot.hlo_text import Program, read_program
 from gdn2_jax.aot.kernels import Reader, dumps
+from gdn2_jax.aot.programs import step_budget
 from gdn2_jax.aot.topology import h100_devices
 from gdn2_jax.kernels import target
 from gdn2_jax.model.lm import LM

@@ -6,7 +6,7 @@ import pytest
 
 from gdn2_jax.aot.hlo_costs import Launch
 from gdn2_jax.aot.hlo_text import read_program
-from gdn2_jax.aot.step_budget import (
+from gdn2_jax.aot.programs.step_budget import (
   ONE_DEVICE,
   Costs,
   cost_lines,

@@ -1,0 +1,1 @@
+"""Whole programs compiled ahead of time: training and decoding steps."""

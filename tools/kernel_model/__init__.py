@@ -1,0 +1,1 @@
+"""Model of the time that compiled kernels take on an H100."""
