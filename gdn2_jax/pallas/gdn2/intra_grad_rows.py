@@ -16,6 +16,8 @@ tokens]: the decays of a channel are products along a row, and what wgmma
 multiplies and returns stays in the registers of the same thread.
 """
 
+import copy
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -26,7 +28,11 @@ from gdn2_jax.pallas.blocks import ROWS, TILE, C
 from gdn2_jax.pallas.gdn2.grad import columns, gates
 from gdn2_jax.pallas.gdn2.grad.columns import BLOCK, HALF, LEVELS, PART
 from gdn2_jax.pallas.gdn2.grad.levels import Levels
-from gdn2_jax.pallas.gdn2.grad.values import over_values
+from gdn2_jax.pallas.gdn2.grad.values import (
+  DO,
+  DX_PARTS,
+  over_values,
+)
 
 
 def intra_grad(
@@ -77,7 +83,6 @@ def intra_grad(
   tiles, dtype = K // TILE, q.dtype
   out_type = [blocks.struct(x.shape, x.dtype) for x in (q, k, b, g, v, w)]
   wide = columns.tiled((C, K), dtype, PART)
-  parts = columns.tiled((2 * 2 * C, PART), dtype, PART)  # high, low; 32 columns
   square = columns.tiled((C, C), dtype, PART)
   state = columns.tiled((2 * K, PART), dtype, PART)
   values = {
@@ -87,29 +92,33 @@ def intra_grad(
     "dS": state,
     "v": columns.tiled((2 * C, PART), dtype, PART),
     "w": columns.tiled((2 * C, PART), dtype, PART),
-    "dO": columns.tiled((2 * C, PART), dtype, PART),
     "A": square,
     "Aqk": square,
-    "R": parts,
-    "dX": parts,
+    "R": columns.tiled((4 * C, PART), dtype, PART),  # high, low parts
+    "dX": columns.tiled((DX_PARTS * C, PART), dtype, PART),
   }
   levels = {
     # d(-T) and dAqk below the diagonal, high and low parts.
     "scores": columns.tiled((4 * C, C), dtype, BLOCK),
-    # Their blocks on the diagonal, of one level each; of 32 columns each.
-    "diagonals": columns.tiled((len(LEVELS) * 4 * 2 * C, BLOCK), dtype, BLOCK),
     "X": columns.tiled((2 * K, HALF), dtype, BLOCK),
     "Q": columns.tiled((2 * K, HALF), dtype, BLOCK),
+    # Blocks on the diagonal of the scores, of one level each, 32 columns each.
+    "diagonals": columns.tiled((len(LEVELS) * 4 * 2 * C, BLOCK), dtype, BLOCK),
   }
   warpgroups = 2 * tiles
+  # Over scores, X and Q: four arrays [64, 16] of each warpgroup.
+  saved = columns.tiled((4 * 2 * K, BLOCK), jnp.float32, BLOCK)
   scratch = {
     "q": wide,
     "k": wide,
     "b": wide,
     "kinds": plgpu.SMEM((C,), jnp.int32),
     "a": columns.tiled((K, C), jnp.float32, BLOCK),
-    "union": plgpu.RefUnion(list(values.values()), list(levels.values())),
-    "totals": plgpu.SMEM((3, K), jnp.float32),  # decay of 32 tokens; ones
+    "union": plgpu.RefUnion(
+      list(values.values()), list(levels.values()), [saved]
+    ),
+    # Decays of blocks of 16 tokens, and of 32; ones.
+    "totals": plgpu.SMEM((_Chunk.ONES + 1, K), jnp.float32),
     "sums": plgpu.SMEM((2, K), jnp.float32),
     "dgamma_C": plgpu.SMEM((2, K), jnp.float32),
     "diagonal": plgpu.SMEM((2, C), jnp.float32),  # of dAqk
@@ -123,7 +132,7 @@ def intra_grad(
     operands.append(rates)
     out_type.append(blocks.struct((B, H, T // C, 2, K), jnp.float32))
     scratch["rates"] = plgpu.SMEM((2, K), jnp.float32)
-    scratch["drates"] = plgpu.SMEM((2, K), jnp.float32)
+    scratch["drates"] = plgpu.SMEM((4, K), jnp.float32)
     for name in ("squares", "products"):  # of q and k, by tile of channels
       scratch[name] = plgpu.SMEM((2 * tiles, C), jnp.float32)
   names = tuple(scratch)
@@ -131,7 +140,8 @@ def intra_grad(
   def body(*refs):
     n, m = len(operands), len(operands) + len(out_type)
     s = dict(zip(names, refs[m:], strict=True))
-    for group, parts in zip((values, levels), s.pop("union"), strict=True):
+    groups = values, levels, ["saved"]
+    for group, parts in zip(groups, s.pop("union"), strict=True):
       s |= zip(group, parts, strict=True)
     chunk = _Chunk(refs[:n], refs[n:m], s, V // TILE, scale, erase_scale)
     chunk.run()
@@ -155,7 +165,11 @@ class _Chunk:
   Attributes:
     tile: Number of this warpgroup's 64 key channels.
     half: 0 or 1, its half of the tokens.
+    HALVES: First row of the totals of 32 tokens; those of 16 are before it.
+    ONES: Row of ones of the totals.
   """
+
+  HALVES, ONES = C // BLOCK, C // BLOCK + 2
 
   def __init__(self, inputs, outputs, s, value_tiles, scale, erase_scale):
     self.inputs, self.outputs, self.s = inputs, outputs, s
@@ -169,7 +183,18 @@ class _Chunk:
     self.first = self.wg == 0
     self.last = self.wg == 2 * self.tiles - 1
     self.tokens = (self.row, pl.ds(self.c * C, C))
-    self.channels = pl.ds(self.tile * TILE, TILE)
+
+  def recomputed(self):
+    """The same, whose addresses LLVM does not share; see opaque_zero."""
+    other, zero = copy.copy(self), columns.opaque_zero()
+    other.wg = self.wg + zero
+    other.tile, other.half = other.wg >> 1, other.wg & 1
+    return other
+
+  @property
+  def channels(self):
+    """This warpgroup's channels."""
+    return pl.ds(self.tile * TILE, TILE)
 
   @property
   def rows(self):
@@ -206,14 +231,25 @@ class _Chunk:
     return self.s[name].at[self.rows if rows is None else rows, self.channels]
 
   def load(self, name, rows=None):
-    """Loads q (scaled), k or b as an array [channels, tokens]."""
-    x = columns.load(self.key(name, rows)).astype(jnp.float32)
-    return x * self.scale if name == "q" else x
+    """Loads q, k or b as an array [channels, tokens]."""
+    return columns.load(self.key(name, rows)).astype(jnp.float32)
 
   def run(self):
     self.load_keys()
     levels = Levels(self, *over_values(self))
-    self.write(*levels.run())
+    if self.is_projected:
+      gates.begin(self)
+    levels.run()
+    if self.is_projected:
+      gates.finish(self)
+    self.meet()
+
+    @pl.when(self.first)
+    def _():
+      for n, name in enumerate("qkb"):
+        out = self.outputs[n].at[(*self.tokens, self.h)]
+        plgpu.copy_smem_to_gmem(self.s[name], out)
+
     plgpu.wait_smem_to_gmem(0)
 
   def load_global(self, n, block=None):
@@ -245,18 +281,24 @@ class _Chunk:
       for name in "qkb":
         x = self.at_tokens(columns.load(self.key(name)))
         columns.store(self.key(name), x)
-    decays = columns.Decays(a).climb(HALF)
-    total = jnp.where(columns.iota(HALF) == 0, decays.total, 0.0).sum(axis=1)
-    self.vector("totals", self.half)[...] = total
+    decays = columns.Decays(a).climb(BLOCK)
+    totals = []
+    for n in range(HALF // BLOCK):
+      total = jnp.where(columns.iota(HALF) == n * BLOCK, decays.total, 0.0)
+      totals.append(total.sum(axis=1))
+      self.vector("totals", 2 * self.half + n)[...] = totals[n]
+    self.vector("totals", self.HALVES + self.half)[...] = totals[0] * totals[1]
+    decays.climb(HALF)
 
     @pl.when(self.half == 0)
     def _():
       ones = jnp.ones((TILE,), jnp.float32)
-      self.vector("totals", 2)[...] = plgpu.layout_cast(ones, ROWS.reduce(1))
+      ones = plgpu.layout_cast(ones, ROWS.reduce(1))
+      self.vector("totals", self.ONES)[...] = ones
 
     self.meet()
-    before = jnp.where(self.half == 1, 0, 2)
-    after = jnp.where(self.half == 1, 2, 1)
+    before = jnp.where(self.half == 1, self.HALVES, self.ONES)
+    after = jnp.where(self.half == 1, self.ONES, self.HALVES + 1)
     E_neg = -(self.load("b") * self.load("k"))
     E_neg *= decays.prefix * self.load_vector("totals", before)
     columns.store(self.key("E_neg"), E_neg)
@@ -293,9 +335,10 @@ class _Chunk:
     s, loaded, c = self.s, self.s["values_loaded"], (self.row, self.h, self.c)
     for part in range(2):
       values = pl.ds(j * TILE + part * PART, PART)
-      for n, name in ((5, "v"), (6, "w"), (7, "dO")):
+      for n, name, at in ((5, "v", 0), (6, "w", 0), (7, "dX", 2 * DO)):
         source = self.inputs[n].at[(*self.tokens, self.h, values)]
-        plgpu.copy_gmem_to_smem(source, s[name].at[pl.ds(part * C, C)], loaded)
+        to = s[name].at[pl.ds((at + part) * C, C)]
+        plgpu.copy_gmem_to_smem(source, to, loaded)
       for n, name in ((10, "S"), (11, "dS")):
         source = self.inputs[n].at[(*c, pl.ds(0, self.K), values)]
         to = s[name].at[pl.ds(part * self.K, self.K)]
@@ -305,31 +348,22 @@ class _Chunk:
     """16 of this warpgroup's tokens."""
     return pl.ds(self.half * HALF + n * BLOCK, BLOCK)
 
-  def write(self, dq, dk, db, dg):
-    """Writes gradients, lists of arrays [channels, 16], over q, k and b."""
-    dg = [
-      jnp.where(self.kinds(n) == blocks.PADDING, 0.0, x)
-      for n, x in enumerate(dg)
-    ]
+  def write(self, n, dq, dk, db, dg):
+    """Writes gradients of block n [channels, 16], over q, k and b."""
+    dg = jnp.where(self.kinds(n) == blocks.PADDING, 0.0, dg)
+    rows = self.block(n)
     if self.is_projected:
-      dq, dk = gates.through_norms(self, dq, dk)
-      db = [gates.through_gate(self, n, x) for n, x in enumerate(db)]
-      dg = gates.through_decay(self, dg)
-    for name, parts in zip("qkb", (dq, dk, db), strict=True):
-      for n, x in enumerate(parts):
-        columns.store(self.key(name, self.block(n)), x)
-    for n, x in enumerate(dg):
-      out = self.outputs[3]
-      columns.store_global(self._in_global(out, n), x.astype(out.dtype))
-    self.meet()
+      dg = gates.through_decay(self, n, dg)
+      db = gates.through_gate(self, n, db)
+      gates.save(self, n, dq, dk)
+    else:
+      columns.store(self.key("q", rows), dq)
+      columns.store(self.key("k", rows), dk)
+    columns.store(self.key("b", rows), db)
+    out = self.outputs[3]
+    columns.store_global(self._in_global(out, n), dg.astype(out.dtype))
 
-    @pl.when(self.first)
-    def _():
-      for n, name in enumerate("qkb"):
-        out = self.outputs[n].at[(*self.tokens, self.h)]
-        plgpu.copy_smem_to_gmem(self.s[name], out)
-
-  def load_raw(self, n, block):
-    """Loads 16 tokens of input n as they were before norms and gates."""
+  def load_raw(self, n, block=None):
+    """Loads input n as it was before norms and gates."""
     x = self.load_global(n, block)
     return jnp.where(self.kinds(block) == blocks.PADDING, 0.0, x)

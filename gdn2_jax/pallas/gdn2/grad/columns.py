@@ -12,6 +12,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from gdn2_jax.kernels import target
 from gdn2_jax.pallas import blocks
@@ -188,7 +190,54 @@ def iota(width):
 
 def is_second(width, half):
   """True in columns of second halves of blocks of 2 * half columns."""
-  return (iota(width) & half) != 0
+  if target.is_interpreted():
+    return (iota(width) & half) != 0
+
+  @plgpu.inline_mgpu(
+    return_type=plgpu.ShapeDtypeStruct((TILE, width), jnp.int32, layout=ROWS)
+  )
+  def bits(ctx):
+    # iota would make a predicate of every column; these are one or none.
+    del ctx
+    i32 = ir.IntegerType.get_signless(32)
+    layout = fragmented_array.WGMMA_LAYOUT
+    registers = np.empty(layout.registers_shape((TILE, width)), object)
+    lane = arith.andi(utils.thread_idx(), utils.c(half // 2, i32))
+    for index in np.ndindex(registers.shape):
+      if half >= 8:  # tiles of 8 columns
+        pair = [utils.c(index[1] & (half // 8), i32)] * 2
+      else:
+        pair = [lane] * 2 if half > 1 else [utils.c(n, i32) for n in range(2)]
+      registers[index] = vector.from_elements(
+        ir.VectorType.get((2,), i32), pair
+      )
+    return fragmented_array.FragmentedArray(
+      _registers=registers, _layout=layout, _is_signed=True
+    )
+
+  return bits() != 0
+
+
+def opaque_zero():
+  """0, which LLVM does not know.
+
+  LLVM moves what does not change out of loops and keeps it in registers, which
+  then spill. Addresses that include this zero are computed where they are used.
+  """
+  if target.is_interpreted():
+    return jnp.int32(0)
+  scalar = plgpu.Layout.WG_STRIDED((128,), vec_size=1)  # any will do
+
+  @plgpu.inline_mgpu(
+    return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar)
+  )
+  def zero(ctx):
+    del ctx
+    i32 = ir.IntegerType.get_signless(32)
+    x = llvm.inline_asm(i32, [], "mov.b32 $0, 0;", "=r", has_side_effects=True)
+    return fragmented_array.FragmentedArray.splat(x, (), is_signed=True)
+
+  return zero()
 
 
 class Decays:

@@ -30,50 +30,60 @@ from gdn2_jax.pallas import blocks
 from gdn2_jax.pallas.blocks import ROWS, TILE, C
 from gdn2_jax.pallas.gdn2.grad import columns
 from gdn2_jax.pallas.gdn2.grad.columns import BLOCK, HALF, LEVELS
+from gdn2_jax.pallas.gdn2.grad.products import Operand, dots
 from gdn2_jax.pallas.gdn2.grad.values import column_halves
 
 _DT, _DAQK = 0, 1
 
 
 class Levels:
-  """Gradients of this warpgroup's channels and tokens, as they go down.
-
-  Attributes:
-    de: d(-e), two arrays [channels, 16].
-    dq: likewise, of q times scale.
-    dk: likewise.
-    flow: likewise, d(log-decay), of which all tokens of a block hold a part.
-  """
+  """Gradients of this warpgroup's channels and tokens, as they go down."""
 
   def __init__(self, chunk, scores, dE_neg, dQg, dKd):
     self.chunk, self.s = chunk, chunk.s
     self._share_scores(scores)
-    parts = (slice(None, BLOCK), slice(BLOCK, None))
-    self.de, self.dq, self.dk = (
-      [x[:, part] for part in parts] for x in (dE_neg, dQg, dKd)
-    )
-    self.flow = [None, None]
+    self.sums = dE_neg, dQg * chunk.scale, dKd
 
   def run(self):
-    """Returns dq, dk, db and dg, each two arrays [channels, 16]."""
-    self._of_halves()
-    results = []
-    for n in range(2):
-      self._of_block(n)
-      results.append(self._of_tokens(n))
-    return tuple(zip(*results, strict=True))
+    """Computes the gradients and passes them to chunk.write, 16 tokens a time.
 
-  def _rows(self, n):
-    """Tokens of block n."""
-    return self.chunk.block(n)
+    The state of 16 tokens has d(-e), dq, dk and the flow, [channels, 16] each.
+    """
+    states = self._of_halves(*self._of_chunk(*self.sums))
+    # Of blocks of 16 and below: one after the other, to save registers.
+    self.chunk.meet()  # the memory is that of scores, X and Q
+    for n, x in enumerate(states[1]):
+      self._saved(n)[...] = x
+
+    def body(n, state):
+      chunk = self.chunk
+      for level, half in enumerate(LEVELS):
+        self.chunk = chunk.recomputed()
+        state = self._level(n, level, half, *state)
+      self.chunk = chunk.recomputed()
+      self.chunk.write(n, *self._of_tokens(n, *state))
+      self.chunk = chunk.recomputed()
+      state = tuple(
+        plgpu.layout_cast(blocks.load(self._saved(m)), ROWS)
+        for m in range(len(state))
+      )
+      self.chunk = chunk
+      return state
+
+    blocks.loop(2, body, tuple(map(blocks.in_rows, states[0])))
+
+  def _saved(self, n):
+    """Memory of this warpgroup for array n of a state."""
+    at = (n * 2 * self.chunk.tiles + self.chunk.wg) * TILE
+    return self.s["saved"].at[pl.ds(at, TILE)]
 
   def _keys(self, n):
     """-e, q and k of block n."""
-    b, q, k = (self.chunk.load(name, self._rows(n)) for name in "bqk")
+    b, q, k = (self.chunk.load(name, self.chunk.block(n)) for name in "bqk")
     return -b * k, q, k
 
   def _decays(self, n):
-    a = self.s["a"].at[self.chunk.channels, self._rows(n)]
+    a = self.s["a"].at[self.chunk.channels, self.chunk.block(n)]
     return columns.Decays(plgpu.layout_cast(blocks.load(a), ROWS))
 
   def _share_scores(self, scores):
@@ -85,6 +95,8 @@ class Levels:
         for axis in range(2)
       )
       c += n * HALF
+      # So q is not scaled.
+      x *= jnp.where(matrix == _DAQK, chunk.scale, 1.0)
       diagonal = jnp.where(r == c, x, 0.0).sum(axis=1)
 
       @pl.when(matrix == _DAQK)
@@ -121,159 +133,150 @@ class Levels:
     at = ((level * 4 + 2 * matrix + low) * 2 + n) * C + row
     return self.s["diagonals"].at[pl.ds(at, rows)]
 
-  def _score(self, matrix, low, row, rows, column, width):
+  def _score(self, matrix, low, row, column, width):
     """Block of d(-T) or dAqk below the diagonal."""
-    at = pl.ds((2 * matrix + low) * C + row, rows)
-    return self.s["scores"].at[at, pl.ds(column, width)]
+    at = pl.ds((2 * matrix + low) * C + row, width)
+    ref = self.s["scores"].at[at, pl.ds(column, width)]
+    return Operand(ref, BLOCK)
 
-  def _of_halves(self):
-    """From the whole chunk to blocks of 16 tokens."""
-    chunk, dtype = self.chunk, self.s["q"].dtype
-    decays = [self._decays(n).climb(BLOCK) for n in range(2)]
-    P, S, T = (
-      [getattr(d, name) for d in decays]
-      for name in ("prefix", "suffix", "total")
-    )
-    self._exchange_halves(P, S, T)
-    # Blocks of 32 tokens: block 0 is the first half.
-    low = self._keys(0)
-    x = S[0] * low[2]
-    up = self._keys(1)
-    y, z = P[1] * up[0], P[1] * up[1]
-    flow = self.flow[0] + self.flow[1]
-    self.flow = [
-      flow + T[0] * (y * self.de[1] + z * self.dq[1]),
-      flow + T[1] * (x * self.dk[0]),
-    ]
-    self.de[1] *= T[0]
-    self.dq[1] *= T[0]
-    self.dk[0] *= T[1]
-    x, y, z = (v.astype(dtype) for v in (x, y, z))
-    first = chunk.half * HALF
+  def _of_chunk(self, de, dq, dk):
+    """The level whose blocks are the chunk, across warpgroups.
 
-    def score(matrix, part):
-      return self._score(matrix, part, first + BLOCK, BLOCK, first, BLOCK)
-
-    pairs = [], [], []
-    for part in range(2):
-      dT, dAqk = score(_DT, part), score(_DAQK, part)
-      pairs[0].append((x, blocks.transposed(dT)))
-      pairs[1].append((x, blocks.transposed(dAqk)))
-      pairs[2].extend(((y, dT), (z, dAqk)))
-    sums = (self.de[1], self.dq[1], self.dk[0])
-    sums = columns.dots(*zip(sums, pairs, strict=True))
-    self.de[1], self.dq[1], self.dk[0] = map(blocks.in_rows, sums)
-
-  def _exchange_halves(self, P, S, T):
-    """The level whose blocks are the chunk, across warpgroups."""
+    Returns:
+      d(-e), dq and dk [channels, 32], the flow [channels, 16] of each 16
+      tokens, and S_s of the first 16 and P_r of the last 16 within 32 tokens.
+    """
     chunk, half = self.chunk, self.chunk.half
     other = 1 - half
-    column = columns.iota(BLOCK)
-    second = column < jnp.where(half == 1, BLOCK, 0)
-    P = [P[0], P[1] * T[0]]
-    S = [S[0] * T[1], S[1]]
-    o = chunk.load_vector("totals", other, BLOCK)
-    flow = jnp.zeros_like(o)
+    second = columns.iota(BLOCK) < jnp.where(half == 1, BLOCK, 0)
+    kept, flow = [None, None], 0.0
     for n in range(2):
+      block = slice(n * BLOCK, (n + 1) * BLOCK)
+      decays = self._decays(n).climb(BLOCK)
+      kept[n] = decays.prefix if n else decays.suffix
+      D = jnp.where(second, decays.prefix, decays.suffix)
+      # Over the other 16 tokens, if they are on the way to the middle.
+      row = jnp.where(half == n, 2 * half + 1 - n, chunk.ONES)
+      D *= chunk.load_vector("totals", row, BLOCK)
       e, q, k = self._keys(n)
-      D = jnp.where(second, P[n], S[n])
       X, Q = D * jnp.where(second, e, k), D * q
-      flow += jnp.where(second, X * self.de[n] + Q * self.dq[n], X * self.dk[n])
+      to_second = X * de[:, block] + Q * dq[:, block]
+      flow += jnp.where(second, to_second, X * dk[:, block])
       channels = pl.ds(half * chunk.K + chunk.tile * TILE, TILE)
-      tokens = pl.ds(n * BLOCK, BLOCK)
       for name, x in (("X", X), ("Q", Q)):
-        ref = self.s[name].at[channels, tokens]
+        ref = self.s[name].at[channels, pl.ds(n * BLOCK, BLOCK)]
         ref[...] = x.astype(ref.dtype)
+    o = chunk.load_vector("totals", chunk.HALVES + other, BLOCK)
     chunk.vector("sums", half)[...] = (o * flow).sum(axis=1)
-    to_second = chunk.load_vector("totals", jnp.where(half == 1, 0, 2), BLOCK)
-    to_first = chunk.load_vector("totals", jnp.where(half == 1, 2, 1), BLOCK)
-    for n in range(2):
-      self.de[n] *= to_second
-      self.dq[n] *= to_second
-      self.dk[n] *= to_first
+    # The decay of the other half, for the rows on the far side of it.
+    row = jnp.where(half == 1, chunk.HALVES, chunk.ONES)
+    o = chunk.load_vector("totals", row)
+    de, dq = de * o, dq * o
+    row = jnp.where(half == 1, chunk.ONES, chunk.HALVES + 1)
+    dk = dk * chunk.load_vector("totals", row)
     chunk.meet()
     # Of the whole chunk: gamma_C; a part for each of 32 columns.
-    flow = chunk.load_vector("totals", 0, BLOCK)
-    flow *= chunk.load_vector("totals", 1, BLOCK)
+    flow = chunk.load_vector("totals", chunk.HALVES, BLOCK)
+    flow *= chunk.load_vector("totals", chunk.HALVES + 1, BLOCK)
     dgamma_C = (chunk.load_vector("dgamma_C", m, BLOCK) for m in range(2))
     flow = flow * sum(dgamma_C) + chunk.load_vector("sums", other, BLOCK)
-    self.flow = [flow * (1 / HALF)] * 2
+    flow *= 1 / HALF
     channels = pl.ds(other * chunk.K + chunk.tile * TILE, TILE)
-    X, Q = (self.s[name].at[channels] for name in ("X", "Q"))
+    X, Q = (Operand(self.s[name].at[channels], BLOCK) for name in "XQ")
     # Entries above the diagonal are zero: of these products, one half of the
     # warpgroups adds zeros to d(-e) and dq, the other to dk.
-    sums = []
-    for n in range(2):
-      at = half * HALF + n * BLOCK
-      later, earlier = (
-        [
-          [self._score(m, low, row, rows, column, width) for low in range(2)]
-          for m in (_DT, _DAQK)
-        ]
-        for row, rows, column, width in (
-          (at, BLOCK, other * HALF, HALF),
-          (other * HALF, HALF, at, BLOCK),
-        )
-      )
-      for x, matrix in ((self.de[n], _DT), (self.dq[n], _DAQK)):
-        sums.append((x, [(X, blocks.transposed(ref)) for ref in later[matrix]]))
-      pairs = [
-        (y, ref) for y, m in ((X, _DT), (Q, _DAQK)) for ref in earlier[m]
+    here, there = half * HALF, other * HALF
+    later, earlier = (
+      [
+        [self._score(m, low, row, column, HALF) for low in range(2)]
+        for m in (_DT, _DAQK)
       ]
-      sums.append((self.dk[n], pairs))
-    sums = list(map(blocks.in_rows, columns.dots(*sums)))
-    self.de, self.dq, self.dk = sums[::3], sums[1::3], sums[2::3]
+      for row, column in ((here, there), (there, here))
+    )
+    sums = dots(
+      (de, [(X, x.T) for x in later[_DT]]),
+      (dq, [(X, x.T) for x in later[_DAQK]]),
+      (
+        dk,
+        [(X, x) for x in earlier[_DT]] + [(Q, x) for x in earlier[_DAQK]],
+      ),
+    )
+    return *sums, flow, *kept
 
-  def _of_block(self, n):
-    """From blocks of 16 tokens to single tokens."""
-    decays = self._decays(n)
-    D, others = {}, {}
-    for half in LEVELS[::-1]:
-      decays.climb(half)
-      second = columns.is_second(BLOCK, half)
-      D[half] = jnp.where(second, decays.prefix, decays.suffix)
-      others[half] = decays.other()
-    for level, half in enumerate(LEVELS):
-      self._level(n, level, half, D[half], others[half])
+  def _of_halves(self, de, dq, dk, flow, S, P):
+    """From blocks of 32 tokens to the states of two blocks of 16."""
+    chunk, dtype = self.chunk, self.s["q"].dtype
+    first, last = slice(None, BLOCK), slice(BLOCK, None)
+    T = [
+      chunk.load_vector("totals", 2 * chunk.half + n, BLOCK) for n in range(2)
+    ]
+    x = S * chunk.load("k", chunk.block(0))
+    e, q, _ = self._keys(1)
+    y, z = P * e, P * q
+    flows = [
+      flow + T[0] * (y * de[:, last] + z * dq[:, last]),
+      flow + T[1] * (x * dk[:, first]),
+    ]
+    x, y, z = (v.astype(dtype) for v in (x, y, z))
+    at = chunk.half * HALF
+    pairs = [], [], []
+    for low in range(2):
+      dT, dAqk = (
+        self._score(m, low, at + BLOCK, at, BLOCK) for m in (_DT, _DAQK)
+      )
+      pairs[0].append((x, dT.T))
+      pairs[1].append((x, dAqk.T))
+      pairs[2].extend(((y, dT), (z, dAqk)))
+    sums = de[:, last] * T[0], dq[:, last] * T[0], dk[:, first] * T[1]
+    de_last, dq_last, dk_first = dots(*zip(sums, pairs, strict=True))
+    return (
+      (de[:, first], dq[:, first], dk_first, flows[0]),
+      (de_last, dq_last, dk[:, last], flows[1]),
+    )
 
-  def _level(self, n, level, half, D, o):
-    """Goes down one level; D are P_r and S_s."""
+  def _level(self, n, level, half, de, dq, dk, flow):
+    """Goes down one level of block n."""
     dtype = self.s["q"].dtype
     second = columns.is_second(BLOCK, half)
+    decays = self._decays(n).climb(half)
+    o = decays.other()
+    D = jnp.where(second, decays.prefix, decays.suffix)
     e, q, k = self._keys(n)
     X, Q = D * jnp.where(second, e, k), D * q
-    flow = jnp.where(second, X * self.de[n] + Q * self.dq[n], X * self.dk[n])
-    flow = self.flow[n] + o * flow
-    self.flow[n] = self.flow[n] + columns.neighbour(flow, half)
-    de, dq = (jnp.where(second, x[n] * o, x[n]) for x in (self.de, self.dq))
-    dk = jnp.where(second, self.dk[n], self.dk[n] * o)
+    through = jnp.where(second, X * de + Q * dq, X * dk)
+    flow += columns.neighbour(flow + o * through, half)
     X, Q = X.astype(dtype), Q.astype(dtype)
     row = self.chunk.half * HALF + n * BLOCK
-
-    def score(matrix, part):
-      return self._masked(level, matrix, part, self.chunk.half, row, BLOCK)
-
     pairs = [], [], []
-    for part in range(2):
-      dT, dAqk = score(_DT, part), score(_DAQK, part)
-      pairs[0].append((X, blocks.transposed(dT)))
-      pairs[1].append((X, blocks.transposed(dAqk)))
+    for low in range(2):
+      dT, dAqk = (
+        Operand(self._masked(level, m, low, self.chunk.half, row, BLOCK), BLOCK)
+        for m in (_DT, _DAQK)
+      )
+      pairs[0].append((X, dT.T))
+      pairs[1].append((X, dAqk.T))
       pairs[2].extend(((X, dT), (Q, dAqk)))
-    sums = columns.dots(*zip((de, dq, dk), pairs, strict=True))
-    self.de[n], self.dq[n], self.dk[n] = map(blocks.in_rows, sums)
+    # Not into the accumulators: ptxas waits for every single product if results
+    # of one are partly changed before they are the accumulator of another.
+    zeros = [blocks.zeros(TILE, BLOCK)] * len(pairs)
+    sums = dots(*zip(zeros, pairs, strict=True))
+    to_second, to_first = jnp.where(second, o, 1.0), jnp.where(second, 1.0, o)
+    factors = to_second, to_second, to_first
+    state = zip((de, dq, dk), factors, sums, strict=True)
+    return *(x * factor + y for x, factor, y in state), flow
 
-  def _of_tokens(self, n):
+  def _of_tokens(self, n, de, dq, dk, flow):
     """dq, dk, db and dg of block n."""
-    chunk, rows = self.chunk, self._rows(n)
+    chunk, rows = self.chunk, self.chunk.block(n)
     a = self._decays(n).prefix
     b, q, k = (chunk.load(name, rows) for name in "bqk")
-    de, dq, dk = self.de[n] * a, self.dq[n] * a, self.dk[n]
-    dg = self.flow[n] + q * dq - b * k * de
+    de, dq = de * a, dq * a
+    dg = flow + q * dq - b * k * de
     diagonal = sum(
       plgpu.load(self.s["diagonal"].at[m, rows], layout=ROWS.reduce(0))
       for m in range(2)
     )
     diagonal = blocks.of_columns(diagonal, (TILE, BLOCK))
-    dq = (dq + diagonal * k) * chunk.scale
+    dq += diagonal * k
     dk += diagonal * q - b * de
     return dq, dk, -k * de, dg

@@ -16,8 +16,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gdn2_jax.pallas import blocks, projected
 from gdn2_jax.pallas.blocks import ROWS, TILE, C
-from gdn2_jax.pallas.gdn2.grad import columns
 from gdn2_jax.pallas.gdn2.grad.columns import HALF, PART
+from gdn2_jax.pallas.gdn2.grad.products import Operand, dot, dots
+
+# The buffer of dX has two parts [C, 32] each of its high parts, its low parts,
+# and dO.
+DO, DX_PARTS = 2, 6
 
 
 def over_values(chunk):
@@ -60,7 +64,7 @@ def _of_state(ref, part, K):
 
 def _value_tile(chunk, j, sums):
   """Adds one value tile to the sums of over_values."""
-  s = chunk.s
+  chunk, s = chunk.recomputed(), chunk.s
   plgpu.barrier_wait(s["values_loaded"])
   pl.when(chunk.half == 0)(lambda: _recompute_R(chunk))
   pl.when(chunk.half == 1)(lambda: _compute_dX(chunk))
@@ -88,7 +92,6 @@ def _value_tile(chunk, j, sums):
 def _add_products(chunk, scores, dE_neg, dQg, dKd):
   """Adds the products of R, dX, dO, S and dS of a value tile."""
   s = chunk.s
-  pairs = [], [], []
   for part in range(2):
     S, dS = (
       blocks.load(_of_state(s[x], part, chunk.K).at[chunk.channels])
@@ -96,40 +99,45 @@ def _add_products(chunk, scores, dE_neg, dQg, dKd):
     )
 
     def of_rows(name, low=0, part=part):
-      ref = s[name].at[pl.ds((2 * low + part) * C + chunk.half * HALF, HALF)]
-      return blocks.transposed(ref)
+      at = (2 * low + part) * C + chunk.half * HALF
+      return Operand(s[name].at[pl.ds(at, HALF)], PART).T
 
-    pairs[0].extend((S, of_rows("dX", low)) for low in range(2))
-    pairs[1].append((S, of_rows("dO")))
-    pairs[2].extend((dS, of_rows("R", low)) for low in range(2))
-  sums = zip((dE_neg, dQg, dKd), pairs, strict=True)
-  dE_neg, dQg, dKd = map(blocks.in_rows, columns.dots(*sums))
-  scores = tuple(
-    blocks.in_rows(_add_scores(chunk, x, n))
-    for x, n in zip(scores, column_halves(chunk), strict=True)
+    dX, R = ([of_rows(x, low) for low in range(2)] for x in ("dX", "R"))
+    dE_neg, dQg, dKd = dots(
+      (dE_neg, [(S, x) for x in dX]),
+      (dQg, [(S, of_rows("dX", DO))]),
+      (dKd, [(dS, x) for x in R]),
+    )
+  scores = dots(
+    *(
+      (x, _score_products(chunk, n))
+      for x, n in zip(scores, column_halves(chunk), strict=True)
+    )
   )
-  return scores, dE_neg, dQg, dKd
+  sums = map(blocks.in_rows, (dE_neg, dQg, dKd))
+  return (tuple(map(blocks.in_rows, scores)), *sums)
 
 
-def _add_scores(chunk, sum_before, columns_half):
-  """Adds dX R^T in the first half of the warpgroups, dO R^T in the second."""
-  s, first = chunk.s, chunk.half == 0
+def _score_products(chunk, columns_half):
+  """dX R^T in the first half of the warpgroups, dO R^T in the second."""
+  s = chunk.s
   pairs = []
   for part in range(2):
 
     def of_columns(low, part=part):
       at = (2 * low + part) * C + columns_half * HALF
-      return blocks.transposed(s["R"].at[pl.ds(at, HALF)])
+      return Operand(s["R"].at[pl.ds(at, HALF)], PART).T
 
-    high = blocks.load(_of_part(s["dX"], part))
-    dO = blocks.load(_of_part(s["dO"], part))
+    first = chunk.half == 0
+    at = part + jnp.where(first, 0, 2 * DO)
+    rows = Operand(s["dX"].at[pl.ds(at * C, C)], PART)
+    low_rows = blocks.load(_of_part(s["dX"], part, 1))
     is_first = plgpu.broadcasted_iota(jnp.int32, (C, PART), 0, layout=ROWS)
     is_first = is_first < jnp.where(first, C, 0)
-    high = jnp.where(is_first, high, dO)
-    low = blocks.load(_of_part(s["dX"], part, 1))
-    low = jnp.where(is_first, low, jnp.zeros_like(low))
-    pairs += blocks.split_pairs((high, low), (of_columns(0), of_columns(1)))
-  return blocks.dot(sum_before, *pairs)
+    low_rows = jnp.where(is_first, low_rows, jnp.zeros_like(low_rows))
+    low, high = of_columns(1), of_columns(0)
+    pairs += [(rows, high), (rows, low), (low_rows, high)]
+  return pairs
 
 
 def _add_dgamma_C(chunk):
@@ -146,52 +154,54 @@ def _add_dgamma_C(chunk):
 def _recompute_R(chunk):
   """Computes R = A (Z - E S) into the buffer of R, 32 columns at a time."""
   s = chunk.s
+  A, E_neg = (Operand(s[name], PART) for name in ("A", "E_neg"))
   for part in column_halves(chunk):
     R = [_of_part(s["R"], part, low) for low in range(2)]
-    S = _of_state(s["S"], part, chunk.K)
-    X = blocks.dot(blocks.zeros(C, PART), (s["E_neg"], S))
+    S = Operand(_of_state(s["S"], part, chunk.K), PART)
+    X = dot(blocks.zeros(C, PART), (E_neg, S))
     X += _load(chunk, "v", part) * _load_w(chunk, part)
     blocks.store_split(X, *R)  # X, until R replaces it
     plgpu.commit_smem()  # wgmma reads X
-    X_to_R = blocks.dot(blocks.zeros(C, PART), *((s["A"], x) for x in R))
-    blocks.store_split(X_to_R, *R)
+    pairs = [(A, Operand(x, PART)) for x in R]
+    blocks.store_split(dot(blocks.zeros(C, PART), *pairs), *R)
   plgpu.commit_smem()  # wgmma reads R
 
 
 def _compute_dX(chunk):
   """Computes dX = A^T (Aqk^T dO + Kd dS) into the buffer of dX."""
   s = chunk.s
-  A_T, Aqk_T = (blocks.transposed(s[name]) for name in ("A", "Aqk"))
+  A, Aqk, Kd = (Operand(s[name], PART) for name in ("A", "Aqk", "Kd"))
   for part in column_halves(chunk):
     dX = [_of_part(s["dX"], part, low) for low in range(2)]
-    dS = _of_state(s["dS"], part, chunk.K)
-    dO = _of_part(s["dO"], part)
-    dR = blocks.dot(blocks.zeros(C, PART), (Aqk_T, dO), (s["Kd"], dS))
+    dS = Operand(_of_state(s["dS"], part, chunk.K), PART)
+    dO = Operand(_of_part(s["dX"], part, DO), PART)
+    dR = dot(blocks.zeros(C, PART), (Aqk.T, dO), (Kd, dS))
     blocks.store_split(dR, *dX)  # dR, until dX replaces it
     plgpu.commit_smem()  # wgmma reads dR
-    dR_to_dX = blocks.dot(blocks.zeros(C, PART), *((A_T, x) for x in dX))
-    blocks.store_split(dR_to_dX, *dX)
+    pairs = [(A.T, Operand(x, PART)) for x in dX]
+    blocks.store_split(dot(blocks.zeros(C, PART), *pairs), *dX)
   plgpu.commit_smem()  # wgmma reads dX
 
 
 def _write_values(chunk, j):
-  """Writes dv = w*dX and dw = v*dX through the buffers of v and w."""
+  """Writes dv = w*dX and dw = v*dX through the buffers of w and v."""
   for part in column_halves(chunk):
-    refs = [_of_part(chunk.s[name], part) for name in "vw"]
+    over_v, over_w = (_of_part(chunk.s[name], part) for name in "vw")
     high, low = (
       blocks.load(_of_part(chunk.s["dX"], part, n)).astype(jnp.float32)
       for n in range(2)
     )
     dX = high + low
-    v, w = _load(chunk, "v", part), _load_w(chunk, part)
-    dw = v * dX
+    dw = _load(chunk, "v", part) * dX
     if chunk.is_projected:
+      w = _load_w(chunk, part)
       dw *= w * (1.0 - w)
-    for ref, x in zip(refs, (w * dX, dw), strict=True):
-      ref[...] = x.astype(ref.dtype)
+    over_v[...] = dw.astype(over_v.dtype)
+    dv = _load_w(chunk, part) * dX
+    over_w[...] = dv.astype(over_w.dtype)
     plgpu.commit_smem()  # the TMA stores read dv and dw
     values = pl.ds(j * TILE + part * PART, PART)
-    for n, ref in zip((4, 5), refs, strict=True):
+    for n, ref in ((4, over_w), (5, over_v)):
       out = chunk.outputs[n].at[(*chunk.tokens, chunk.h, values)]
       plgpu.copy_smem_to_gmem(ref, out)
 
