@@ -85,38 +85,45 @@ def intra_grad(
   wide = columns.tiled((C, K), dtype, PART)
   square = columns.tiled((C, C), dtype, PART)
   state = columns.tiled((2 * K, PART), dtype, PART)
-  values = {
-    "E_neg": wide,
-    "Kd": wide,
-    "S": state,
-    "dS": state,
-    "v": columns.tiled((2 * C, PART), dtype, PART),
-    "w": columns.tiled((2 * C, PART), dtype, PART),
-    "A": square,
-    "Aqk": square,
-    "R": columns.tiled((4 * C, PART), dtype, PART),  # high, low parts
-    "dX": columns.tiled((DX_PARTS * C, PART), dtype, PART),
-  }
-  levels = {
-    # d(-T) and dAqk below the diagonal, high and low parts.
-    "scores": columns.tiled((4 * C, C), dtype, BLOCK),
-    "X": columns.tiled((2 * K, HALF), dtype, BLOCK),
-    "Q": columns.tiled((2 * K, HALF), dtype, BLOCK),
-    # Blocks on the diagonal of the scores, of one level each, 32 columns each.
-    "diagonals": columns.tiled((len(LEVELS) * 4 * 2 * C, BLOCK), dtype, BLOCK),
-  }
+  # Memory of the sums over values, and what takes its place afterwards.
+  diagonals = columns.tiled((len(LEVELS) * 4 * 2 * C, BLOCK), dtype, BLOCK)
+  unions = [
+    (
+      {
+        "S": state,
+        "dS": state,
+        "v": columns.tiled((2 * C, PART), dtype, PART),
+        "w": columns.tiled((2 * C, PART), dtype, PART),
+        "R": columns.tiled((4 * C, PART), dtype, PART),  # high, low parts
+      },
+      # Blocks on the diagonal of the scores, of one level and 32 columns each.
+      {"diagonals": diagonals},
+    ),
+    (
+      {
+        "E_neg": wide,
+        "Kd": wide,
+        "A": square,
+        "Aqk": square,
+        "dX": columns.tiled((DX_PARTS * C, PART), dtype, PART),
+      },
+      {
+        # d(-T) and dAqk below the diagonal, high and low parts.
+        "scores": columns.tiled((4 * C, C), dtype, BLOCK),
+        "X": columns.tiled((2 * K, HALF), dtype, BLOCK),
+        "Q": columns.tiled((2 * K, HALF), dtype, BLOCK),
+      },
+      # Four arrays [64, 16] of each warpgroup.
+      {"saved": columns.tiled((4 * 2 * K, BLOCK), jnp.float32, BLOCK)},
+    ),
+  ]
   warpgroups = 2 * tiles
-  # Over scores, X and Q: four arrays [64, 16] of each warpgroup.
-  saved = columns.tiled((4 * 2 * K, BLOCK), jnp.float32, BLOCK)
   scratch = {
     "q": wide,
     "k": wide,
     "b": wide,
     "kinds": plgpu.SMEM((C,), jnp.int32),
     "a": columns.tiled((K, C), jnp.float32, BLOCK),
-    "union": plgpu.RefUnion(
-      list(values.values()), list(levels.values()), [saved]
-    ),
     # Decays of blocks of 16 tokens, and of 32; ones.
     "totals": plgpu.SMEM((_Chunk.ONES + 1, K), jnp.float32),
     "sums": plgpu.SMEM((2, K), jnp.float32),
@@ -127,6 +134,9 @@ def intra_grad(
     "values_loaded": plgpu.Barrier(num_arrivals=10),
     "met": plgpu.Barrier(num_arrivals=warpgroups),
   }
+  for n, union in enumerate(unions):
+    groups = (list(group.values()) for group in union)
+    scratch[f"union {n}"] = plgpu.RefUnion(*groups)
   operands = [q, k, b, g, kinds, v, w, do, A, Aqk, states, dstates]
   if rates is not None:
     operands.append(rates)
@@ -140,9 +150,9 @@ def intra_grad(
   def body(*refs):
     n, m = len(operands), len(operands) + len(out_type)
     s = dict(zip(names, refs[m:], strict=True))
-    groups = values, levels, ["saved"]
-    for group, parts in zip(groups, s.pop("union"), strict=True):
-      s |= zip(group, parts, strict=True)
+    for i, union in enumerate(unions):
+      for group, members in zip(union, s.pop(f"union {i}"), strict=True):
+        s |= zip(group, members, strict=True)
     chunk = _Chunk(refs[:n], refs[n:m], s, V // TILE, scale, erase_scale)
     chunk.run()
 

@@ -175,12 +175,12 @@ class Levels:
     row = jnp.where(half == 1, chunk.ONES, chunk.HALVES + 1)
     dk = dk * chunk.load_vector("totals", row)
     chunk.meet()
-    # Of the whole chunk: gamma_C; a part for each of 32 columns.
+    # Of the whole chunk: gamma_C; a part for each of 16 columns.
     flow = chunk.load_vector("totals", chunk.HALVES, BLOCK)
     flow *= chunk.load_vector("totals", chunk.HALVES + 1, BLOCK)
     dgamma_C = (chunk.load_vector("dgamma_C", m, BLOCK) for m in range(2))
     flow = flow * sum(dgamma_C) + chunk.load_vector("sums", other, BLOCK)
-    flow *= 1 / HALF
+    flow *= 1 / BLOCK
     channels = pl.ds(other * chunk.K + chunk.tile * TILE, TILE)
     X, Q = (Operand(self.s[name].at[channels], BLOCK) for name in "XQ")
     # Entries above the diagonal are zero: of these products, one half of the
