@@ -7,7 +7,7 @@ import pytest
 
 from gdn2_jax.kernels import target
 from gdn2_jax.pallas import blocks
-from gdn2_jax.pallas.gdn2 import intra_grad_rows
+from gdn2_jax.pallas.gdn2 import intra_grad
 from tests import numerics
 from tests.pallas.gdn2.test_chunk_kernels import (
   CONTRACT,
@@ -89,7 +89,7 @@ def exact(q, k, b, g, kinds, v, w, do, A, Aqk, S, dS, scale):
 
 
 def run(args):
-  gradients = interpreted(intra_grad_rows.intra_grad, *args)
+  gradients = interpreted(intra_grad.intra_grad, *args)
   return dict(zip(NAMES, gradients, strict=False))
 
 
@@ -139,7 +139,7 @@ def test_traces_for_the_gpu(rates):
     options = {}
     if rates:
       options["rates"] = jnp.ones((1, 1, 2, 64))
-    return intra_grad_rows.intra_grad(*args, 0.125, **options)
+    return intra_grad.intra_grad(*args, 0.125, **options)
 
   with target.use("compile"):
     shapes = [x.shape for x in jax.eval_shape(call, *args[:12])[:6]]

@@ -30,6 +30,7 @@ from gdn2_jax.pallas import blocks
 from gdn2_jax.pallas.blocks import ROWS, TILE, C
 from gdn2_jax.pallas.gdn2.grad import columns
 from gdn2_jax.pallas.gdn2.grad.columns import BLOCK, HALF, LEVELS
+from gdn2_jax.pallas.gdn2.grad.memory import HALVES, ONES
 from gdn2_jax.pallas.gdn2.grad.products import Operand, dots
 from gdn2_jax.pallas.gdn2.grad.values import column_halves
 
@@ -156,7 +157,7 @@ class Levels:
       kept[n] = decays.prefix if n else decays.suffix
       D = jnp.where(second, decays.prefix, decays.suffix)
       # Over the other 16 tokens, if they are on the way to the middle.
-      row = jnp.where(half == n, 2 * half + 1 - n, chunk.ONES)
+      row = jnp.where(half == n, 2 * half + 1 - n, ONES)
       D *= chunk.load_vector("totals", row, BLOCK)
       e, q, k = self._keys(n)
       X, Q = D * jnp.where(second, e, k), D * q
@@ -166,18 +167,18 @@ class Levels:
       for name, x in (("X", X), ("Q", Q)):
         ref = self.s[name].at[channels, pl.ds(n * BLOCK, BLOCK)]
         ref[...] = x.astype(ref.dtype)
-    o = chunk.load_vector("totals", chunk.HALVES + other, BLOCK)
+    o = chunk.load_vector("totals", HALVES + other, BLOCK)
     chunk.vector("sums", half)[...] = (o * flow).sum(axis=1)
     # The decay of the other half, for the rows on the far side of it.
-    row = jnp.where(half == 1, chunk.HALVES, chunk.ONES)
+    row = jnp.where(half == 1, HALVES, ONES)
     o = chunk.load_vector("totals", row)
     de, dq = de * o, dq * o
-    row = jnp.where(half == 1, chunk.ONES, chunk.HALVES + 1)
+    row = jnp.where(half == 1, ONES, HALVES + 1)
     dk = dk * chunk.load_vector("totals", row)
     chunk.meet()
     # Of the whole chunk: gamma_C; a part for each of 16 columns.
-    flow = chunk.load_vector("totals", chunk.HALVES, BLOCK)
-    flow *= chunk.load_vector("totals", chunk.HALVES + 1, BLOCK)
+    flow = chunk.load_vector("totals", HALVES, BLOCK)
+    flow *= chunk.load_vector("totals", HALVES + 1, BLOCK)
     dgamma_C = (chunk.load_vector("dgamma_C", m, BLOCK) for m in range(2))
     flow = flow * sum(dgamma_C) + chunk.load_vector("sums", other, BLOCK)
     flow *= 1 / BLOCK
@@ -205,7 +206,7 @@ class Levels:
 
   def _of_halves(self, de, dq, dk, flow, S, P):
     """From blocks of 32 tokens to the states of two blocks of 16."""
-    chunk, dtype = self.chunk, self.s["q"].dtype
+    chunk = self.chunk
     first, last = slice(None, BLOCK), slice(BLOCK, None)
     T = [
       chunk.load_vector("totals", 2 * chunk.half + n, BLOCK) for n in range(2)
@@ -217,16 +218,11 @@ class Levels:
       flow + T[0] * (y * de[:, last] + z * dq[:, last]),
       flow + T[1] * (x * dk[:, first]),
     ]
-    x, y, z = (v.astype(dtype) for v in (x, y, z))
     at = chunk.half * HALF
-    pairs = [], [], []
-    for low in range(2):
-      dT, dAqk = (
-        self._score(m, low, at + BLOCK, at, BLOCK) for m in (_DT, _DAQK)
-      )
-      pairs[0].append((x, dT.T))
-      pairs[1].append((x, dAqk.T))
-      pairs[2].extend(((y, dT), (z, dAqk)))
+    pairs = self._products(
+      (x, y, z),
+      lambda *which: self._score(*which, at + BLOCK, at, BLOCK),
+    )
     sums = de[:, last] * T[0], dq[:, last] * T[0], dk[:, first] * T[1]
     de_last, dq_last, dk_first = dots(*zip(sums, pairs, strict=True))
     return (
@@ -236,7 +232,6 @@ class Levels:
 
   def _level(self, n, level, half, de, dq, dk, flow):
     """Goes down one level of block n."""
-    dtype = self.s["q"].dtype
     second = columns.is_second(BLOCK, half)
     decays = self._decays(n).climb(half)
     o = decays.other()
@@ -245,17 +240,13 @@ class Levels:
     X, Q = D * jnp.where(second, e, k), D * q
     through = jnp.where(second, X * de + Q * dq, X * dk)
     flow += columns.neighbour(flow + o * through, half)
-    X, Q = X.astype(dtype), Q.astype(dtype)
     row = self.chunk.half * HALF + n * BLOCK
-    pairs = [], [], []
-    for low in range(2):
-      dT, dAqk = (
-        Operand(self._masked(level, m, low, self.chunk.half, row, BLOCK), BLOCK)
-        for m in (_DT, _DAQK)
-      )
-      pairs[0].append((X, dT.T))
-      pairs[1].append((X, dAqk.T))
-      pairs[2].extend(((X, dT), (Q, dAqk)))
+
+    def score(*which):
+      ref = self._masked(level, *which, self.chunk.half, row, BLOCK)
+      return Operand(ref, BLOCK)
+
+    pairs = self._products((X, X, Q), score)
     # Not into the accumulators: ptxas waits for every single product if results
     # of one are partly changed before they are the accumulator of another.
     zeros = [blocks.zeros(TILE, BLOCK)] * len(pairs)
@@ -264,6 +255,25 @@ class Levels:
     factors = to_second, to_second, to_first
     state = zip((de, dq, dk), factors, sums, strict=True)
     return *(x * factor + y for x, factor, y in state), flow
+
+  def _products(self, rows, score):
+    """Products for d(-e), dq and dk, as arguments of dots.
+
+    Args:
+      rows: k_s S_s, -e_r P_r and q_r P_r [channels, 16].
+      score: Function of the matrix and of high or low part (0 or 1).
+    """
+    dtype = self.s["q"].dtype
+    x, y, z = ((v.astype(dtype),) for v in rows)
+    if dtype == jnp.float16:  # results are rounded as finely as operands
+      x = blocks.split(rows[0], dtype)
+    dT, dAqk = (tuple(score(m, low) for low in range(2)) for m in (_DT, _DAQK))
+    dT_T, dAqk_T = (tuple(part.T for part in m) for m in (dT, dAqk))
+    return (
+      blocks.split_pairs(x, dT_T),
+      blocks.split_pairs(x, dAqk_T),
+      blocks.split_pairs(y, dT) + blocks.split_pairs(z, dAqk),
+    )
 
   def _of_tokens(self, n, de, dq, dk, flow):
     """dq, dk, db and dg of block n."""

@@ -17,11 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from gdn2_jax.pallas import blocks, projected
 from gdn2_jax.pallas.blocks import ROWS, TILE, C
 from gdn2_jax.pallas.gdn2.grad.columns import HALF, PART
+from gdn2_jax.pallas.gdn2.grad.memory import DO
 from gdn2_jax.pallas.gdn2.grad.products import Operand, dot, dots
-
-# The buffer of dX has two parts [C, 32] each of its high parts, its low parts,
-# and dO.
-DO, DX_PARTS = 2, 6
 
 
 def over_values(chunk):
