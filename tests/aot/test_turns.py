@@ -194,7 +194,7 @@ _SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
     ("scan, states saved", 2),
     ("scan, gates", 2),
     ("scan_grad", 2),
-    _SLOW("intra_grad, gates", 2),
+    _SLOW("intra_grad, gates", 4),
   ],
 )
 def test_kernels_of_several_warpgroups_take_turns(name, warpgroups):

@@ -9,12 +9,14 @@ end, both saved. Given these, the gradients need nothing from other chunks
   dT = -dX R^T             dAqk = dO R^T              (below the diagonal)
   dE = -dX S^T             dQg = dO S^T               dKd = R dS^T
 
-Then dT and dAqk go back through the tree of decays, level by level. Every decay
-is D = exp(a sum of log-decays). The gradient of that sum, dD, is D times the
-gradient of D, and dg adds the dD of all sums that include g. No difference of
-large numbers occurs.
+Then dT and dAqk go back through the tree of decays (grad/levels.py).
+
+A warpgroup has 64 key channels and half of the tokens, in arrays [channels,
+tokens]: the decays of a channel are products along a row, and what wgmma
+multiplies and returns stays in the registers of the same thread.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -24,10 +26,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gdn2_jax.pallas import blocks, projected
-from gdn2_jax.pallas.blocks import TILE, C
-from gdn2_jax.pallas.gdn2.intra_grad_tree import through_the_tree
-from gdn2_jax.pallas.gdn2.intra_grad_values import Slot, over_values
+from gdn2_jax.pallas import blocks
+from gdn2_jax.pallas.blocks import ROWS, TILE, C
+from gdn2_jax.pallas.gdn2.grad import columns, gates
+from gdn2_jax.pallas.gdn2.grad.columns import BLOCK, HALF, PART
+from gdn2_jax.pallas.gdn2.grad.levels import Levels
+from gdn2_jax.pallas.gdn2.grad.memory import DO, HALVES, ONES, Memory
+from gdn2_jax.pallas.gdn2.grad.values import over_values
 
 
 def intra_grad(
@@ -75,45 +80,16 @@ def intra_grad(
   """
   B, T, H, K = q.shape
   V = v.shape[-1]
-  tiles, dtype = K // TILE, q.dtype
   out_type = [blocks.struct(x.shape, x.dtype) for x in (q, k, b, g, v, w)]
-  tile = blocks.smem((tiles * C, TILE), dtype)
-  scratch = {
-    "q": tile,
-    "k": tile,
-    "b": tile,
-    "kinds": plgpu.SMEM((tiles, C), jnp.int32),
-    "g_hi": tile,
-    "g_lo": tile,
-    "E_neg": tile,  # then k*x, high part
-    "Kd": tile,  # then k*x, low part
-    "S": tile,  # its rows are channels; then dQg, then b*k*x
-    "dS": tile,  # likewise; then dQg, then q*x
-    "slots": blocks.smem((Slot.COUNT * C, C), dtype),
-    "dgamma_C": plgpu.SMEM((K,), jnp.float32),
-    "keys_loaded": plgpu.Barrier(
-      num_arrivals=4 if rates is None else 5, num_barriers=tiles
-    ),
-    "A_loaded": plgpu.Barrier(num_arrivals=4),
-    "values_loaded": plgpu.Barrier(num_arrivals=5),
-    "met": plgpu.Barrier(num_arrivals=tiles),
-  }
+  memory = Memory(K, q.dtype, is_projected=rates is not None)
   operands = [q, k, b, g, kinds, v, w, do, A, Aqk, states, dstates]
   if rates is not None:
     operands.append(rates)
     out_type.append(blocks.struct((B, H, T // C, 2, K), jnp.float32))
-    scratch["rates"] = plgpu.SMEM((tiles, 2, TILE), jnp.float32)
-    scratch["squares"] = plgpu.SMEM((2, tiles, C), jnp.float32)
-    scratch["products"] = plgpu.SMEM((2, tiles, C), jnp.float32)
-  names = tuple(scratch)
-  # An operand: masks made in the kernel would stay in registers.
-  spans = jnp.stack([jnp.tri(C, dtype=dtype), jnp.tri(C, k=-1, dtype=dtype)])
-
-  operands.append(spans)
 
   def body(*refs):
     n, m = len(operands), len(operands) + len(out_type)
-    s = dict(zip(names, refs[m:], strict=True))
+    s = memory.unpack(refs[m:])
     chunk = _Chunk(refs[:n], refs[n:m], s, V // TILE, scale, erase_scale)
     chunk.run()
 
@@ -121,238 +97,219 @@ def intra_grad(
     "gdn2_intra_grad",
     body,
     out_type,
-    scratch_types=list(scratch.values()),
+    scratch_types=memory.types,
     grid=(B, H, T // C),
     grid_names=("b", "h", "c"),
-    num_threads=tiles,
+    num_threads=2 * K // TILE,
     thread_name="wg",
   )(*operands)
   return (*gradients, None) if rates is None else gradients
 
 
 class _Chunk:
-  """References and steps of one block of the kernel."""
+  """References and steps of one block of the kernel.
+
+  Attributes:
+    tile: Number of this warpgroup's 64 key channels.
+    half: 0 or 1, its half of the tokens.
+  """
 
   def __init__(self, inputs, outputs, s, value_tiles, scale, erase_scale):
     self.inputs, self.outputs, self.s = inputs, outputs, s
-    self.tiles, self.value_tiles = s["kinds"].shape[0], value_tiles
-    self.scale, self.erase_scale = scale, erase_scale
     self.is_projected = "rates" in s
-    tiles = self.tiles
+    self.K = s["q"].shape[1]
+    self.tiles, self.value_tiles = self.K // TILE, value_tiles
+    self.scale, self.erase_scale = scale, erase_scale
     self.row, self.h, self.c = (lax.axis_index(n) for n in ("b", "h", "c"))
     self.wg = lax.axis_index("wg")
+    self.tile, self.half = self.wg >> 1, self.wg & 1
     self.first = self.wg == 0
-    self.last = self.wg == tiles - 1
+    self.last = self.wg == 2 * self.tiles - 1
     self.tokens = (self.row, pl.ds(self.c * C, C))
+
+  def recomputed(self):
+    """The same, whose addresses LLVM does not share; see opaque_zero."""
+    other, zero = copy.copy(self), columns.opaque_zero()
+    other.wg = self.wg + zero
+    other.tile, other.half = other.wg >> 1, other.wg & 1
+    return other
 
   @property
   def channels(self):
     """This warpgroup's channels."""
-    return blocks.tile_slice(self.wg)
+    return pl.ds(self.tile * TILE, TILE)
 
   @property
-  def dgamma_C(self):
-    """This warpgroup's dgamma_C."""
-    return self.s["dgamma_C"].at[self.channels]
-
-  def own(self, name):
-    """This warpgroup's tile of a buffer; for S and dS, its key channels."""
-    return blocks.tile_of(self.s[name], self.wg)
-
-  def slot(self, n):
-    """Slot n, a [C, C] matrix."""
-    return blocks.tile_of(self.s["slots"], n)
-
-  def recomputed(self):
-    """See blocks.recomputed."""
-    return blocks.recomputed(self.s["kinds"].at[self.wg])
-
-  def kinds(self):
-    """Kinds of the tokens as a [C, TILE] tile."""
-    return blocks.load_kinds(self.s["kinds"].at[self.wg])
+  def rows(self):
+    """This warpgroup's tokens."""
+    return pl.ds(self.half * HALF, HALF)
 
   def meet(self):
     """See blocks.meet."""
-    blocks.meet(self.s["met"], self.tiles)
+    blocks.meet(self.s["met"], 2 * self.tiles)
 
-  def load(self, name):
-    """Loads q (scaled), k or b of this warpgroup's channels."""
-    x = blocks.load(self.own(name)).astype(jnp.float32)
-    return x * self.scale if name == "q" else x
+  def vector(self, name, n):
+    """Row n of a buffer of vectors, for this warpgroup's channels."""
+    return self.s[name].at[n, self.channels]
 
-  def g_parts(self):
-    return self.own("g_hi"), self.own("g_lo")
+  def load_vector(self, name, n, width=HALF):
+    """Row n of a buffer of vectors as an array [channels, width]."""
+    x = plgpu.load(self.vector(name, n), layout=ROWS.reduce(1))
+    return blocks.of_rows(x, (TILE, width))
+
+  def kinds(self, block=None):
+    """Kinds of this warpgroup's tokens as an array [channels, tokens]."""
+    rows, width = self.rows, HALF
+    if block is not None:
+      rows, width = self.block(block), BLOCK
+    kinds = plgpu.load(self.s["kinds"].at[rows], layout=ROWS.reduce(0))
+    return blocks.of_columns(kinds, (TILE, width))
+
+  def at_tokens(self, x):
+    """Sets x [channels, tokens] to zero at padding."""
+    return jnp.where(self.kinds() == blocks.PADDING, jnp.zeros_like(x), x)
+
+  def key(self, name, rows=None):
+    """This warpgroup's part of q, k, b, E_neg or Kd."""
+    return self.s[name].at[self.rows if rows is None else rows, self.channels]
+
+  def load(self, name, rows=None):
+    """Loads q, k or b as an array [channels, tokens]."""
+    return columns.load(self.key(name, rows)).astype(jnp.float32)
 
   def run(self):
     self.load_keys()
-    sums = over_values(self)
-    through_the_tree(self, *sums)
+    levels = Levels(self, *over_values(self))
+    if self.is_projected:
+      gates.begin(self)
+    levels.run()
+    if self.is_projected:
+      gates.finish(self)
+    self.meet()
+
+    @pl.when(self.first)
+    def _():
+      for n, name in enumerate("qkb"):
+        out = self.outputs[n].at[(*self.tokens, self.h)]
+        plgpu.copy_smem_to_gmem(self.s[name], out)
+
     plgpu.wait_smem_to_gmem(0)
 
-  def fetch_values(self, j):
-    """Starts the loads of value tile j."""
-    values, c = pl.ds(j * TILE, TILE), (self.row, self.h, self.c)
-    loaded = self.s["values_loaded"]
-    for n, slot in ((5, Slot.V), (6, Slot.W), (7, Slot.DO)):
-      plgpu.copy_gmem_to_smem(
-        self.inputs[n].at[(*self.tokens, self.h, values)],
-        self.slot(slot),
-        loaded,
-      )
-    K = self.tiles * TILE
-    for n, name in ((10, "S"), (11, "dS")):
-      plgpu.copy_gmem_to_smem(
-        self.inputs[n].at[(*c, pl.ds(0, K), values)], self.s[name], loaded
-      )
+  def load_global(self, n, block=None):
+    """Loads this warpgroup's part of input n, [channels, tokens], float32."""
+    return columns.load_global(self._in_global(self.inputs[n], block))
+
+  def _in_global(self, ref, block):
+    first, width = self.half * HALF, HALF
+    if block is not None:
+      first, width = first + block * BLOCK, BLOCK
+    tokens = pl.ds(self.c * C + first, width)
+    return ref.at[self.row, tokens, self.h, self.channels]
 
   def load_keys(self):
     """Loads the key-side operands and computes -E and Kd."""
     s = self.s
-    self.fetch_keys()
+    self.fetch()
     g = self.load_global(3)
-    plgpu.barrier_wait(s["keys_loaded"].at[self.wg])
-    with self.recomputed():
-      self.take_keys(g)
-    plgpu.commit_smem()  # wgmma reads g_hi and g_lo
-    plgpu.barrier_wait(s["A_loaded"])  # A, Aqk and the masks
-    with self.recomputed():
-      E_neg = self.own("E_neg")
-      gamma = blocks.decay(self.slot(Slot.PREFIX), *self.g_parts())
-      eg = gamma * self.load("b") * self.load("k")
-      E_neg[...] = (-eg).astype(E_neg.dtype)
-    with self.recomputed():
-      Kd, above = self.own("Kd"), blocks.transposed(self.slot(Slot.BELOW))
-      suffix = blocks.decay(above, *self.g_parts())
-      Kd[...] = (suffix * self.load("k")).astype(Kd.dtype)
-    # Commits E and Kd, of which R and dX need all channels. The masks have been
-    # read by all warpgroups: R overwrites them.
+    plgpu.barrier_wait(s["keys_loaded"])
+    if self.is_projected:
+      g = gates.log_decay(self, g)
+    kinds = self.kinds()
+    a = jnp.where(kinds == blocks.RESTART, 0.0, jnp.exp(g))
+    a = jnp.where(kinds == blocks.PADDING, 1.0, a)
+    s["a"].at[self.channels, self.rows][...] = a
+    if self.is_projected:
+      gates.take_inputs(self)
+    else:
+      for name in "qkb":
+        x = self.at_tokens(columns.load(self.key(name)))
+        columns.store(self.key(name), x)
+    decays = columns.Decays(a).climb(BLOCK)
+    totals = []
+    for n in range(HALF // BLOCK):
+      total = jnp.where(columns.iota(HALF) == n * BLOCK, decays.total, 0.0)
+      totals.append(total.sum(axis=1))
+      self.vector("totals", 2 * self.half + n)[...] = totals[n]
+    self.vector("totals", HALVES + self.half)[...] = totals[0] * totals[1]
+    decays.climb(HALF)
+
+    @pl.when(self.half == 0)
+    def _():
+      ones = jnp.ones((TILE,), jnp.float32)
+      ones = plgpu.layout_cast(ones, ROWS.reduce(1))
+      self.vector("totals", ONES)[...] = ones
+
+    self.meet()
+    before = jnp.where(self.half == 1, HALVES, ONES)
+    after = jnp.where(self.half == 1, ONES, HALVES + 1)
+    E_neg = -(self.load("b") * self.load("k"))
+    E_neg *= decays.prefix * self.load_vector("totals", before)
+    columns.store(self.key("E_neg"), E_neg)
+    Kd = self.load("k") * decays.suffix * self.load_vector("totals", after)
+    columns.store(self.key("Kd"), Kd)
     self.meet()
 
-  def fetch_keys(self):
+  def fetch(self):
     """Starts the loads of everything but g, and of the first value tile."""
-    s, loaded = self.s, self.s["keys_loaded"].at[self.wg]
-    for n, name in enumerate("qkb"):
-      plgpu.copy_gmem_to_smem(self.tile_of_input(n), self.own(name), loaded)
-    plgpu.copy_gmem_to_smem(
-      self.inputs[4].at[self.tokens], s["kinds"].at[self.wg], loaded
-    )
-    if self.is_projected:
-      rates = self.inputs[12].at[self.row, self.h, pl.ds(0, 2), self.channels]
-      plgpu.copy_gmem_to_smem(rates, s["rates"].at[self.wg], loaded)
+    s, loaded = self.s, self.s["keys_loaded"]
 
     @pl.when(self.first)
     def _():
+      for n, name in enumerate("qkb"):
+        source = self.inputs[n].at[(*self.tokens, self.h)]
+        plgpu.copy_gmem_to_smem(source, s[name], loaded)
+      plgpu.copy_gmem_to_smem(
+        self.inputs[4].at[self.tokens], s["kinds"], loaded
+      )
       c = (self.row, self.h, self.c)
-      A, Aqk, spans = self.inputs[8], self.inputs[9], self.inputs[-1]
-      for source, slot in (
-        (A.at[c], Slot.A),
-        (Aqk.at[c], Slot.AQK),
-        (spans.at[0], Slot.PREFIX),
-        (spans.at[1], Slot.BELOW),
-      ):
-        plgpu.copy_gmem_to_smem(source, self.slot(slot), s["A_loaded"])
+      for n, name in ((8, "A"), (9, "Aqk")):
+        plgpu.copy_gmem_to_smem(self.inputs[n].at[c], s[name], s["A_loaded"])
+
+      if self.is_projected:
+        rates = self.inputs[12].at[self.row, self.h]
+        plgpu.copy_gmem_to_smem(rates, s["rates"], loaded)
 
     @pl.when(self.last)
     def _():
       self.fetch_values(jnp.int32(0))
 
-  def tile_of_input(self, n):
-    """This warpgroup's channels of input n, in global memory."""
-    return self.inputs[n].at[(*self.tokens, self.h, self.channels)]
+  def fetch_values(self, j):
+    """Starts the loads of value tile j."""
+    s, loaded, c = self.s, self.s["values_loaded"], (self.row, self.h, self.c)
+    for part in range(2):
+      values = pl.ds(j * TILE + part * PART, PART)
+      for n, name, at in ((5, "v", 0), (6, "w", 0), (7, "dX", 2 * DO)):
+        source = self.inputs[n].at[(*self.tokens, self.h, values)]
+        to = s[name].at[pl.ds((at + part) * C, C)]
+        plgpu.copy_gmem_to_smem(source, to, loaded)
+      for n, name in ((10, "S"), (11, "dS")):
+        source = self.inputs[n].at[(*c, pl.ds(0, self.K), values)]
+        to = s[name].at[pl.ds(part * self.K, self.K)]
+        plgpu.copy_gmem_to_smem(source, to, loaded)
 
-  def load_global(self, n):
-    """Loads this warpgroup's channels of input n into registers, float32."""
-    return blocks.load_global(self.tile_of_input(n)).astype(jnp.float32)
+  def block(self, n):
+    """16 of this warpgroup's tokens."""
+    return pl.ds(self.half * HALF + n * BLOCK, BLOCK)
 
-  def at_tokens(self, x):
-    """Sets x to zero at padding."""
-    return jnp.where(self.kinds() == blocks.PADDING, jnp.zeros_like(x), x)
-
-  def take_keys(self, g):
-    """Masks padding and splits g; with rates, computes norms and gates."""
+  def write(self, n, dq, dk, db, dg):
+    """Writes gradients of block n [channels, 16], over q, k and b."""
+    dg = jnp.where(self.kinds(n) == blocks.PADDING, 0.0, dg)
+    rows = self.block(n)
     if self.is_projected:
-      g, _, _ = projected.log_decay(g, self.s["rates"].at[self.wg])
-    blocks.store_split(blocks.log_decay(g, self.kinds()), *self.g_parts())
-    if not self.is_projected:
-      for name in "qkb":
-        self.own(name)[...] = self.at_tokens(blocks.load(self.own(name)))
-      return
-
-    def load(name):
-      return self.at_tokens(blocks.load(self.own(name))).astype(jnp.float32)
-
-    def store(name, x):
-      self.own(name)[...] = x.astype(self.own(name).dtype)
-
-    store("b", self.erase_scale * projected.sigmoid(load("b")))
-    squares = self.s["squares"]
-    for n, name in enumerate("qk"):
-      x = load(name)
-      projected.store_share(x * x, squares.at[n], self.wg)
-    self.meet()  # a norm sums the squares of all warpgroups
-    for n, name in enumerate("qk"):
-      norm = projected.inverse_norm(squares.at[n], self.tiles)
-      store(name, load(name) * norm)
-
-  def write_key(self, n, x, staging):
-    """Writes a gradient of q, k or b (result n) through a free buffer."""
-    if self.is_projected:
-      x = self.through_gate(x) if n == 2 else self.through_norm(n, x)
-    staging[...] = x.astype(staging.dtype)
-    plgpu.commit_smem()  # the TMA store reads it
-    plgpu.copy_smem_to_gmem(
-      staging,
-      self.outputs[n].at[(*self.tokens, self.h, self.channels)],
-    )
-
-  def through_gate(self, db):
-    """Gradient before the sigmoid of b, from that of b."""
-    # Recomputed in float32: 1 - b of a gate rounded to 16 bits may be 0.
-    b = projected.sigmoid(self.at_tokens(self.load_global(2)))
-    return db * (self.erase_scale * b * (1.0 - b))
-
-  def through_norm(self, n, dx):
-    """Gradient before the norm of q or k, from that after it.
-
-    With y = x*r: dx = r*(dy - y (y . dy)). The difference cancels where dy is
-    parallel to y, so a y that was rounded to 16 bits is not accurate enough.
-    """
-    x = self.at_tokens(self.load_global(n))
-    # q and k have a row each: no row is written while it is still read.
-    products = self.s["products"].at[n]
-    projected.store_share(x * dx, products, self.wg)
-    self.meet()  # the product sums the channels of all warpgroups
-    norm = projected.inverse_norm(self.s["squares"].at[n], self.tiles)
-    x *= projected.load_sum(products, self.tiles) * norm * norm
-    return norm * (dx - x)
-
-  def write_dg(self, dg):
-    """Writes the gradient of g, which is zero at padding."""
-    dg = self.at_tokens(dg)
-    if self.is_projected:
-      dg = self.through_decay(dg)
+      dg = gates.through_decay(self, n, dg)
+      db = gates.through_gate(self, n, db)
+      gates.save(self, n, dq, dk)
+    else:
+      columns.store(self.key("q", rows), dq)
+      columns.store(self.key("k", rows), dk)
+    columns.store(self.key("b", rows), db)
     out = self.outputs[3]
-    blocks.store_global(
-      out.at[(*self.tokens, self.h, self.channels)], dg.astype(out.dtype)
-    )
+    columns.store_global(self._in_global(out, n), dg.astype(out.dtype))
 
-  def through_decay(self, dg):
-    """Gradient of f, from that of g; writes the gradients of the rates."""
-    rates = self.s["rates"].at[self.wg]
-    f = self.at_tokens(self.load_global(3))
-    _, plus, slope = projected.log_decay(f, rates)
-    df = dg * projected.load_rate(rates, 0) * slope
-
-    def sum_over_tokens():  # in place of the rates, which are in registers
-      rates.at[0][...] = (dg * plus).sum(axis=0)
-      rates.at[1][...] = df.sum(axis=0)
-
-    blocks.in_turns(self.wg, self.tiles, self.s["met"], sum_over_tokens)
-    plgpu.copy_smem_to_gmem(
-      rates,
-      self.outputs[6].at[self.row, self.h, self.c, pl.ds(0, 2), self.channels],
-    )
-    return df
+  def load_raw(self, n, block=None):
+    """Loads input n as it was before norms and gates."""
+    x = self.load_global(n, block)
+    return jnp.where(self.kinds(block) == blocks.PADDING, 0.0, x)
 
 
 def aot_cases() -> list[tuple[str, Callable, list[Any], dict[str, int]]]:

@@ -1,0 +1,1 @@
+"""Parts of the kernel for the gradients of a chunk's inputs."""

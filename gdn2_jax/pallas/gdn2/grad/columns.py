@@ -1,0 +1,270 @@
+"""Arrays [channels, tokens] in the layout of wgmma results.
+
+A thread has two channels of four (a quarter of the) tokens of every eight, so a
+neighbour of a token at a distance of 1, 8 or 16 is in the same thread, and one
+at 2 or 4 in another lane of the same four. Plain Pallas has neither that
+exchange nor transposed accesses of 32-bit numbers: plgpu.inline_mgpu, which the
+interpreter lacks. It gets the same in jax.numpy.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array, utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from gdn2_jax.kernels import target
+from gdn2_jax.pallas import blocks
+from gdn2_jax.pallas.blocks import ROWS, TILE, C
+
+HALF = C // 2  # tokens of a warpgroup
+PART = 32  # value channels of a tile in shared memory
+BLOCK = 16  # tokens of a product with the gradients of scores
+LEVELS = (8, 4, 2, 1)  # half a block of the tree, of the levels inside BLOCK
+
+
+def tiled(shape, dtype, columns):
+  """Shared memory for wgmma and TMA in tiles of 8 rows by `columns`."""
+  swizzle = columns * jnp.dtype(dtype).itemsize
+  return plgpu.SMEM(
+    shape,
+    dtype,
+    transforms=(
+      plgpu.TilingTransform((8, columns)),
+      plgpu.SwizzleTransform(swizzle),
+    ),
+  )
+
+
+def _layout():
+  """Layout of [tokens, 64] whose transposition is ROWS, one number a time."""
+  # The tiled shape is [tokens / 8, 1, 1, 4, 1, 2, 4, 8, 2, 1].
+  layout = fragmented_array.TiledLayout(
+    fragmented_array.Tiling(((8, TILE), (8, 16), (8, 8), (2, 1))),
+    warp_dims=(-7,),
+    lane_dims=(-3, -4),
+    vector_dim=-1,
+    _check_canonical=False,
+  ).canonicalize()
+  return plgpu.Layout.TILED(
+    layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
+  )
+
+
+_COLUMNS = _layout()
+
+
+def neighbour(x, distance, *, in_pairs=False):
+  """x[:, c ^ distance] for every column c of x [64, N], float32.
+
+  Args:
+    x: Array in the layout of wgmma results.
+    distance: A power of two below N.
+    in_pairs: Columns 2*n and 2*n + 1 are equal, so one number is exchanged.
+  """
+  N = x.shape[1]
+  if target.is_interpreted():
+    pairs = x.reshape(TILE, -1, 2, distance)
+    return jnp.flip(pairs, axis=2).reshape(TILE, N)
+
+  @plgpu.inline_mgpu(
+    arg_types=(ROWS,),
+    return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=ROWS),
+  )
+  def exchange(ctx, x):
+    del ctx
+    registers = x.registers.copy()
+    if distance >= 8:  # tiles of 8 columns
+      registers = registers[:, np.arange(N // 8) ^ (distance // 8)]
+    else:
+      for index, pair in np.ndenumerate(registers):
+        if distance == 1:
+          parts = [utils.vector_slice(pair, slice(n, n + 1)) for n in (1, 0)]
+          registers[index] = utils.vector_concat(parts)
+        elif in_pairs:
+          one = utils.vector_slice(pair, slice(0, 1))
+          one = utils.shfl_bfly(one, distance // 2)
+          registers[index] = utils.vector_concat([one, one])
+        else:
+          registers[index] = utils.shfl_bfly(pair, distance // 2)
+    return fragmented_array.FragmentedArray(
+      _registers=registers, _layout=x.layout, _is_signed=None
+    )
+
+  return exchange(x)
+
+
+def load(ref):
+  """Loads a 16-bit ref [tokens, 64] as an array [64, tokens]."""
+  return plgpu.load(ref.transpose((1, 0)), layout=ROWS)
+
+
+def store(ref, x):
+  """Stores x [64, tokens] in a 16-bit ref [tokens, 64]."""
+  ref = ref.transpose((1, 0))
+  x = x.astype(ref.dtype)
+  if hasattr(plgpu, "store"):
+    plgpu.store(ref, x)
+  else:  # jax 0.11
+    ref[...] = x
+
+
+def load_global(ref):
+  """Loads a ref [tokens, 64] in global memory as a float32 [64, tokens]."""
+  x = plgpu.load(ref, layout=_COLUMNS, optimized=False)
+  shape = x.shape[::-1]
+  if target.is_interpreted():
+    return x.T.astype(jnp.float32)
+
+  @plgpu.inline_mgpu(
+    arg_types=(_COLUMNS,),
+    return_type=plgpu.ShapeDtypeStruct(shape, x.dtype, layout=ROWS),
+  )
+  def transpose(ctx, x):
+    del ctx
+    pairs = x.registers.reshape(-1, 2)
+    layout = fragmented_array.WGMMA_LAYOUT
+    registers = np.empty(len(pairs), object)
+    for n, pair in enumerate(pairs):
+      registers[n] = utils.vector_concat(list(pair))
+    return fragmented_array.FragmentedArray(
+      _registers=registers.reshape(layout.registers_shape(shape)),
+      _layout=layout,
+      _is_signed=None,
+    )
+
+  return transpose(x).astype(jnp.float32)
+
+
+def store_global(ref, x):
+  """Stores x [64, tokens] in a ref [tokens, 64] in global memory."""
+  shape = x.shape[::-1]
+  if target.is_interpreted():
+    ref[...] = x.T
+    return
+
+  @plgpu.inline_mgpu(
+    arg_types=(ROWS,),
+    return_type=plgpu.ShapeDtypeStruct(shape, x.dtype, layout=_COLUMNS),
+  )
+  def transpose(ctx, x):
+    del ctx
+    layout = _COLUMNS.to_mgpu()
+    registers = np.empty(2 * x.registers.size, object)
+    for n, pair in enumerate(x.registers.flat):
+      for m in range(2):
+        registers[2 * n + m] = utils.vector_slice(pair, slice(m, m + 1))
+    return fragmented_array.FragmentedArray(
+      _registers=registers.reshape(layout.registers_shape(shape)),
+      _layout=layout,
+      _is_signed=None,
+    )
+
+  blocks.store_global(ref, transpose(x))
+
+
+def dots(*sums):
+  """Computes acc + sum of a @ b for each (acc, [(a, b), ...]); see blocks.dot.
+
+  All products are under way before the first is waited for.
+  """
+  if target.is_interpreted():
+    return [blocks.dot(acc, *pairs) for acc, pairs in sums]
+
+  def accumulate(refs):
+    longest = max(len(pairs) for _, pairs in sums)
+    for n in range(longest):  # in turns: a product waits for its accumulator
+      for ref, (_, pairs) in zip(refs, sums, strict=True):
+        if n < len(pairs):
+          plgpu.wgmma(ref, *pairs[n])
+
+  return pl.run_state(accumulate)([plgpu.ACC.init(acc) for acc, _ in sums])
+
+
+def iota(width):
+  """Numbers of the columns of an array [64, width]."""
+  return plgpu.broadcasted_iota(jnp.int32, (TILE, width), 1, layout=ROWS)
+
+
+def is_second(width, half):
+  """True in columns of second halves of blocks of 2 * half columns."""
+  if target.is_interpreted():
+    return (iota(width) & half) != 0
+
+  @plgpu.inline_mgpu(
+    return_type=plgpu.ShapeDtypeStruct((TILE, width), jnp.int32, layout=ROWS)
+  )
+  def bits(ctx):
+    # iota would make a predicate of every column; these are one or none.
+    del ctx
+    i32 = ir.IntegerType.get_signless(32)
+    layout = fragmented_array.WGMMA_LAYOUT
+    registers = np.empty(layout.registers_shape((TILE, width)), object)
+    lane = arith.andi(utils.thread_idx(), utils.c(half // 2, i32))
+    for index in np.ndindex(registers.shape):
+      if half >= 8:  # tiles of 8 columns
+        pair = [utils.c(index[1] & (half // 8), i32)] * 2
+      else:
+        pair = [lane] * 2 if half > 1 else [utils.c(n, i32) for n in range(2)]
+      registers[index] = vector.from_elements(
+        ir.VectorType.get((2,), i32), pair
+      )
+    return fragmented_array.FragmentedArray(
+      _registers=registers, _layout=layout, _is_signed=True
+    )
+
+  return bits() != 0
+
+
+def opaque_zero():
+  """0, which LLVM does not know.
+
+  LLVM moves what does not change out of loops and keeps it in registers, which
+  then spill. Addresses that include this zero are computed where they are used.
+  """
+  if target.is_interpreted():
+    return jnp.int32(0)
+  scalar = plgpu.Layout.WG_STRIDED((128,), vec_size=1)  # any will do
+
+  @plgpu.inline_mgpu(
+    return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar)
+  )
+  def zero(ctx):
+    del ctx
+    i32 = ir.IntegerType.get_signless(32)
+    x = llvm.inline_asm(i32, [], "mov.b32 $0, 0;", "=r", has_side_effects=True)
+    return fragmented_array.FragmentedArray.splat(x, (), is_signed=True)
+
+  return zero()
+
+
+class Decays:
+  """Products of decays a [64, N] over blocks of tokens, level after level.
+
+  Attributes:
+    prefix: product from the start of the block of `half` tokens to each.
+    suffix: product of those after each, up to the end of its block.
+    total: product of its block, the same for all tokens of the block.
+    half: tokens of a block.
+  """
+
+  def __init__(self, a):
+    self.prefix, self.suffix, self.total = a, jnp.ones_like(a), a
+    self.half = 1
+
+  def climb(self, size):
+    """Goes up to blocks of `size` tokens."""
+    while self.half < size:
+      other = self.other()
+      second = is_second(other.shape[1], self.half)
+      self.prefix = jnp.where(second, self.prefix * other, self.prefix)
+      self.suffix = jnp.where(second, self.suffix, self.suffix * other)
+      self.total *= other
+      self.half *= 2
+    return self
+
+  def other(self):
+    """Total of the block that this block is joined with one level up."""
+    return neighbour(self.total, self.half, in_pairs=self.half > 1)

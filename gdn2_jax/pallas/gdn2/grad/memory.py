@@ -1,0 +1,107 @@
+"""Shared memory and barriers of intra_grad.py."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gdn2_jax.pallas.blocks import TILE, C
+from gdn2_jax.pallas.gdn2.grad.columns import (
+  BLOCK,
+  HALF,
+  LEVELS,
+  PART,
+  tiled,
+)
+
+# The buffer of dX has two parts [C, 32] each of its high parts, its low parts,
+# and dO.
+DO, DX_PARTS = 2, 6
+# Rows of `totals`: decays of blocks of 16 tokens, from HALVES on of 32; ones.
+HALVES, ONES = C // BLOCK, C // BLOCK + 2
+
+
+class Memory:
+  """Scratch of the kernel for one number of key channels.
+
+  Attributes:
+    types: Scratch types, in the order in which the kernel gets references.
+  """
+
+  def __init__(self, K: int, dtype: Any, *, is_projected: bool):
+    tiles = K // TILE
+    wide = tiled((C, K), dtype, PART)
+    square = tiled((C, C), dtype, PART)
+    state = tiled((2 * K, PART), dtype, PART)
+    values = tiled((2 * C, PART), dtype, PART)
+    half = tiled((2 * K, HALF), dtype, BLOCK)
+    named = {
+      "q": wide,
+      "k": wide,
+      "b": wide,
+      "kinds": plgpu.SMEM((C,), jnp.int32),
+      "a": tiled((K, C), jnp.float32, BLOCK),
+      "totals": plgpu.SMEM((ONES + 1, K), jnp.float32),
+      "sums": plgpu.SMEM((2, K), jnp.float32),
+      "dgamma_C": plgpu.SMEM((2, K), jnp.float32),
+      "diagonal": plgpu.SMEM((2, C), jnp.float32),  # of dAqk
+      "keys_loaded": plgpu.Barrier(num_arrivals=4 + is_projected),
+      "A_loaded": plgpu.Barrier(num_arrivals=2),
+      "values_loaded": plgpu.Barrier(num_arrivals=10),
+      "met": plgpu.Barrier(num_arrivals=2 * tiles),
+    }
+    if is_projected:
+      named["rates"] = plgpu.SMEM((2, K), jnp.float32)
+      named["drates"] = plgpu.SMEM((4, K), jnp.float32)  # two of each half
+      for name in ("squares", "products"):  # of q and k, by tile of channels
+        named[name] = plgpu.SMEM((2 * tiles, C), jnp.float32)
+    # For the sums over values, and what takes its place afterwards.
+    unions = [
+      (
+        {
+          "S": state,
+          "dS": state,
+          "v": values,
+          "w": values,
+          "R": tiled((4 * C, PART), dtype, PART),  # high, low parts
+        },
+        {
+          # Blocks on the diagonal of the scores, masked for each level.
+          "diagonals": tiled((len(LEVELS) * 4 * 2 * C, BLOCK), dtype, BLOCK),
+        },
+      ),
+      (
+        {
+          "E_neg": wide,
+          "Kd": wide,
+          "A": square,
+          "Aqk": square,
+          "dX": tiled((DX_PARTS * C, PART), dtype, PART),
+        },
+        {
+          # d(-T) and dAqk below the diagonal, high and low parts.
+          "scores": tiled((4 * C, C), dtype, BLOCK),
+          "X": half,
+          "Q": half,
+        },
+        # Four arrays [64, 16] of each warpgroup.
+        {"saved": tiled((4 * 2 * K, BLOCK), jnp.float32, BLOCK)},
+      ),
+    ]
+    self._names, self._unions = tuple(named), unions
+    self.types = [
+      *named.values(),
+      *(
+        plgpu.RefUnion(*(list(group.values()) for group in union))
+        for union in unions
+      ),
+    ]
+
+  def unpack(self, refs: Any) -> dict[str, Any]:
+    """References by name."""
+    count = len(self._names)
+    s = dict(zip(self._names, refs[:count], strict=True))
+    for union, parts in zip(self._unions, refs[count:], strict=True):
+      for group, members in zip(union, parts, strict=True):
+        s |= zip(group, members, strict=True)
+    return s
