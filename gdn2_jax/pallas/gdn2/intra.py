@@ -140,6 +140,8 @@ def _scratch(K, dtype, *, with_T, with_rates):
     scratch["is_scaled"] = plgpu.SMEM((C,), jnp.int32)
   if with_T:
     scratch |= inverse.scratch(narrow)
+  else:
+    scratch["parts"] = tiled((2 * C, C), f32, 32)
   return scratch
 
 
@@ -155,6 +157,8 @@ def _body(inputs_gm, rates_gm, known_A_gm, outputs, s, scale, erase):
   @pl.when(wg == 0)
   def _():
     inputs.fetch(inputs_gm, rates_gm, s, here)
+    if not with_T:
+      plgpu.copy_gmem_to_smem(known_A_gm.at[here], s["A"], s["A_loaded"])
 
   plgpu.barrier_wait(s["loaded"])
   if rates_gm is not None:
@@ -164,16 +168,15 @@ def _body(inputs_gm, rates_gm, known_A_gm, outputs, s, scale, erase):
     if "undo" in s:
       plgpu.commit_smem()  # other threads read what `mask` wrote
       inputs.scale_to_float16(s, wg)
-  rows = Rows(s, wg)
+  rows = Rows(s, wg, with_T=with_T)
+  part = scores.part_of(wg, with_T=with_T)
 
   # 2. Levels. While tensor cores multiply a level, the rows go up to the next.
-  matrix, columns = wg >> 1, (wg & 1) * scores.COLUMNS
   entries = None
   rows.store_level(0)
   for n in range(scores.LAST):
-    pair = scores.operands(
-      s["XQ"][n % 2], matrix, columns, scores.opaque_zero(s["kinds"])
-    )
+    zero = scores.opaque_zero(s["kinds"])
+    pair = scores.operands(s["XQ"][n % 2], part, zero)
     # All have stored level n, and all have read level n - 1, in the buffer that
     # level n + 1 goes to.
     blocks.meet(s["met"], WARPGROUPS)
@@ -185,9 +188,8 @@ def _body(inputs_gm, rates_gm, known_A_gm, outputs, s, scale, erase):
 
     new, rows.values = scores.product(*pair, next_level)
     entries = scores.select(n, new, entries, wg)
-  pair = scores.operands(
-    s["XQ"][scores.LAST % 2], matrix, columns, scores.opaque_zero(s["kinds"])
-  )
+  zero = scores.opaque_zero(s["kinds"])
+  pair = scores.operands(s["XQ"][scores.LAST % 2], part, zero)
   blocks.meet(s["met"], WARPGROUPS)  # as in the loop
   values = rows.values
 
@@ -198,18 +200,18 @@ def _body(inputs_gm, rates_gm, known_A_gm, outputs, s, scale, erase):
     if "undo" in s:
       pl.when(inputs.is_scaled(s, wg))(rows.undo_scaling)
 
-  @pl.when(columns == 0)
+  @pl.when(part.columns == 0)
   def _():
     new, _ = scores.product(*pair, results)
     last = scores.select(scores.LAST, new, entries, wg)
-    scores.store(s, matrix, columns, scores.join(last), scale)
+    scores.store(s, part, scores.join(last), scale)
 
-  @pl.when(columns != 0)
+  @pl.when(part.columns != 0)
   def _():
     results()
-    scores.store(s, matrix, columns, scores.join(entries), scale)
+    scores.store(s, part, scores.join(entries), scale)
 
-  # 3. The inverse. T, Aqk, E, Qg, Kd and the sums of g are there.
+  # 3. The inverse. T, Aqk or its parts, E, Qg, Kd and the sums of g are there.
   blocks.meet(s["met"], WARPGROUPS)
   Y_gm, Qg_gm, Kd_gm, Aqk_gm, gamma_gm, *A_gm = outputs
   # Not a condition that the compiler has kept since the start.
@@ -222,7 +224,6 @@ def _body(inputs_gm, rates_gm, known_A_gm, outputs, s, scale, erase):
       plgpu.commit_smem()  # the TMA store reads A
       plgpu.copy_smem_to_gmem(s["A"], A_gm[0].at[here])
     else:
-      plgpu.copy_gmem_to_smem(known_A_gm.at[here], s["A"], s["A_loaded"])
       plgpu.barrier_wait(s["A_loaded"])  # for the others: `meet` below
 
   @pl.when(role == 1)
@@ -236,10 +237,20 @@ def _body(inputs_gm, rates_gm, known_A_gm, outputs, s, scale, erase):
   def _():
     plgpu.copy_smem_to_gmem(s["q"], Qg_gm.at[here])
     plgpu.copy_smem_to_gmem(s["k"], Kd_gm.at[here])
-    plgpu.copy_smem_to_gmem(s["Aqk"], Aqk_gm.at[here])
+    if with_T:
+      plgpu.copy_smem_to_gmem(s["Aqk"], Aqk_gm.at[here])
+
+  if not with_T:
+    pl.when(part.index == 0)(lambda: scores.add_parts(s, part, scale))
 
   # 4. Y, a quarter of the channels each. A is there, and T is not needed.
   blocks.meet(s["met"], WARPGROUPS)
+  if not with_T:
+
+    @pl.when(role == 3)
+    def _():
+      plgpu.copy_smem_to_gmem(s["Aqk"], Aqk_gm.at[here])
+
   part = s["Y"].at[wg]
   width = part.shape[-1]
   channels = pl.ds(wg * width, width)

@@ -98,9 +98,11 @@ def test_padding_and_restarts(rng):
   for x in inputs[:4]:
     x[inputs[4] == 0] = 0.0
   assert_contract(results[0], inputs)
-  # All else is the same to the bit with A given.
-  A = results[0]["A"][None, None, None]
-  assert_same(results[0], run(inputs, A), names=NAMES[:5])
+  # With A given, halves of the channels of Aqk are added in float32; all else
+  # is the same to the bit.
+  given = run(inputs, results[0]["A"][None, None, None])
+  assert_same(results[0], given, names=("Y_neg", "Qg", "Kd", "A"))
+  assert_contract(given, inputs)
 
 
 @pytest.mark.parametrize("p", [1, 15, 16, 23, 32, 37, 48, 63])

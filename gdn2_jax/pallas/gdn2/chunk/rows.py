@@ -164,9 +164,9 @@ class Rows:
   free: there Q has q_s, and the product has q_s . k_s, the diagonal of Aqk.
   """
 
-  def __init__(self, s: Any, wg: Any):
-    """Loads the rows; s are buffers by name."""
-    self.s, self.wg, self.first = s, wg, wg * R
+  def __init__(self, s: Any, wg: Any, *, with_T: bool):
+    """Loads the rows; s are buffers by name. Without T, X only has k*S."""
+    self.s, self.wg, self.first, self.with_T = s, wg, wg * R, with_T
     g = list(self._load("g", range(R)).values())
     decays = [jnp.exp(x) for x in g]
     # gamma_C is exp of a sum: the state passes through many chunks.
@@ -234,6 +234,7 @@ class Rows:
       last = self._load("q", range(half - 1, R, 2 * half))  # of first halves
       # Where Q is not read it gets what is at hand.
       Q = [last[r] if r in last else q[r | half] for r in range(R)]
+      # Without T the columns of X with e*P are not read either.
       self._store(n, "X", [e[r] if second[r] else k[r] for r in range(R)])
       self._store(n, "Q", Q)
       return
@@ -246,7 +247,8 @@ class Rows:
 
     @pl.when(is_second)
     def _():
-      self._store(n, "X", times(e, for_e))
+      if self.with_T:
+        self._store(n, "X", times(e, for_e))
       self._store(n, "Q", times(q, for_e))
 
     @pl.when(jnp.logical_not(is_second))

@@ -1,11 +1,12 @@
 """T and Aqk from the levels' products: which entry comes from which level.
 
-Four warpgroups compute [C, 32] each: -T or Aqk, columns 0 to 31 or 32 to 63.
-Every level's product overwrites entries of the levels before it, in a way that
-in the end each entry is that of its own level. Legend: rows.py.
+Four warpgroups compute [C, 32] each, columns 0 to 31 or 32 to 63, of -T or of
+Aqk. With A given -T is not needed, and each has half the channels of Aqk. Every
+level's product overwrites entries of the levels before it, in a way that in the
+end each entry is that of its own level. Legend: rows.py.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -27,7 +28,26 @@ def opaque_zero(kinds: Any) -> Any:
   return lax.shift_right_logical(kinds[0], jnp.int32(8))
 
 
-def operands(XQ: Any, matrix: Any, columns: Any, zero: Any) -> Any:
+class Part(NamedTuple):
+  """What a warpgroup computes.
+
+  Attributes:
+    index: with T, 0 for -T and 1 for Aqk; without, half of the channels of Aqk.
+    columns: first of its 32 columns.
+    with_T: True if T is computed.
+  """
+
+  index: Any
+  columns: Any
+  with_T: bool
+
+
+def part_of(wg: Any, *, with_T: bool) -> Part:
+  """The part of a warpgroup."""
+  return Part(wg >> 1, (wg & 1) * COLUMNS, with_T)
+
+
+def operands(XQ: Any, part: Part, zero: Any) -> Any:
   """Operands of a level: X^T or Q^T, and columns of X; X above Q in XQ.
 
   LLVM keeps descriptors of a level for the next one in the same buffer, in 64
@@ -35,9 +55,13 @@ def operands(XQ: Any, matrix: Any, columns: Any, zero: Any) -> Any:
   descriptors take up to 300 cycles.
   """
   K = XQ.shape[0] // 2
-  a = XQ.at[pl.ds((matrix + zero) * K, K)]
-  b = XQ.at[pl.ds(zero * K, K), pl.ds(columns, COLUMNS)]
-  return a.transpose((1, 0)), b
+  columns = pl.ds(part.columns, COLUMNS)
+  index = part.index + zero
+  if part.with_T:
+    a, b = pl.ds(index * K, K), pl.ds(zero * K, K)
+  else:
+    a, b = pl.ds(K + index * (K // 2), K // 2), pl.ds(index * (K // 2), K // 2)
+  return XQ.at[a].transpose((1, 0)), XQ.at[b, columns]
 
 
 def product(a: Any, b: Any, meanwhile: Any) -> tuple[Any, Any]:
@@ -99,34 +123,59 @@ def _is_taken(n, tile):
   return ((row_tile ^ tile) >= half) | (diagonal & (row_tile + last < C))
 
 
-def store(s: Any, matrix: Any, columns: Any, scores: Any, scale: float) -> None:
-  """Stores 32 columns of -T or scale * Aqk, with zeros above the diagonal."""
-  shape = C, COLUMNS
-  r, c = (
-    plgpu.broadcasted_iota(jnp.int32, shape, n, layout=blocks.ROWS)
-    for n in (0, 1)
-  )
-  c += columns
-  here = pl.ds(columns, COLUMNS)
+def store(s: Any, part: Part, scores: Any, scale: float) -> None:
+  """Stores 32 columns of -T or scale * Aqk, with zeros above the diagonal.
 
-  def unscaled(x, n):
-    if "undo" not in s:
-      return x
-    row, column = s["undo"].at[n], s["undo"].at[2, here]
-    row = plgpu.load(row, layout=blocks.ROWS.reduce(1), optimized=False)
-    column = plgpu.load(column, layout=blocks.ROWS.reduce(0), optimized=False)
-    return x * blocks.of_rows(row, shape) * blocks.of_columns(column, shape)
+  With A given it stores the sum over half the channels in s["parts"], of which
+  `add_parts` makes Aqk.
+  """
+  here = pl.ds(part.columns, COLUMNS)
+  if not part.with_T:
+    s["parts"].at[pl.ds(part.index * C, C), here][...] = scores
+    return
+  r, c = _rows_and_columns(part)
 
-  @pl.when(matrix == 0)
+  @pl.when(part.index == 0)
   def _():
-    x = jnp.where(r > c, unscaled(scores, 0), 0.0)
+    x = jnp.where(r > c, _unscaled(s, part, scores, 0), 0.0)
     s["T"].at[:, here][...] = x
 
-  @pl.when(matrix == 1)
+  @pl.when(part.index == 1)
   def _():
-    x = jnp.where((r & c) == C - 1, s["last_Aqk"][0, 0], scores)
-    x = jnp.where(r >= c, unscaled(x * scale, 1), 0.0)
-    s["Aqk"].at[:, here][...] = x.astype(s["Aqk"].dtype)
+    _store_Aqk(s, part, scores, scale)
+
+
+def add_parts(s: Any, part: Part, scale: float) -> None:
+  """Stores 32 columns of scale * Aqk, in the warpgroups with part.index 0."""
+  here = pl.ds(part.columns, COLUMNS)
+  one, two = (blocks.load(s["parts"].at[pl.ds(n * C, C), here]) for n in (0, 1))
+  _store_Aqk(s, part, one + two, scale)
+
+
+def _store_Aqk(s, part, scores, scale):
+  r, c = _rows_and_columns(part)
+  x = jnp.where((r & c) == C - 1, s["last_Aqk"][0, 0], scores)
+  x = jnp.where(r >= c, _unscaled(s, part, x * scale, 1), 0.0)
+  here = pl.ds(part.columns, COLUMNS)
+  s["Aqk"].at[:, here][...] = x.astype(s["Aqk"].dtype)
+
+
+def _rows_and_columns(part):
+  r, c = (
+    plgpu.broadcasted_iota(jnp.int32, (C, COLUMNS), n, layout=blocks.ROWS)
+    for n in (0, 1)
+  )
+  return r, c + part.columns
+
+
+def _unscaled(s, part, x, n):
+  """Without the factors on rows n (0: e, 1: q) and on columns k."""
+  if "undo" not in s:
+    return x
+  row, column = s["undo"].at[n], s["undo"].at[2, pl.ds(part.columns, COLUMNS)]
+  row = plgpu.load(row, layout=blocks.ROWS.reduce(1), optimized=False)
+  column = plgpu.load(column, layout=blocks.ROWS.reduce(0), optimized=False)
+  return x * blocks.of_rows(row, x.shape) * blocks.of_columns(column, x.shape)
 
 
 def join(tiles: list[Any]) -> Any:
