@@ -31,7 +31,7 @@ from gdn2_jax.pallas.blocks import ROWS, TILE, C
 from gdn2_jax.pallas.gdn2.grad import columns, gates
 from gdn2_jax.pallas.gdn2.grad.columns import BLOCK, HALF, PART
 from gdn2_jax.pallas.gdn2.grad.levels import Levels
-from gdn2_jax.pallas.gdn2.grad.memory import DO, HALVES, ONES, Memory
+from gdn2_jax.pallas.gdn2.grad.memory import DO, HALVES, Memory
 from gdn2_jax.pallas.gdn2.grad.values import over_values
 
 
@@ -125,14 +125,19 @@ class _Chunk:
     self.tile, self.half = self.wg >> 1, self.wg & 1
     self.first = self.wg == 0
     self.last = self.wg == 2 * self.tiles - 1
-    self.tokens = (self.row, pl.ds(self.c * C, C))
 
   def recomputed(self):
     """The same, whose addresses LLVM does not share; see opaque_zero."""
     other, zero = copy.copy(self), columns.opaque_zero()
     other.wg = self.wg + zero
     other.tile, other.half = other.wg >> 1, other.wg & 1
+    other.c = self.c + zero
     return other
+
+  @property
+  def tokens(self):
+    """Index of the chunk's tokens in global memory."""
+    return (self.row, pl.ds(self.c * C, C))
 
   @property
   def channels(self):
@@ -155,6 +160,13 @@ class _Chunk:
   def load_vector(self, name, n, width=HALF):
     """Row n of a buffer of vectors as an array [channels, width]."""
     x = plgpu.load(self.vector(name, n), layout=ROWS.reduce(1))
+    return blocks.of_rows(x, (TILE, width))
+
+  def total_if(self, flag, row, width=HALF):
+    """Row of `totals` as an array [channels, width], or ones."""
+    x = plgpu.load(self.vector("totals", row), layout=ROWS.reduce(1))
+    n = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=ROWS.reduce(1))
+    x = jnp.where(n < jnp.where(flag, TILE, 0), x, 1.0)
     return blocks.of_rows(x, (TILE, width))
 
   def kinds(self, block=None):
@@ -180,8 +192,6 @@ class _Chunk:
   def run(self):
     self.load_keys()
     levels = Levels(self, *over_values(self))
-    if self.is_projected:
-      gates.begin(self)
     levels.run()
     if self.is_projected:
       gates.finish(self)
@@ -233,19 +243,13 @@ class _Chunk:
     self.vector("totals", HALVES + self.half)[...] = totals[0] * totals[1]
     decays.climb(HALF)
 
-    @pl.when(self.half == 0)
-    def _():
-      ones = jnp.ones((TILE,), jnp.float32)
-      ones = plgpu.layout_cast(ones, ROWS.reduce(1))
-      self.vector("totals", ONES)[...] = ones
-
     self.meet()
-    before = jnp.where(self.half == 1, HALVES, ONES)
-    after = jnp.where(self.half == 1, ONES, HALVES + 1)
     E_neg = -(self.load("b") * self.load("k"))
-    E_neg *= decays.prefix * self.load_vector("totals", before)
+    E_neg *= decays.prefix * self.total_if(self.half == 1, HALVES)
     columns.store(self.key("E_neg"), E_neg)
-    Kd = self.load("k") * decays.suffix * self.load_vector("totals", after)
+    Kd = (
+      self.load("k") * decays.suffix * self.total_if(self.half == 0, HALVES + 1)
+    )
     columns.store(self.key("Kd"), Kd)
     self.meet()
 

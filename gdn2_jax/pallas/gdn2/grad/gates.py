@@ -23,6 +23,7 @@ def log_decay(chunk, f):
 
 def take_inputs(chunk):
   """Replaces q, k and b by what the norms and the gate make of them."""
+  chunk = chunk.recomputed()
 
   def load(name):
     x = chunk.at_tokens(columns.load(chunk.key(name)))
@@ -111,12 +112,14 @@ def finish(chunk):
   With y = x*r: dx = r*(dy - y (y . dy)). The difference cancels where dy is
   parallel to y, so a y that was rounded to 16 bits is not accurate enough.
   """
+  chunk = chunk.recomputed()
   dq, high, low = _saved(chunk)
   dq = plgpu.layout_cast(blocks.load(dq), ROWS)
   high, low = (columns.load(x).astype(jnp.float32) for x in (high, low))
   gradients = dq, high + low
   products = [chunk.load_raw(n) * dy for n, dy in enumerate(gradients)]
   _sum_over_channels(chunk, "products", products)
+  chunk = chunk.recomputed()
   for n, (name, dy) in enumerate(zip("qk", gradients, strict=True)):
     norm = lax.rsqrt(_load_sum(chunk, "squares", n) + projected.EPS)
     x = chunk.load_raw(n) * _load_sum(chunk, "products", n)

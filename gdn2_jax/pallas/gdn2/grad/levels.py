@@ -28,9 +28,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gdn2_jax.pallas import blocks
 from gdn2_jax.pallas.blocks import ROWS, TILE, C
-from gdn2_jax.pallas.gdn2.grad import columns
+from gdn2_jax.pallas.gdn2.grad import columns, gates
 from gdn2_jax.pallas.gdn2.grad.columns import BLOCK, HALF, LEVELS
-from gdn2_jax.pallas.gdn2.grad.memory import HALVES, ONES
+from gdn2_jax.pallas.gdn2.grad.memory import HALVES
 from gdn2_jax.pallas.gdn2.grad.products import Operand, dots
 from gdn2_jax.pallas.gdn2.grad.values import column_halves
 
@@ -53,6 +53,8 @@ class Levels:
     states = self._of_halves(*self._of_chunk(*self.sums))
     # Of blocks of 16 and below: one after the other, to save registers.
     self.chunk.meet()  # the memory is that of scores, X and Q
+    if self.chunk.is_projected:
+      gates.begin(self.chunk)
     for n, x in enumerate(states[1]):
       self._saved(n)[...] = x
 
@@ -157,8 +159,7 @@ class Levels:
       kept[n] = decays.prefix if n else decays.suffix
       D = jnp.where(second, decays.prefix, decays.suffix)
       # Over the other 16 tokens, if they are on the way to the middle.
-      row = jnp.where(half == n, 2 * half + 1 - n, ONES)
-      D *= chunk.load_vector("totals", row, BLOCK)
+      D *= chunk.total_if(half == n, 2 * half + 1 - n, BLOCK)
       e, q, k = self._keys(n)
       X, Q = D * jnp.where(second, e, k), D * q
       to_second = X * de[:, block] + Q * dq[:, block]
@@ -170,11 +171,9 @@ class Levels:
     o = chunk.load_vector("totals", HALVES + other, BLOCK)
     chunk.vector("sums", half)[...] = (o * flow).sum(axis=1)
     # The decay of the other half, for the rows on the far side of it.
-    row = jnp.where(half == 1, HALVES, ONES)
-    o = chunk.load_vector("totals", row)
+    o = chunk.total_if(half == 1, HALVES)
     de, dq = de * o, dq * o
-    row = jnp.where(half == 1, ONES, HALVES + 1)
-    dk = dk * chunk.load_vector("totals", row)
+    dk = dk * chunk.total_if(half == 0, HALVES + 1)
     chunk.meet()
     # Of the whole chunk: gamma_C; a part for each of 16 columns.
     flow = chunk.load_vector("totals", HALVES, BLOCK)

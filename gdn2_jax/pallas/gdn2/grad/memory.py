@@ -17,8 +17,8 @@ from gdn2_jax.pallas.gdn2.grad.columns import (
 # The buffer of dX has two parts [C, 32] each of its high parts, its low parts,
 # and dO.
 DO, DX_PARTS = 2, 6
-# Rows of `totals`: decays of blocks of 16 tokens, from HALVES on of 32; ones.
-HALVES, ONES = C // BLOCK, C // BLOCK + 2
+# Rows of `totals`: decays of blocks of 16 tokens, from HALVES on of 32.
+HALVES, TOTALS = C // BLOCK, C // BLOCK + 2
 
 
 class Memory:
@@ -41,8 +41,7 @@ class Memory:
       "b": wide,
       "kinds": plgpu.SMEM((C,), jnp.int32),
       "a": tiled((K, C), jnp.float32, BLOCK),
-      "totals": plgpu.SMEM((ONES + 1, K), jnp.float32),
-      "sums": plgpu.SMEM((2, K), jnp.float32),
+      "totals": plgpu.SMEM((TOTALS, K), jnp.float32),
       "dgamma_C": plgpu.SMEM((2, K), jnp.float32),
       "diagonal": plgpu.SMEM((2, C), jnp.float32),  # of dAqk
       "keys_loaded": plgpu.Barrier(num_arrivals=4 + is_projected),
@@ -50,11 +49,15 @@ class Memory:
       "values_loaded": plgpu.Barrier(num_arrivals=10),
       "met": plgpu.Barrier(num_arrivals=2 * tiles),
     }
+    # Four arrays [64, 16] of each warpgroup.
+    saved = {"saved": tiled((4 * 2 * K, BLOCK), jnp.float32, BLOCK)}
     if is_projected:
       named["rates"] = plgpu.SMEM((2, K), jnp.float32)
-      named["drates"] = plgpu.SMEM((4, K), jnp.float32)  # two of each half
-      for name in ("squares", "products"):  # of q and k, by tile of channels
-        named[name] = plgpu.SMEM((2 * tiles, C), jnp.float32)
+      # Of q and k, by tile of channels.
+      sums = plgpu.SMEM((2 * tiles, C), jnp.float32)
+      named["squares"] = sums
+      saved["products"] = sums
+      saved["drates"] = plgpu.SMEM((4, K), jnp.float32)  # two of each half
     # For the sums over values, and what takes its place afterwards.
     unions = [
       (
@@ -83,9 +86,9 @@ class Memory:
           "scores": tiled((4 * C, C), dtype, BLOCK),
           "X": half,
           "Q": half,
+          "sums": plgpu.SMEM((2, K), jnp.float32),
         },
-        # Four arrays [64, 16] of each warpgroup.
-        {"saved": tiled((4 * 2 * K, BLOCK), jnp.float32, BLOCK)},
+        saved,
       ),
     ]
     self._names, self._unions = tuple(named), unions
