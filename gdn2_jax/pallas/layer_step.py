@@ -1,0 +1,369 @@
+r"""Kernel for one token of a whole GDN-2 layer between its linear maps.
+
+From the outputs x_q, x_k, x_v, f, b, w and z of the linear maps, with the
+convolution's last inputs and the state S of the cache (section 3.5, Eq. 10):
+
+  q, k, v = silu(conv(x_q)), silu(conv(x_k)), silu(conv(x_v))
+  q, k    = scale q / sqrt(sum q^2 + eps_l2), k / sqrt(sum k^2 + eps_l2)
+  alpha   = exp(-exp(A_log) softplus(f + dt_bias))
+  u       = sigmoid(w) v - S^T (alpha erase_scale sigmoid(b) k)
+  o       = S^T (alpha q) + (q.k) u
+  S'      = alpha S + k u^T
+  y       = o / sqrt(mean o^2 + eps) weight act(z + bias)
+
+All of it is float32; only y is rounded. Without it a layer has ten launches
+more, each of which takes longer than its work if there are few rows.
+
+A block of four warps has one head of one row. It starts to load S into shared
+memory, computes everything else meanwhile with one channel to a thread, and
+then reads S twice. Nothing of a head is read or written by another block, so
+the cache is updated in place.
+
+Legend: N layers, B rows, H heads, K key channels, V value channels, W taps of
+the convolutions; R rows of S that a thread holds columns of at a time.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax._src.pallas import mpmd
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from gdn2_jax.kernels import target
+from gdn2_jax.pallas import blocks
+from gdn2_jax.pallas.gdn2.step import like, state_layout
+from gdn2_jax.pallas.partition import over_batch_and_heads
+from gdn2_jax.pallas.projected import EPS, sigmoid, softplus
+
+CHANNELS = (64, 128)  # K and V: one channel to a thread; S fits shared memory
+TAPS = (2, 3, 4)
+_DTYPES = ("bfloat16", "float16", "float32")
+_MAX_ROWS = 65535  # limit of the second axis of a grid
+_WARPS, _LANES = 4, 32
+_ROWS = 16  # R
+# Vectors of K and of V channels in shared memory.
+_ALPHA, _KEY, _ERASE, _QUERY = range(4)
+_WRITE, _GATE = range(2)
+
+
+class LayerStep(NamedTuple):
+  """Operands of a layer's step for one token.
+
+  Attributes:
+    x_q: Before the convolution [B, H, K], bfloat16, float16 or float32, as are
+      the six arrays that follow.
+    x_k: [B, H, K].
+    x_v: [B, H, V].
+    f: Before softplus [B, H, K].
+    b: Before the sigmoid [B, H, K].
+    w: Before the sigmoid [B, H, V].
+    gate: z, the output gate before bias and activation [B, H, V].
+    taps_q: Kernel of the convolution [W, H, K], in the dtype of x_q.
+    taps_k: [W, H, K].
+    taps_v: [W, H, V].
+    a_log: [H], float32.
+    dt_bias: [H, K], float32.
+    bias: Of the output gate [H, V], any floating dtype.
+    weight: Of the output norm [V], any floating dtype.
+    tails_q: Last inputs of the convolution in N layers, oldest first
+      [N, B, W-1, H, K], in the dtype of x_q.
+    tails_k: [N, B, W-1, H, K].
+    tails_v: [N, B, W-1, H, V].
+    states: S of N layers [N, B, H, K, V], float32.
+    layer: Index of the layer, int32.
+  """
+
+  x_q: Any
+  x_k: Any
+  x_v: Any
+  f: Any
+  b: Any
+  w: Any
+  gate: Any
+  taps_q: Any
+  taps_k: Any
+  taps_v: Any
+  a_log: Any
+  dt_bias: Any
+  bias: Any
+  weight: Any
+  tails_q: Any
+  tails_k: Any
+  tails_v: Any
+  states: Any
+  layer: Any
+
+
+# Axes of batch and heads, and position of the cache: results 1 to 4 in place.
+_LAYOUTS = LayerStep(
+  *7 * ("bh",),
+  *3 * (".h",),
+  *3 * ("h",),
+  "",
+  *3 * (".b.h",),
+  ".bh",
+  "",
+)
+_CACHE = ("tails_q", "tails_k", "tails_v", "states")
+_IN_PLACE = {LayerStep._fields.index(n): i + 1 for i, n in enumerate(_CACHE)}
+
+
+class _Options(NamedTuple):
+  scale: float
+  erase_scale: float
+  activation: str
+  eps: float
+
+
+def layer_step_unsupported_reason(
+  x_q: Any, x_v: Any, taps: int, *dtypes: Any
+) -> str | None:
+  """Reason that the kernel cannot run a call, or None.
+
+  `dtypes` are those of the linear maps' outputs and the convolutions' inputs.
+  """
+  (B, H, K), (HV, V) = x_q.shape, x_v.shape[1:]
+  if HV != H:
+    return f"{HV} value heads of {H} key heads; the kernel takes as many"
+  for name, size in (("K", K), ("V", V)):
+    if size not in CHANNELS:
+      return f"{name} = {size}, expected one of {CHANNELS}"
+  if taps not in TAPS:
+    return f"W = {taps}, expected one of {TAPS}"
+  names = sorted({jnp.dtype(dtype).name for dtype in dtypes})
+  if len(names) != 1 or names[0] not in _DTYPES:
+    return f"dtypes {', '.join(names)}, expected one of {', '.join(_DTYPES)}"
+  if B > _MAX_ROWS:
+    return f"{B} rows; the kernel takes {_MAX_ROWS}"
+  return None
+
+
+def gdn2_layer_step_mosaic_gpu(
+  operands: LayerStep,
+  *,
+  scale: float,
+  erase_scale: float,
+  activation: str,
+  eps: float,
+) -> tuple[Float[Array, "B H V"], Any, Any, Any, Float[Array, "N B H K V"]]:
+  """Output y, and the cache's arrays with one layer updated in place.
+
+  Split over devices and under vmap; not differentiable. `eps` is that of the
+  output norm, `activation` of its gate: "silu" or "sigmoid". The call must be
+  one that `layer_step_unsupported_reason` has no reason against.
+  """
+  run = over_batch_and_heads(
+    layer_step,
+    tuple(_LAYOUTS),
+    ("bh", *(getattr(_LAYOUTS, n) for n in _CACHE)),
+    options=_Options(float(scale), float(erase_scale), activation, float(eps)),
+  )
+  layer = jnp.asarray(operands.layer, jnp.int32)
+  return run(*operands._replace(layer=layer))
+
+
+def layer_step(*operands: Any, options: _Options) -> tuple[Any, ...]:
+  """The kernel's call on the rows and heads of one device."""
+  p = LayerStep(*operands)
+  return _call(options, target.current(), p._replace(layer=p.layer[None]))
+
+
+# The target is an argument so that jit's cache has an entry per target.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _call(options, target_name, p):
+  assert target_name == target.current()
+  (B, H, K), V = p.x_q.shape, p.x_v.shape[-1]
+
+  def body(*refs):
+    # Positions, because mpmd_map cannot declare scratch memory.
+    pl.run_scoped(
+      functools.partial(_body, *refs, options=options),
+      plgpu.SMEM((K, V), jnp.float32),
+      plgpu.SMEM((4, K), jnp.float32),
+      plgpu.SMEM((2, V), jnp.float32),
+      plgpu.Barrier(num_arrivals=1),
+    )
+
+  # Not plgpu.kernel: see step.py.
+  kernel = mpmd._mpmd_map(
+    [(plgpu.Mesh(grid=(B, H), grid_names=("row", "head")), body)],
+    out_types=[like(p.x_v), *(like(getattr(p, name)) for name in _CACHE)],
+    input_output_aliases=_IN_PLACE,
+    # An exact exp, as in step.py.
+    compiler_params=plgpu.CompilerParams(approx_math=False),
+    interpret=target.interpret_params(),
+    name="gdn2_layer_step",
+  )
+  return tuple(kernel(*p))
+
+
+def _body(*refs, options):
+  p = LayerStep(*refs[: len(LayerStep._fields)])
+  y, tails_q, tails_k, tails_v, states = refs[len(p) : len(p) + 5]
+  S, of_keys, of_values, loaded = refs[len(p) + 5 :]
+  row, head = lax.axis_index("row"), lax.axis_index("head")
+  here, layer = (row, head), p.layer[0]
+  plgpu.copy_gmem_to_smem(p.states.at[(layer, *here)], S, loaded)
+
+  conv = functools.partial(_conv_silu, layer=layer, row=row, head=head)
+  q, tail_q = conv(p.x_q, p.taps_q, p.tails_q)
+  k, tail_k = conv(p.x_k, p.taps_k, p.tails_k)
+  v, tail_v = conv(p.x_v, p.taps_v, p.tails_v)
+  q = q * (lax.rsqrt(jnp.sum(q * q) + EPS) * options.scale)
+  k = k * lax.rsqrt(jnp.sum(k * k) + EPS)
+  q_k = jnp.sum(q * k)
+  rate = -jnp.exp(lax.broadcast_in_dim(p.a_log[head], q.shape, ()))
+  dt = softplus(_load(p.f.at[here]) + _load(p.dt_bias.at[head]))
+  alpha = jnp.exp(rate * dt)
+  erase = options.erase_scale * sigmoid(_load(p.b.at[here])) * k
+  for n, x in (
+    (_ALPHA, alpha),
+    (_KEY, k),
+    (_ERASE, alpha * erase),
+    (_QUERY, alpha * q),
+  ):
+    blocks.store_global(of_keys.at[n], x)
+  z = _load(p.gate.at[here]) + _load(p.bias.at[head])
+  act = sigmoid(z) if options.activation == "sigmoid" else z * sigmoid(z)
+  write = sigmoid(_load(p.w.at[here])) * v
+  blocks.store_global(of_values.at[_WRITE], write)
+  blocks.store_global(of_values.at[_GATE], _load(p.weight) * act)
+
+  plgpu.barrier_wait(loaded)
+  u, o = _recall(S, of_keys, of_values)
+  o = o + q_k * u
+  _store_state(S, of_keys, u, states.at[(layer, *here)])
+  # After the barrier that the loads above wait for: with 64 channels two
+  # threads hold one, and both have read it by now.
+  for ref, tail in ((tails_q, tail_q), (tails_k, tail_k), (tails_v, tail_v)):
+    for i, x in enumerate(tail):
+      blocks.store_global(ref.at[layer, row, i, head], x)
+  mean = jnp.sum(o * o) * (1.0 / o.shape[0])
+  gate = _load(of_values.at[_GATE], _columns(S))
+  o = o * lax.rsqrt(mean + options.eps) * gate
+  blocks.store_global(y.at[here], o.astype(y.dtype))
+
+
+def _conv_silu(x, taps, tails, *, layer, row, head):
+  """silu(conv) of a head, and the new tail: W-1 vectors as they are stored."""
+  W = taps.shape[0]
+  inputs = [_read(tails.at[layer, row, i, head]) for i in range(W - 1)]
+  inputs.append(_read(x.at[row, head]))
+  z = sum(
+    _load(taps.at[i, head]) * a.astype(jnp.float32)
+    for i, a in enumerate(inputs)
+  )
+  return z * sigmoid(z), inputs[1:]
+
+
+def _recall(S, of_keys, of_values):
+  """u, and S^T (alpha q), both [V] in the layout of columns of S."""
+  V = S.shape[1]
+  erased = recalled = jnp.zeros((_ROWS, V), jnp.float32)
+  for rows, S_RV in _tiles(S):
+    erased = erased + S_RV * _along_rows(of_keys, _ERASE, rows, V)
+    recalled = recalled + S_RV * _along_rows(of_keys, _QUERY, rows, V)
+  write = _load(of_values.at[_WRITE], _columns(S))
+  return write - erased.sum(axis=0), recalled.sum(axis=0)
+
+
+def _store_state(S, of_keys, u, state):
+  """Stores alpha S + k u^T."""
+  V = S.shape[1]
+  u_RV = lax.broadcast_in_dim(u, (_ROWS, V), (1,))
+  for rows, S_RV in _tiles(S):
+    new = S_RV * _along_rows(of_keys, _ALPHA, rows, V)
+    new = new + _along_rows(of_keys, _KEY, rows, V) * u_RV
+    new = plgpu.layout_cast(new, state_layout(V))
+    blocks.store_global(state.at[rows], new)
+
+
+def _tiles(S):
+  """Slices of R rows of S, and these rows in registers."""
+  K, V = S.shape
+  for n in range(K // _ROWS):
+    rows = pl.ds(n * _ROWS, _ROWS)
+    yield rows, _load(S.at[rows], state_layout(V))
+
+
+def _along_rows(of_keys, n, rows, V):
+  """Part of a vector of key channels, repeated in every column [R, V]."""
+  vector = _load(of_keys.at[n, rows], state_layout(V).reduce(1))
+  return lax.broadcast_in_dim(vector, (_ROWS, V), (0,))
+
+
+def _columns(S):
+  """Layout of a vector of S's columns."""
+  return state_layout(S.shape[1]).reduce(0)
+
+
+def _read(ref, layout=None):
+  """Loads an array; a vector with one channel to a thread by default."""
+  layout = _one_each(ref.shape[-1]) if layout is None else layout
+  return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def _load(ref, layout=None):
+  return _read(ref, layout).astype(jnp.float32)
+
+
+def _one_each(channels):
+  """Layout of a vector: a channel to a thread, 64 twice."""
+  copies = _WARPS * _LANES // channels
+  more = (fragmented_array.Replicated(copies),) if copies > 1 else ()
+  return plgpu.Layout.TILED(
+    fragmented_array.Tiling(((channels,), (_LANES,), (1,))),
+    warp_dims=(-3, *more),
+    lane_dims=(-2,),
+    vector_dim=-1,
+  )
+
+
+def aot_cases() -> list[tuple[str, Callable, list[Any]]]:
+  """Representative calls: name, function, arguments."""
+
+  def case(name, B, H, K, V, dtype="bfloat16", layers=2, activation="silu"):
+    def of(*shape, dtype=dtype):
+      return jax.ShapeDtypeStruct(shape, dtype)
+
+    keys, values, W = of(B, H, K), of(B, H, V), 4
+    operands = LayerStep(
+      *(keys, keys, values, keys, keys, values, values),
+      *(of(W, H, K), of(W, H, K), of(W, H, V)),
+      a_log=of(H, dtype="float32"),
+      dt_bias=of(H, K, dtype="float32"),
+      bias=of(H, V),
+      weight=of(V),
+      tails_q=of(layers, B, W - 1, H, K),
+      tails_k=of(layers, B, W - 1, H, K),
+      tails_v=of(layers, B, W - 1, H, V),
+      states=of(layers, B, H, K, V, dtype="float32"),
+      layer=of(dtype="int32"),
+    )
+
+    def step(*operands):
+      return gdn2_layer_step_mosaic_gpu(
+        LayerStep(*operands),
+        scale=K**-0.5,
+        erase_scale=1.0,
+        activation=activation,
+        eps=1e-5,
+      )
+
+    return name, step, list(operands)
+
+  return [
+    case("layer step B=1", 1, 16, 128, 128),
+    case("layer step B=64", 64, 16, 128, 128),
+    case("layer step K=64 V=64", 64, 16, 64, 64, activation="sigmoid"),
+    case("layer step K=128 V=64", 64, 16, 128, 64),
+    case("layer step float16", 64, 16, 128, 128, "float16"),
+    case("layer step float32", 64, 16, 128, 128, "float32"),
+  ]
