@@ -1,9 +1,9 @@
 r"""Kernel for one token of a whole GDN-2 layer between its linear maps.
 
-From the outputs x_q, x_k, x_v, f, b, w and z of the linear maps, with the
-convolution's last inputs and the state S of the cache (section 3.5, Eq. 10):
+From the outputs q, k, v, f, b, w and z of the linear maps, with the last inputs
+of the convolutions and the state S of the cache (section 3.5, Eq. 10):
 
-  q, k, v = silu(conv(x_q)), silu(conv(x_k)), silu(conv(x_v))
+  q, k, v = silu(conv(q)), silu(conv(k)), silu(conv(v))
   q, k    = scale q / sqrt(sum q^2 + eps_l2), k / sqrt(sum k^2 + eps_l2)
   alpha   = exp(-exp(A_log) softplus(f + dt_bias))
   u       = sigmoid(w) v - S^T (alpha erase_scale sigmoid(b) k)
@@ -37,6 +37,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from gdn2_jax.kernels import target
+from gdn2_jax.kernels.operands import LayerStep
 from gdn2_jax.pallas import blocks
 from gdn2_jax.pallas.gdn2.step import like, state_layout
 from gdn2_jax.pallas.partition import over_batch_and_heads
@@ -51,54 +52,6 @@ _ROWS = 16  # R
 # Vectors of K and of V channels in shared memory.
 _ALPHA, _KEY, _ERASE, _QUERY = range(4)
 _WRITE, _GATE = range(2)
-
-
-class LayerStep(NamedTuple):
-  """Operands of a layer's step for one token.
-
-  Attributes:
-    x_q: Before the convolution [B, H, K], bfloat16, float16 or float32, as are
-      the six arrays that follow.
-    x_k: [B, H, K].
-    x_v: [B, H, V].
-    f: Before softplus [B, H, K].
-    b: Before the sigmoid [B, H, K].
-    w: Before the sigmoid [B, H, V].
-    gate: z, the output gate before bias and activation [B, H, V].
-    taps_q: Kernel of the convolution [W, H, K], in the dtype of x_q.
-    taps_k: [W, H, K].
-    taps_v: [W, H, V].
-    a_log: [H], float32.
-    dt_bias: [H, K], float32.
-    bias: Of the output gate [H, V], any floating dtype.
-    weight: Of the output norm [V], any floating dtype.
-    tails_q: Last inputs of the convolution in N layers, oldest first
-      [N, B, W-1, H, K], in the dtype of x_q.
-    tails_k: [N, B, W-1, H, K].
-    tails_v: [N, B, W-1, H, V].
-    states: S of N layers [N, B, H, K, V], float32.
-    layer: Index of the layer, int32.
-  """
-
-  x_q: Any
-  x_k: Any
-  x_v: Any
-  f: Any
-  b: Any
-  w: Any
-  gate: Any
-  taps_q: Any
-  taps_k: Any
-  taps_v: Any
-  a_log: Any
-  dt_bias: Any
-  bias: Any
-  weight: Any
-  tails_q: Any
-  tails_k: Any
-  tails_v: Any
-  states: Any
-  layer: Any
 
 
 # Axes of batch and heads, and position of the cache: results 1 to 4 in place.
@@ -122,26 +75,22 @@ class _Options(NamedTuple):
   eps: float
 
 
-def layer_step_unsupported_reason(
-  x_q: Any, x_v: Any, taps: int, *dtypes: Any
-) -> str | None:
-  """Reason that the kernel cannot run a call, or None.
-
-  `dtypes` are those of the linear maps' outputs and the convolutions' inputs.
-  """
-  (B, H, K), (HV, V) = x_q.shape, x_v.shape[1:]
+def layer_step_unsupported_reason(p: LayerStep) -> str | None:
+  """Reason that the kernel cannot run a call, or None."""
+  (B, H, K), (HV, V), W = p.q.shape, p.v.shape[1:], p.taps_q.shape[0]
   if HV != H:
-    return f"{HV} value heads of {H} key heads; the kernel takes as many"
+    return f"{HV} value heads of {H} key heads, expected as many"
   for name, size in (("K", K), ("V", V)):
     if size not in CHANNELS:
       return f"{name} = {size}, expected one of {CHANNELS}"
-  if taps not in TAPS:
-    return f"W = {taps}, expected one of {TAPS}"
-  names = sorted({jnp.dtype(dtype).name for dtype in dtypes})
-  if len(names) != 1 or names[0] not in _DTYPES:
+  if W not in TAPS:
+    return f"W = {W}, expected one of {TAPS}"
+  one = (*p[: LayerStep._fields.index("a_log")], p.tails_q, p.tails_k)
+  names = sorted({jnp.dtype(x.dtype).name for x in (*one, p.tails_v)})
+  if len(names) > 1 or names[0] not in _DTYPES:
     return f"dtypes {', '.join(names)}, expected one of {', '.join(_DTYPES)}"
   if B > _MAX_ROWS:
-    return f"{B} rows; the kernel takes {_MAX_ROWS}"
+    return f"{B} rows, expected at most {_MAX_ROWS}"
   return None
 
 
@@ -179,7 +128,7 @@ def layer_step(*operands: Any, options: _Options) -> tuple[Any, ...]:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _call(options, target_name, p):
   assert target_name == target.current()
-  (B, H, K), V = p.x_q.shape, p.x_v.shape[-1]
+  (B, H, K), V = p.q.shape, p.v.shape[-1]
 
   def body(*refs):
     # Positions, because mpmd_map cannot declare scratch memory.
@@ -194,7 +143,7 @@ def _call(options, target_name, p):
   # Not plgpu.kernel: see step.py.
   kernel = mpmd._mpmd_map(
     [(plgpu.Mesh(grid=(B, H), grid_names=("row", "head")), body)],
-    out_types=[like(p.x_v), *(like(getattr(p, name)) for name in _CACHE)],
+    out_types=[like(p.v), *(like(getattr(p, name)) for name in _CACHE)],
     input_output_aliases=_IN_PLACE,
     # An exact exp, as in step.py.
     compiler_params=plgpu.CompilerParams(approx_math=False),
@@ -213,9 +162,9 @@ def _body(*refs, options):
   plgpu.copy_gmem_to_smem(p.states.at[(layer, *here)], S, loaded)
 
   conv = functools.partial(_conv_silu, layer=layer, row=row, head=head)
-  q, tail_q = conv(p.x_q, p.taps_q, p.tails_q)
-  k, tail_k = conv(p.x_k, p.taps_k, p.tails_k)
-  v, tail_v = conv(p.x_v, p.taps_v, p.tails_v)
+  q, tail_q = conv(p.q, p.taps_q, p.tails_q)
+  k, tail_k = conv(p.k, p.taps_k, p.tails_k)
+  v, tail_v = conv(p.v, p.taps_v, p.tails_v)
   q = q * (lax.rsqrt(jnp.sum(q * q) + EPS) * options.scale)
   k = k * lax.rsqrt(jnp.sum(k * k) + EPS)
   q_k = jnp.sum(q * k)
@@ -230,7 +179,7 @@ def _body(*refs, options):
     (_QUERY, alpha * q),
   ):
     blocks.store_global(of_keys.at[n], x)
-  z = _load(p.gate.at[here]) + _load(p.bias.at[head])
+  z = _load(p.z.at[here]) + _load(p.bias.at[head])
   act = sigmoid(z) if options.activation == "sigmoid" else z * sigmoid(z)
   write = sigmoid(_load(p.w.at[here])) * v
   blocks.store_global(of_values.at[_WRITE], write)
@@ -265,32 +214,36 @@ def _conv_silu(x, taps, tails, *, layer, row, head):
 
 def _recall(S, of_keys, of_values):
   """u, and S^T (alpha q), both [V] in the layout of columns of S."""
-  V = S.shape[1]
-  erased = recalled = jnp.zeros((_ROWS, V), jnp.float32)
-  for rows, S_RV in _tiles(S):
-    erased = erased + S_RV * _along_rows(of_keys, _ERASE, rows, V)
-    recalled = recalled + S_RV * _along_rows(of_keys, _QUERY, rows, V)
+  K, V = S.shape
+  layout = state_layout(V)
+
+  def tile(n, sums):
+    rows = pl.ds(n * _ROWS, _ROWS)
+    S_RV = _load(S.at[rows], layout)
+    return tuple(
+      plgpu.layout_cast(total + S_RV * _along_rows(of_keys, m, rows, V), layout)
+      for total, m in zip(sums, (_ERASE, _QUERY), strict=True)
+    )
+
+  zeros = plgpu.layout_cast(jnp.zeros((_ROWS, V), jnp.float32), layout)
+  erased, recalled = blocks.loop(K // _ROWS, tile, (zeros, zeros))
   write = _load(of_values.at[_WRITE], _columns(S))
   return write - erased.sum(axis=0), recalled.sum(axis=0)
 
 
 def _store_state(S, of_keys, u, state):
   """Stores alpha S + k u^T."""
-  V = S.shape[1]
-  u_RV = lax.broadcast_in_dim(u, (_ROWS, V), (1,))
-  for rows, S_RV in _tiles(S):
-    new = S_RV * _along_rows(of_keys, _ALPHA, rows, V)
-    new = new + _along_rows(of_keys, _KEY, rows, V) * u_RV
-    new = plgpu.layout_cast(new, state_layout(V))
-    blocks.store_global(state.at[rows], new)
-
-
-def _tiles(S):
-  """Slices of R rows of S, and these rows in registers."""
   K, V = S.shape
-  for n in range(K // _ROWS):
+  layout = state_layout(V)
+  u_RV = lax.broadcast_in_dim(u, (_ROWS, V), (1,))
+
+  def tile(n, _):
     rows = pl.ds(n * _ROWS, _ROWS)
-    yield rows, _load(S.at[rows], state_layout(V))
+    new = _load(S.at[rows], layout) * _along_rows(of_keys, _ALPHA, rows, V)
+    new = new + _along_rows(of_keys, _KEY, rows, V) * u_RV
+    blocks.store_global(state.at[rows], plgpu.layout_cast(new, layout))
+
+  blocks.loop(K // _ROWS, tile, None)
 
 
 def _along_rows(of_keys, n, rows, V):

@@ -30,7 +30,7 @@ BATCHES = (1, 64)
 # rows, activations count.
 _LAUNCHES = {1: 35, 64: 30}
 _WEIGHTS = {1: 1.15, 64: 1.5}
-_KERNEL = "gdn2_step"
+_KERNEL = "gdn2_layer_step"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
