@@ -158,20 +158,33 @@ def _body(*refs, options):
   y, tails_q, tails_k, tails_v, states = refs[len(p) : len(p) + 5]
   S, of_keys, of_values, loaded = refs[len(p) + 5 :]
   row, head = lax.axis_index("row"), lax.axis_index("head")
-  here, layer = (row, head), p.layer[0]
-  plgpu.copy_gmem_to_smem(p.states.at[(layer, *here)], S, loaded)
+  here, layer, W = (row, head), p.layer[0], p.taps_q.shape[0]
 
-  conv = functools.partial(_conv_silu, layer=layer, row=row, head=head)
-  q, tail_q = conv(p.q, p.taps_q, p.tails_q)
-  k, tail_k = conv(p.k, p.taps_k, p.tails_k)
-  v, tail_v = conv(p.v, p.taps_v, p.tails_v)
-  q = q * (lax.rsqrt(jnp.sum(q * q) + EPS) * options.scale)
-  k = k * lax.rsqrt(jnp.sum(k * k) + EPS)
-  q_k = jnp.sum(q * k)
-  rate = -jnp.exp(lax.broadcast_in_dim(p.a_log[head], q.shape, ()))
-  dt = softplus(_load(p.f.at[here]) + _load(p.dt_bias.at[head]))
-  alpha = jnp.exp(rate * dt)
-  erase = options.erase_scale * sigmoid(_load(p.b.at[here])) * k
+  # All loads come before all sums: none waits for another at a barrier.
+  taps, inputs = (
+    {
+      name: [_read(ref.at[i, head]) for i in range(W)]
+      for name, ref in (("q", p.taps_q), ("k", p.taps_k), ("v", p.taps_v))
+    },
+    {name: [_read(getattr(p, name).at[here])] for name in "qkv"},
+  )
+  f, b, w, z = (_read(ref.at[here]) for ref in (p.f, p.b, p.w, p.z))
+  a_log, weight = p.a_log[head], _read(p.weight)
+  dt_bias, bias = _read(p.dt_bias.at[head]), _read(p.bias.at[head])
+  plgpu.copy_gmem_to_smem(p.states.at[(layer, *here)], S, loaded)
+  for name, ref in (("q", p.tails_q), ("k", p.tails_k), ("v", p.tails_v)):
+    tail = [_read(ref.at[layer, row, i, head]) for i in range(W - 1)]
+    inputs[name] = tail + inputs[name]
+
+  q, k, v = (_conv_silu(taps[name], inputs[name]) for name in "qkv")
+  squares = jnp.sum(q * q), jnp.sum(k * k)
+  q_scale, k_scale = (lax.rsqrt(x + EPS) for x in squares)
+  q_scale = q_scale * options.scale
+  q_k = jnp.sum(q * k) * (q_scale * k_scale)
+  q, k = q * q_scale, k * k_scale
+  rate = -jnp.exp(lax.broadcast_in_dim(a_log, q.shape, ()))
+  alpha = jnp.exp(rate * softplus(_wide(f) + _wide(dt_bias)))
+  erase = options.erase_scale * sigmoid(_wide(b)) * k
   for n, x in (
     (_ALPHA, alpha),
     (_KEY, k),
@@ -179,20 +192,19 @@ def _body(*refs, options):
     (_QUERY, alpha * q),
   ):
     blocks.store_global(of_keys.at[n], x)
-  z = _load(p.z.at[here]) + _load(p.bias.at[head])
+  z = _wide(z) + _wide(bias)
   act = sigmoid(z) if options.activation == "sigmoid" else z * sigmoid(z)
-  write = sigmoid(_load(p.w.at[here])) * v
-  blocks.store_global(of_values.at[_WRITE], write)
-  blocks.store_global(of_values.at[_GATE], _load(p.weight) * act)
+  blocks.store_global(of_values.at[_WRITE], sigmoid(_wide(w)) * v)
+  blocks.store_global(of_values.at[_GATE], _wide(weight) * act)
 
   plgpu.barrier_wait(loaded)
   u, o = _recall(S, of_keys, of_values)
   o = o + q_k * u
   _store_state(S, of_keys, u, states.at[(layer, *here)])
-  # After the barrier that the loads above wait for: with 64 channels two
-  # threads hold one, and both have read it by now.
-  for ref, tail in ((tails_q, tail_q), (tails_k, tail_k), (tails_v, tail_v)):
-    for i, x in enumerate(tail):
+  # After the barrier that the vectors above have passed: two threads hold each
+  # of 64 channels, and both have read the tails by now.
+  for name, ref in (("q", tails_q), ("k", tails_k), ("v", tails_v)):
+    for i, x in enumerate(inputs[name][1:]):
       blocks.store_global(ref.at[layer, row, i, head], x)
   mean = jnp.sum(o * o) * (1.0 / o.shape[0])
   gate = _load(of_values.at[_GATE], _columns(S))
@@ -200,16 +212,14 @@ def _body(*refs, options):
   blocks.store_global(y.at[here], o.astype(y.dtype))
 
 
-def _conv_silu(x, taps, tails, *, layer, row, head):
-  """silu(conv) of a head, and the new tail: W-1 vectors as they are stored."""
-  W = taps.shape[0]
-  inputs = [_read(tails.at[layer, row, i, head]) for i in range(W - 1)]
-  inputs.append(_read(x.at[row, head]))
-  z = sum(
-    _load(taps.at[i, head]) * a.astype(jnp.float32)
-    for i, a in enumerate(inputs)
-  )
-  return z * sigmoid(z), inputs[1:]
+def _conv_silu(taps, inputs):
+  """silu(conv) from the taps and the inputs, the oldest first."""
+  z = sum(_wide(a) * _wide(x) for a, x in zip(taps, inputs, strict=True))
+  return z * sigmoid(z)
+
+
+def _wide(x):
+  return x.astype(jnp.float32)
 
 
 def _recall(S, of_keys, of_values):
@@ -263,8 +273,8 @@ def _read(ref, layout=None):
   return plgpu.load(ref, layout=layout, optimized=False)
 
 
-def _load(ref, layout=None):
-  return _read(ref, layout).astype(jnp.float32)
+def _load(ref, layout):
+  return _wide(_read(ref, layout))
 
 
 def _one_each(channels):
