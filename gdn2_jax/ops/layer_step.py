@@ -60,6 +60,17 @@ def takes_kernel(p: LayerStep, implementation: str | None = None) -> bool:
   )
 
 
+def least_rows(x: Float[Array, "B T D"]) -> int:
+  """Rows that a linear map of x should have on the device that runs it.
+
+  For a Hopper GPU XLA turns a product with one row into multiplications, whose
+  results it writes to memory for some maps, and a sum: o_proj then moves three
+  times its weights. Two rows make it a matrix product. For wide outputs XLA
+  fuses the sum, and sums several maps of one input in one launch.
+  """
+  return 2 if x.shape[:2] == (1, 1) and not choice.hopper_reason(x) else 1
+
+
 def gdn2_layer_step(
   p: LayerStep,
   *,

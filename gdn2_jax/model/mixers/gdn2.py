@@ -29,6 +29,7 @@ from gdn2_jax.ops.gdn2.fused_gates import (
   gdn2_fused_gates,
 )
 from gdn2_jax.ops.gdn2.inputs import check_inputs
+from gdn2_jax.ops.layer_step import least_rows
 from gdn2_jax.ops.norm import gated_rms_norm
 from gdn2_jax.ops.short_conv import short_conv
 from gdn2_jax.typing import Activations, SegmentIds
@@ -199,7 +200,9 @@ class GDN2Mixer(nn.Module):
     """
     return g, b, w
 
-  def _linear(self, name, features, axes, in_dims=1, has_bias=False):
+  def _linear(
+    self, name, features, axes, in_dims=1, has_bias=False, min_rows=1
+  ):
     return layers.Linear(
       features,
       axes,
@@ -207,6 +210,7 @@ class GDN2Mixer(nn.Module):
       has_bias=has_bias,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
+      min_rows=min_rows,
       name=name,
     )
 
@@ -280,7 +284,12 @@ class GDN2Mixer(nn.Module):
       f, shape, axes = f[..., None], (c.num_heads,), ("heads",)
     else:
       shape, axes = (c.num_heads, c.key_dim), ("heads", "key_dim")
-      f = self._linear("f_down", (c.value_dim,), ("embed", "gate_rank"))(x)
+      f = self._linear(
+        "f_down",
+        (c.value_dim,),
+        ("embed", "gate_rank"),
+        min_rows=least_rows(x),
+      )(x)
       f = self._linear("f_up", shape, ("gate_rank", *axes))(f)
     a, dt = c.decay_ranges
     a_log = layers.parameter(
@@ -299,7 +308,9 @@ class GDN2Mixer(nn.Module):
   def _output_gate(self, x):
     """Computes the output gate [B, T, HV, V], its bias, the norm's weight."""
     c = self.config
-    gate = self._linear("g_down", (c.value_dim,), ("embed", "gate_rank"))(x)
+    gate = self._linear(
+      "g_down", (c.value_dim,), ("embed", "gate_rank"), min_rows=least_rows(x)
+    )(x)
     gate, bias = self._linear(
       "g_up",
       (c.value_heads, c.value_dim),
@@ -330,7 +341,11 @@ class GDN2Mixer(nn.Module):
   def _output_map(self, x, o):
     """Projects the heads to D channels."""
     return self._linear(
-      "o_proj", (x.shape[-1],), ("heads", "value_dim", "embed"), in_dims=2
+      "o_proj",
+      (x.shape[-1],),
+      ("heads", "value_dim", "embed"),
+      in_dims=2,
+      min_rows=least_rows(x),
     )(o)
 
 

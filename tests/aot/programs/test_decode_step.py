@@ -15,7 +15,8 @@ HloModule jit_decode_block
   %x = bf16[8,16]{1,0} get-tuple-element(%b.0), index=1
   %y = bf16[8,32]{1,0} custom-call(%x), custom_call_target="__cublas$gemm"
   %kernel = f32[3,1,16,128,128]{4,3,2,1,0} custom-call(%states, %y), \
-custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/gdn2_step/call"}
+custom_call_target="mosaic_gpu_v2", \
+metadata={op_name="jit(f)/gdn2_layer_step/call"}
   ROOT %end = (f32[3,1,16,128,128]{4,3,2,1,0}, bf16[8,16]{1,0}) tuple(%kernel, \
 %x)
 }
