@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +122,9 @@ def test_parameters_leave_their_stacks_once_per_call(hybrid, monkeypatch):
     copies.append(for_loop(params, config))
     return copies[-1]
 
-  monkeypatch.setattr("gdn2_jax.inference.generate.for_loop", count)
+  # The package's attribute of this name is the function.
+  module = importlib.import_module("gdn2_jax.inference.generate")
+  monkeypatch.setattr(module, "for_loop", count)
   arguments = hybrid.params, hybrid.config, PROMPTS, 5
   tokens = generate(*arguments, rng=KEY, tokens_per_dispatch=2)
   [params] = copies

@@ -61,7 +61,7 @@ def test_a_copy_of_states_is_a_failure():
 def test_too_many_launches_and_bytes_are_failures():
   report = dataclasses.replace(report_of(HLO), launches=120, moved=1600)
   assert report.failures == [
-    "decoding step of 1 rows: 40.0 launches a layer, budget 35",
+    "decoding step of 1 rows: 40.0 launches a layer, budget 20",
     "decoding step of 1 rows: moves 2.00 times the bytes of the weights, "
-    "budget 1.15",
+    "budget 1.02",
   ]

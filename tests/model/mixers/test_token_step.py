@@ -1,5 +1,6 @@
 """The layer's token in one kernel: which layers use it, and their results."""
 
+import functools
 import re
 
 import jax
@@ -11,7 +12,9 @@ from flax import linen as nn
 from gdn2_jax.inference.state import advance, init_state
 from gdn2_jax.kernels import target
 from gdn2_jax.model.config import ModelConfig
+from gdn2_jax.model.layers import Linear, xavier_uniform
 from gdn2_jax.model.mixers.gdn2 import GDN2Config, GDN2Mixer, init_gdn2_cache
+from gdn2_jax.ops.layer_step import least_rows
 from tests.numerics import rel_rms
 from tests.pallas.gdn2.test_step import interpret
 from tests.random_params import random_params
@@ -140,3 +143,19 @@ def test_a_scan_over_layers_takes_the_kernel():
   with target.use("compile"):
     program = jax.make_jaxpr(advance)(params, token, state)
   assert "name=gdn2_layer_step" in str(program)
+
+
+def test_a_product_of_one_row_is_one_of_two_equal_rows():
+  x = jax.random.normal(jax.random.key(0), (1, 1, 2, 4))
+  linear = functools.partial(
+    Linear, (3,), ("heads", "value_dim", "embed"), xavier_uniform(1.0, 2)
+  )
+  params = linear().init(jax.random.key(1), x)
+  y = linear(min_rows=2).apply(params, x)
+  np.testing.assert_allclose(y, linear().apply(params, x), rtol=1e-6)
+  program = str(jax.make_jaxpr(linear(min_rows=2).apply)(params, x))
+  assert "f32[2,1,3] = dot_general" in program
+  rows = [jnp.zeros((n, 1, 8)) for n in (1, 2)]
+  assert [least_rows(x) for x in rows] == [1, 1]
+  with target.use("compile"):
+    assert [least_rows(x) for x in rows] == [2, 1]
