@@ -94,7 +94,9 @@ def test_a_token_equals_the_steps_of_the_layer(rng):
   assert_right(p)
 
 
-@pytest.mark.parametrize(("B", "layer"), [(1, 0), (2, 2)])
+@pytest.mark.parametrize(
+  ("B", "layer"), [(2, 0), pytest.param(1, 2, marks=pytest.mark.slow)]
+)
 def test_one_layer_of_the_cache_changes(B, layer, rng):
   p = make_operands(rng, B=B, H=2, K=64, V=64, dtype=jnp.float32, layer=layer)
   assert_right(p)

@@ -46,7 +46,7 @@ def kernels_of_a_token(config, mixer=GDN2Mixer, mutable=False, **types):
   "options",
   [
     {},
-    {"gates": "tied", "decay": "scalar"},  # Gated DeltaNet
+    slow({"gates": "tied", "decay": "scalar"}),  # Gated DeltaNet
     slow({"gates": "tied"}),  # Kimi Delta Attention
     slow({"implementation": "mosaic_gpu"}),
     slow({"value_dim": 128, "negative_eigenvalues": True}),
