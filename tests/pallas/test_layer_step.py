@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax._src.state.types import WriteEffect
 
-from gdn2_jax.kernels import cases, target
+from gdn2_jax.kernels import cases, self_check, target
 from gdn2_jax.kernels.operands import LayerStep
 from gdn2_jax.ops import layer_step as op
 from gdn2_jax.pallas import layer_step
@@ -251,3 +251,14 @@ def test_the_case_of_the_self_check_fits_both():
   assert len(outputs) == len(case.names)
   p = LayerStep(*case.inputs, layer=1)
   assert layer_step.layer_step_unsupported_reason(p) is None
+
+
+@pytest.mark.slow
+def test_the_kernel_passes_its_self_check():
+  case = cases.layer_step(jnp.dtype(jnp.bfloat16))
+  actual = interpret(case.outputs_of, op._run_kernel, *case.inputs)
+  wide = (x.astype(jnp.float32) for x in case.inputs)
+  wanted = case.outputs_of(op._run_xla, *wide)
+  bound = self_check._BOUND_EPS * jnp.finfo(jnp.bfloat16).eps
+  for name, x, y in zip(case.names, actual, wanted, strict=True):
+    assert numerics.rel_rms(x, y) < bound, name
