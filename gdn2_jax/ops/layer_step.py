@@ -1,8 +1,8 @@
 """One token of a GDN-2 layer between its linear maps.
 
 Short convolutions, norms and gates, Eq. 10, output norm and output gate, on
-caches of many layers of which one is updated. With few rows these are a dozen
-launches that each take longer than their work; for Hopper there is one kernel.
+caches of many layers of which one is updated. XLA makes 15 launches of these,
+which with few rows take longer than their work; for Hopper there is one kernel.
 """
 
 import functools
@@ -43,8 +43,8 @@ class Options(NamedTuple):
 def takes_kernel(p: LayerStep, implementation: str | None = None) -> bool:
   """True if the kernel runs a call of gdn2_layer_step.
 
-  It does for any number of rows: it moves no more bytes than the operations
-  that it replaces, and is one launch instead of twelve.
+  It does for any number of rows: the compiled step has 15 launches fewer per
+  layer with one row and 12 with 64, and moves fewer bytes with both.
 
   Raises:
     NotImplementedError: implementation="mosaic_gpu" cannot run the call.

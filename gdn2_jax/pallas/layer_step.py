@@ -11,8 +11,8 @@ of the convolutions and the state S of the cache (section 3.5, Eq. 10):
   S'      = alpha S + k u^T
   y       = o / sqrt(mean o^2 + eps) weight act(z + bias)
 
-All of it is float32; only y is rounded. Without it a layer has ten launches
-more, each of which takes longer than its work if there are few rows.
+All of it is float32; only y is rounded. It replaces 15 launches, each of which
+takes longer than its work if there are few rows (README.md, section 14).
 
 A block of four warps has one head of one row. It starts to load S into shared
 memory, computes everything else meanwhile with one channel to a thread, and
@@ -213,8 +213,8 @@ def _body(*refs, names, options):
   u, o = _recall(S, of_keys, of_values)
   o = o + q_k * u
   _store_state(S, of_keys, u, states.at[(layer, *here)])
-  # After the barrier that the vectors above have passed: two threads hold each
-  # of 64 channels, and both have read the tails by now.
+  # Barriers of the sums and of the vectors have passed: two threads hold each of
+  # 64 channels, and both have read its tail.
   for name, ref in (("q", tails_q), ("k", tails_k), ("v", tails_v)):
     for i, x in enumerate(inputs[name][1:]):
       blocks.store_global(ref.at[layer, row, i, head], x)

@@ -126,6 +126,8 @@ class GDN2Mixer(nn.Module):
     gate = None
     if is_token and is_fusible and not is_sown:
       gate = self._output_gate(x)
+      # The choice is that of ops.layer_step.takes_kernel; a call that it does
+      # not take goes on below.
       done = token_in_kernel(p, taps, gate, part, c, self._around_the_op)
       if done is not None:
         o, part = done
