@@ -213,8 +213,8 @@ def _body(*refs, names, options):
   u, o = _recall(S, of_keys, of_values)
   o = o + q_k * u
   _store_state(S, of_keys, u, states.at[(layer, *here)])
-  # Barriers of the sums and of the vectors have passed: two threads hold each of
-  # 64 channels, and both have read its tail.
+  # Barriers of sums and of vectors have passed: two threads hold each of 64
+  # channels, and both have read its tail.
   for name, ref in (("q", tails_q), ("k", tails_k), ("v", tails_v)):
     for i, x in enumerate(inputs[name][1:]):
       blocks.store_global(ref.at[layer, row, i, head], x)
