@@ -24,6 +24,7 @@ from gdn2_jax.aot.ptxas import LIMITS
 
 MODULES = (
   "gdn2_jax.pallas.gdn2.step",
+  "gdn2_jax.pallas.layer_step",
   "gdn2_jax.pallas.gdn2.intra",
   "gdn2_jax.pallas.gdn2.scan",
   "gdn2_jax.pallas.gdn2.sections",

@@ -15,6 +15,7 @@ from gdn2_jax.inference.decode import (
   TOKENS_PER_DISPATCH,
   Rows,
   decode,
+  for_loop,
   pad_stops,
 )
 from gdn2_jax.inference.request import Request
@@ -76,7 +77,8 @@ class Batcher:
   prompt is read the others wait: read a long one elsewhere, submit its state.
 
   Args:
-    params: unboxed parameters of LM(config).
+    params: unboxed parameters of LM(config). With scan_layers and
+      scan_unroll=0 the batcher keeps a second copy of the layers' parameters.
     config: model config.
     num_slots: requests that are decoded together, >= 1. Time per step and
       memory are those of a batch of num_slots rows, even if few are taken.
@@ -97,6 +99,7 @@ class Batcher:
     require_count("num_slots", num_slots)
     require_count("tokens_per_dispatch", tokens_per_dispatch)
     self._params = params
+    self._loop_params = for_loop(params, config)
     self._state = init_state(config, num_slots, max_length)
     self._size = tokens_per_dispatch
     self._waiting = collections.deque()
@@ -211,6 +214,7 @@ class Batcher:
         count=1 if admitted else self._size,
         size=self._size,
         pause=True,
+        loop_params=self._loop_params,
       )
       for completion, ids in zip(self._slots, new, strict=True):
         if completion and ids:

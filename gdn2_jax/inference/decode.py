@@ -1,5 +1,6 @@
 """Decoding loop on the device: several tokens of many rows per dispatch."""
 
+import copy
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from flax import struct
 from gdn2_jax.inference.checks import find_causes, is_usable, require_alive
 from gdn2_jax.inference.sampling import sample
 from gdn2_jax.inference.state import State, advance
+from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.lm import without_stacks
 
 TOKENS_PER_DISPATCH = 16
@@ -46,6 +48,25 @@ class Rows:
   sampler: Any
 
 
+def for_loop(params: Any, config: ModelConfig) -> Any:
+  """Parameters as `decode`'s loop reads them; made once for many dispatches.
+
+  Parameters of layers that are stacked and unrolled are copied out of their
+  stack, which takes their memory a second time for as long as the result
+  lives. All others are `params` themselves.
+  """
+  _, alone = without_stacks({}, config)
+  if alone is config:
+    return params
+  # A copy, as in `init_state`: the config is a key of jit's cache.
+  return _copied(params, copy.deepcopy(config))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _copied(params, config):
+  return without_stacks(params, config)[0]
+
+
 @functools.partial(
   jax.jit, static_argnames=("size",), donate_argnames=("state",)
 )
@@ -57,7 +78,8 @@ def decode_block(
   Ends early when every row is done or, if `pause`, as soon as another row is:
   only then has that row's state read exactly the tokens before its last.
   A row that is done keeps token and index, but its state reads on. `state` is
-  donated. `count` and `pause` are not static: one program serves all.
+  donated. `count` and `pause` are not static: one program serves all. `params`
+  are those of LM(state.config), or `for_loop` of them, which saves their copy.
 
   Returns:
     Tokens [B, size] int32, of which row i has the first (new index - old index)
@@ -108,16 +130,20 @@ def decode(
   count: int,
   size: int = TOKENS_PER_DISPATCH,
   pause: bool = False,
+  loop_params: Any = None,
 ) -> tuple[list[list[int]], dict[int, str], State, Rows]:
   """Runs `decode_block`; `index` and `stops` of the rows are on the host.
+
+  `loop_params` are `for_loop` of the parameters; None copies them here.
 
   Returns:
     The new tokens of each row, without the stop id that ended it; failures by
     row; the new state; and new rows with token, index and done on the host.
   """
   require_alive(state)
+  read = params if loop_params is None else loop_params
   tokens, state, new = decode_block(
-    params, state, rows, np.int32(count), np.bool_(pause), size=size
+    read, state, rows, np.int32(count), np.bool_(pause), size=size
   )
   tokens, token, index, done = jax.device_get(
     (tokens, new.token, new.index, new.done)

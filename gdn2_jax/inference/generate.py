@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from gdn2_jax.inference.checks import NonFiniteError, require_count
-from gdn2_jax.inference.decode import TOKENS_PER_DISPATCH, decode
+from gdn2_jax.inference.decode import TOKENS_PER_DISPATCH, decode, for_loop
 from gdn2_jax.inference.request import Request
 from gdn2_jax.inference.rows import put, take
 from gdn2_jax.inference.sampling import Sampler
@@ -97,6 +97,7 @@ def generate(
   )
   require_count("tokens_per_dispatch", tokens_per_dispatch)
   state, rows = request.begin(params)
+  loop_params = for_loop(params, config)
   size = tokens_per_dispatch
   tokens = [[] for _ in prompts]
   ended, failures = {}, {}
@@ -104,7 +105,13 @@ def generate(
   while not rows.done.all():
     before = rows.done
     new, failed, state, rows = decode(
-      params, state, rows, count=count, size=size, pause=return_state
+      params,
+      state,
+      rows,
+      count=count,
+      size=size,
+      pause=return_state,
+      loop_params=loop_params,
     )
     failures |= failed
     for row, ids in enumerate(new):
@@ -155,10 +162,15 @@ def stream(
 
   def tokens():
     state, rows = request.begin(params)
-    count = 1
+    loop_params, count = for_loop(params, config), 1
     while not rows.done.all():
       (new,), failures, state, rows = decode(
-        params, state, rows, count=count, size=tokens_per_dispatch
+        params,
+        state,
+        rows,
+        count=count,
+        size=tokens_per_dispatch,
+        loop_params=loop_params,
       )
       yield from new
       if failures:

@@ -38,6 +38,22 @@ def step(dtype: Any) -> Case:
   return Case(("o", "states"), inputs, outputs_of)
 
 
+def layer_step(dtype: Any) -> Case:
+  """For f(*operands.LayerStep) -> (y, tails_q, tails_k, tails_v, states)."""
+  rng = np.random.default_rng(0)
+  token, head = (_B, _H, _CHANNELS), (_H, _CHANNELS)
+  taps, tails = (4, *head), (2, _B, 3, *head)
+  shapes = (*7 * (token,), *3 * (taps,), (_H,), head, head, (_CHANNELS,))
+  shapes = (*shapes, *3 * (tails,), (2, _B, _H, _CHANNELS, _CHANNELS))
+  exact = (10, 11, 17)  # a_log, dt_bias and states
+  inputs = tuple(
+    _normal(rng, shape, jnp.float32 if n in exact else dtype)
+    for n, shape in enumerate(shapes)
+  )
+  names = ("y", "tails_q", "tails_k", "tails_v", "states")
+  return Case(names, inputs, lambda run, *p: run(*p, jnp.int32(1)))
+
+
 def gated_norm(dtype: Any) -> Case:
   """For f(x, gate, weight, bias) -> y."""
   rng = np.random.default_rng(0)

@@ -112,6 +112,7 @@ class Linear(nn.Module):
       caller adds, fused into its own kernel.
     dtype: Dtype of the product; parameters are cast to it.
     param_dtype: Dtype of the parameters.
+    min_rows: Rows that a product has at least; copies of x fill them up.
   """
 
   features: tuple[int, ...]
@@ -120,6 +121,7 @@ class Linear(nn.Module):
   has_bias: bool = False
   dtype: str = "float32"
   param_dtype: str = "float32"
+  min_rows: int = 1
 
   @nn.compact
   def __call__(self, x: Array) -> Array | tuple[Array, Array]:
@@ -130,9 +132,14 @@ class Linear(nn.Module):
       tuple(range(x.ndim - in_dims, x.ndim)),
       tuple(range(in_dims)),
     )
+    rows = math.prod(x.shape[:-in_dims])
+    if rows < self.min_rows:
+      x = jnp.broadcast_to(x[:1], (self.min_rows, *x.shape[1:]))
     y = jax.lax.dot_general(
       x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ()))
     )
+    if rows < self.min_rows:
+      y = y[:1]
     if not self.has_bias:
       return y
     zeros = nn.initializers.zeros_init()

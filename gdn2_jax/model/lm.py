@@ -159,17 +159,20 @@ def without_stacks(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
   copies them once. Where the groups are a loop themselves, nothing changes.
 
   Args:
-    params: Unboxed parameters of LM(config).
+    params: Unboxed parameters of LM(config), or what this made of them.
     config: Config of the model.
   """
   if not config.scan_layers or config.groups_per_turn < config.num_groups:
     return params, config
+  alone = dataclasses.replace(config, scan_layers=False)
+  if "groups" not in params:
+    return params, alone
   rest = {name: x for name, x in params.items() if name != "groups"}
   groups = {
     f"group_{i}": jax.tree.map(lambda a, i=i: a[i], params["groups"])
     for i in range(config.num_groups)
   }
-  return rest | groups, dataclasses.replace(config, scan_layers=False)
+  return rest | groups, alone
 
 
 def init_cache(

@@ -1,6 +1,8 @@
 """Generation: tokens, ends, memory, failures."""
 
+import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax.inference.checks import NonFiniteError, is_usable
-from gdn2_jax.inference.decode import decode_block
+from gdn2_jax.inference.decode import decode_block, for_loop
 from gdn2_jax.inference.generate import generate, stream
 from gdn2_jax.inference.request import Request
 from gdn2_jax.inference.rows import take
@@ -111,6 +113,30 @@ def test_decoding_ends_when_every_row_is_done(hybrid):
   # Tokens read by every row, done or not: its prompt's and one per round.
   rounds = np.asarray(state.position) - [len(p) - 1 for p in PROMPTS]
   np.testing.assert_array_equal(rounds, [rows.index.max()] * 3)
+
+
+def test_parameters_leave_their_stacks_once_per_call(hybrid, monkeypatch):
+  copies = []
+
+  def count(params, config):
+    copies.append(for_loop(params, config))
+    return copies[-1]
+
+  # The package's attribute of this name is the function.
+  module = importlib.import_module("gdn2_jax.inference.generate")
+  monkeypatch.setattr(module, "for_loop", count)
+  arguments = hybrid.params, hybrid.config, PROMPTS, 5
+  tokens = generate(*arguments, rng=KEY, tokens_per_dispatch=2)
+  [params] = copies
+  assert "groups" not in params and "group_0" in params
+  assert tokens == generate(*arguments, rng=KEY)
+
+
+def test_a_loop_over_groups_reads_the_stacks(hybrid):
+  layers = 2 * hybrid.config.num_layers
+  config = dataclasses.replace(hybrid.config, num_layers=layers)
+  params = {"groups": None}
+  assert for_loop(params, config) is params
 
 
 def test_memory_does_not_grow_with_the_number_of_tokens(hybrid):

@@ -12,10 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gdn2_jax.kernels.cases import layer_step
+from gdn2_jax.kernels.operands import LayerStep
 from gdn2_jax.ops.attention.api import sliding_window_attention
 from gdn2_jax.ops.gdn2.api import gdn2, gdn2_step
 from gdn2_jax.ops.gdn2.arg_specs import ArgSpec, make_inputs
 from gdn2_jax.ops.gdn2.fused_gates import as_projections, gdn2_fused_gates
+from gdn2_jax.ops.layer_step import gdn2_layer_step
 from gdn2_jax.ops.norm import gated_rms_norm
 from gdn2_jax.ops.short_conv import short_conv
 
@@ -93,6 +96,7 @@ def checked(tiny: bool) -> list[Case]:
   if not tiny:
     short = _BF16(name="short", B=8, T=64)
     found.append(_recurrence(short, _sequence, kernels=("triton",)))
+    found.append(_layer_step_case())
   return found + _others(tiny)
 
 
@@ -158,6 +162,22 @@ def _fused_gates(spec, implementation, *inputs):
 def _step(spec, implementation, *inputs):
   del spec
   return gdn2_step(*inputs, implementation=implementation)
+
+
+def _layer_step_case():
+  case = layer_step(jnp.dtype(jnp.bfloat16))
+  return Case(
+    name="layer step",
+    op=_layer_step,
+    make=lambda: (case.inputs, ()),
+    outputs=case.names,
+  )
+
+
+def _layer_step(implementation, *operands):
+  p = LayerStep(*operands, layer=1)
+  y, cache = gdn2_layer_step(p, implementation=implementation)
+  return (y, *cache.values())
 
 
 def _segments(spec):

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from gdn2_jax.model import layers
 from gdn2_jax.model.mixers.gdn2_config import GDN2Config
 from gdn2_jax.model.mixers.layer_cache import CacheLayer, as_layer, like
+from gdn2_jax.model.mixers.token_step import token_in_kernel
 from gdn2_jax.model.on_shards import length_axis, on_shards
 from gdn2_jax.ops.gdn2.api import gdn2, gdn2_step
 from gdn2_jax.ops.gdn2.fused_gates import (
@@ -28,6 +29,7 @@ from gdn2_jax.ops.gdn2.fused_gates import (
   gdn2_fused_gates,
 )
 from gdn2_jax.ops.gdn2.inputs import check_inputs
+from gdn2_jax.ops.layer_step import least_rows
 from gdn2_jax.ops.norm import gated_rms_norm
 from gdn2_jax.ops.short_conv import short_conv
 from gdn2_jax.typing import Activations, SegmentIds
@@ -107,25 +109,40 @@ class GDN2Mixer(nn.Module):
     c = self.config
     key_head = (c.num_heads, c.key_dim, "key_dim")
     value_head = (c.value_heads, c.value_dim, "value_dim")
-    tails, part = (None,) * 3, None
-    if cache is not None:
-      part = as_layer(cache)
-      tails = tuple(
-        map(
-          part.of_layer,
-          (part.cache.conv_q, part.cache.conv_k, part.cache.conv_v),
-        )
-      )
-    q, conv_q = self._short_conv("q", x, key_head, segment_ids, tails[0])
-    k, conv_k = self._short_conv("k", x, key_head, segment_ids, tails[1])
-    v, conv_v = self._short_conv("v", x, value_head, segment_ids, tails[2])
+    part = None if cache is None else as_layer(cache)
+    maps, taps = zip(
+      self._conv_inputs("q", x, key_head),
+      self._conv_inputs("k", x, key_head),
+      self._conv_inputs("v", x, value_head),
+      strict=True,
+    )
     b, w = self._erase_and_write(x, key_head, value_head)
     f, a_log, dt_bias = self._decay(x)
-    p = Projections(q, k, v, f, b, w, a_log, dt_bias)
-    is_split = length_axis((q, _TOKENS), (v, _TOKENS)) is not None
+    p = Projections(*maps, f, b, w, a_log, dt_bias)
+    is_split = length_axis((p.q, _TOKENS), (p.v, _TOKENS)) is not None
     is_token = cache is not None and segment_ids is None and x.shape[1] == 1
-    from_projections = not (is_token or is_split) and _are_fusible(self)
+    is_fusible = _are_fusible(self)
     is_sown = self.is_mutable_collection("intermediates")
+    gate = None
+    if is_token and is_fusible and not is_sown:
+      gate = self._output_gate(x)
+      # The choice is that of ops.layer_step.takes_kernel; a call that it does
+      # not take goes on below.
+      done = token_in_kernel(p, taps, gate, part, c, self._around_the_op)
+      if done is not None:
+        o, part = done
+        return self._output_map(x, o), like(cache, part)
+    from_projections = is_fusible and not (is_token or is_split)
+    tails = (None,) * 3
+    if part is not None:
+      tails = tuple(
+        part.of_layer(getattr(part.cache, f"conv_{name}")) for name in "qkv"
+      )
+    (q, conv_q), (k, conv_k), (v, conv_v) = (
+      self._short_conv(y, kernel, segment_ids, tail)
+      for y, kernel, tail in zip(maps, taps, tails, strict=True)
+    )
+    p = p._replace(q=q, k=k, v=v)
     # Called at most once: `gates` may create parameters.
     inputs = None
     if is_sown or not from_projections:
@@ -151,7 +168,8 @@ class GDN2Mixer(nn.Module):
         o, state = run(**dict(zip("qkvgbw", inputs, strict=True)), **options)
       part = part and part.update(state=state)
     self.sow("intermediates", "o", o)
-    y = self._output(x, o)
+    gate = self._output_gate(x) if gate is None else gate
+    y = self._output_map(x, self._gated_norm(o, gate))
     if cache is None:
       return y, None
     return y, like(
@@ -184,7 +202,9 @@ class GDN2Mixer(nn.Module):
     """
     return g, b, w
 
-  def _linear(self, name, features, axes, in_dims=1, has_bias=False):
+  def _linear(
+    self, name, features, axes, in_dims=1, has_bias=False, min_rows=1
+  ):
     return layers.Linear(
       features,
       axes,
@@ -192,6 +212,7 @@ class GDN2Mixer(nn.Module):
       has_bias=has_bias,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
+      min_rows=min_rows,
       name=name,
     )
 
@@ -201,8 +222,8 @@ class GDN2Mixer(nn.Module):
     kernels = self.config.implementation in ("", "mosaic_gpu")
     return None if kernels else "xla"
 
-  def _short_conv(self, name, x, head, segment_ids, tail):
-    """Computes silu(conv(x W)) [B, T, heads, channels], and the new tail."""
+  def _conv_inputs(self, name, x, head):
+    """Computes x W [B, T, heads, channels] and the convolution's kernel."""
     *shape, channel_axis = head
     axes = ("heads", channel_axis)
     y = self._linear(f"{name}_proj", tuple(shape), ("embed", *axes))(x)
@@ -215,6 +236,11 @@ class GDN2Mixer(nn.Module):
       ("taps", *axes),
       (W, *shape),
     ).astype(self.dtype)
+    return y, kernel
+
+  def _short_conv(self, y, kernel, segment_ids, tail):
+    """Computes silu(conv(y)) [B, T, heads, channels], and the new tail."""
+    W = self.config.conv_width
     out = [_CONV["x"], _CONV["state"]]
     flat, tail = on_shards(short_conv, _CONV, out, tokens=W - 1)(
       x=y.reshape(*y.shape[:2], -1),
@@ -260,7 +286,12 @@ class GDN2Mixer(nn.Module):
       f, shape, axes = f[..., None], (c.num_heads,), ("heads",)
     else:
       shape, axes = (c.num_heads, c.key_dim), ("heads", "key_dim")
-      f = self._linear("f_down", (c.value_dim,), ("embed", "gate_rank"))(x)
+      f = self._linear(
+        "f_down",
+        (c.value_dim,),
+        ("embed", "gate_rank"),
+        min_rows=least_rows(x),
+      )(x)
       f = self._linear("f_up", shape, ("gate_rank", *axes))(f)
     a, dt = c.decay_ranges
     a_log = layers.parameter(
@@ -276,10 +307,12 @@ class GDN2Mixer(nn.Module):
     )
     return f, a_log, dt_bias[:, None] if c.decay == "scalar" else dt_bias
 
-  def _output(self, x, o):
-    """Gated norm per head, then the output projection to D channels."""
+  def _output_gate(self, x):
+    """Computes the output gate [B, T, HV, V], its bias, the norm's weight."""
     c = self.config
-    gate = self._linear("g_down", (c.value_dim,), ("embed", "gate_rank"))(x)
+    gate = self._linear(
+      "g_down", (c.value_dim,), ("embed", "gate_rank"), min_rows=least_rows(x)
+    )(x)
     gate, bias = self._linear(
       "g_up",
       (c.value_heads, c.value_dim),
@@ -290,8 +323,14 @@ class GDN2Mixer(nn.Module):
     weight = layers.parameter(
       self, "o_norm", ones, ("value_dim",), (c.value_dim,)
     )
+    return gate, bias, weight
+
+  def _gated_norm(self, o, gate):
+    """Norm per head, times the output gate."""
+    c = self.config
+    gate, bias, weight = gate
     # Runs per shard: XLA cannot partition a Pallas call.
-    o = on_shards(gated_rms_norm, _NORM, _TOKENS, exchanges=False)(
+    return on_shards(gated_rms_norm, _NORM, _TOKENS, exchanges=False)(
       x=o,
       gate=gate,
       weight=weight,
@@ -300,8 +339,15 @@ class GDN2Mixer(nn.Module):
       eps=c.norm_eps,
       implementation=self._around_the_op,
     )
+
+  def _output_map(self, x, o):
+    """Projects the heads to D channels."""
     return self._linear(
-      "o_proj", (x.shape[-1],), ("heads", "value_dim", "embed"), in_dims=2
+      "o_proj",
+      (x.shape[-1],),
+      ("heads", "value_dim", "embed"),
+      in_dims=2,
+      min_rows=least_rows(x),
     )(o)
 
 

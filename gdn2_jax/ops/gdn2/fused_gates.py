@@ -63,7 +63,7 @@ def activate(p: Projections, *, erase_scale: float = 1.0) -> tuple[Any, ...]:
   return l2_norm(p.q), l2_norm(p.k), p.v, g, b, w
 
 
-def _with_all_channels(p: Projections) -> Projections:
+def with_all_channels(p: Projections) -> Projections:
   """Repeats channels that stand for all of a head."""
   return p._replace(
     f=jnp.broadcast_to(p.f, p.k.shape),
@@ -89,7 +89,7 @@ def gdn2_fused_gates(
       segment_ids=segment_ids,
       implementation=implementation,
     )
-  p = _with_all_channels(p)
+  p = with_all_channels(p)
   state = check_state(state, p.q, p.v, jnp.dtype(jnp.float32))
   segment_ids = check_segment_ids(segment_ids, p.q.shape[:2])
   *p, state, segment_ids = vary_together((*p, state, segment_ids))

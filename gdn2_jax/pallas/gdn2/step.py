@@ -118,7 +118,7 @@ def _step(scale, tile, target_name, q, k, v, g, b, w, states, layer):
         functools.partial(_body, scale=scale, tile=tile),
       )
     ],
-    out_types=[_like(v), _like(states)],
+    out_types=[like(v), like(states)],
     input_output_aliases={6: 1},
     compiler_params=plgpu.CompilerParams(
       # An exact exp costs little here; the approximation loses digits where
@@ -133,7 +133,7 @@ def _step(scale, tile, target_name, q, k, v, g, b, w, states, layer):
   return tuple(kernel(q, k, v, g, b, w, states, layer))
 
 
-def _like(x):
+def like(x):
   """Output type that varies over the same mesh axes as x."""
   return jax.ShapeDtypeStruct(
     x.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type
@@ -160,7 +160,7 @@ def _body(
   H, K = q_gmem.shape[1:]
   key_head = lax.div(head, jnp.int32(v_gmem.shape[1] // H))
   columns = pl.ds(lax.axis_index("tile") * tile, tile)
-  layout = _state_layout(tile)
+  layout = state_layout(tile)
 
   def load(ref, layout):
     return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
@@ -201,7 +201,7 @@ def _rows_per_load(tile):
   return _LANES * _vector_size(tile) // (tile // _WARPS)
 
 
-def _state_layout(tile):
+def state_layout(tile):
   """Register layout [K, tile]: warps over columns, lanes also over rows."""
   tiling = fragmented_array.Tiling(
     (
