@@ -131,7 +131,7 @@ class _Chunk:
     other, zero = copy.copy(self), columns.opaque_zero()
     other.wg = self.wg + zero
     other.tile, other.half = other.wg >> 1, other.wg & 1
-    other.c = self.c + zero
+    other.row, other.h, other.c = self.row + zero, self.h + zero, self.c + zero
     return other
 
   @property
