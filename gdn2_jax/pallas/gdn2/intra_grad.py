@@ -122,6 +122,7 @@ class _Chunk:
     self.scale, self.erase_scale = scale, erase_scale
     self.row, self.h, self.c = (lax.axis_index(n) for n in ("b", "h", "c"))
     self.wg = lax.axis_index("wg")
+    self.turn = self.wg  # the same in `recomputed`: aot/turns.py follows it
     self.tile, self.half = self.wg >> 1, self.wg & 1
     self.first = self.wg == 0
     self.last = self.wg == 2 * self.tiles - 1
@@ -131,7 +132,7 @@ class _Chunk:
     other, zero = copy.copy(self), columns.opaque_zero()
     other.wg = self.wg + zero
     other.tile, other.half = other.wg >> 1, other.wg & 1
-    other.c = self.c + zero
+    other.row, other.h, other.c = self.row + zero, self.h + zero, self.c + zero
     return other
 
   @property

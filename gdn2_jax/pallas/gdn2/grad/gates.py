@@ -48,7 +48,7 @@ def _sum_over_channels(chunk, name, arrays):
       at = n * chunk.tiles + chunk.tile
       chunk.s[name].at[at, chunk.rows][...] = x.sum(axis=0)
 
-  blocks.in_turns(chunk.wg, 2 * chunk.tiles, chunk.s["met"], store)
+  blocks.in_turns(chunk.turn, 2 * chunk.tiles, chunk.s["met"], store)
 
 
 def _load_sum(chunk, name, n):

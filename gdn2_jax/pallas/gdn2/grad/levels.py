@@ -50,7 +50,10 @@ class Levels:
 
     The state of 16 tokens has d(-e), dq, dk and the flow, [channels, 16] each.
     """
-    states = self._of_halves(*self._of_chunk(*self.sums))
+    self.chunk = self.chunk.recomputed()
+    state = self._of_chunk(*self.sums)
+    self.chunk = self.chunk.recomputed()
+    states = self._of_halves(*state)
     # Of blocks of 16 and below: one after the other, to save registers.
     self.chunk.meet()  # the memory is that of scores, X and Q
     if self.chunk.is_projected:
@@ -175,6 +178,8 @@ class Levels:
     de, dq = de * o, dq * o
     dk = dk * chunk.total_if(half == 0, HALVES + 1)
     chunk.meet()
+    self.chunk = chunk = chunk.recomputed()
+    half, other = chunk.half, 1 - chunk.half
     # Of the whole chunk: gamma_C; a part for each of 16 columns.
     flow = chunk.load_vector("totals", HALVES, BLOCK)
     flow *= chunk.load_vector("totals", HALVES + 1, BLOCK)

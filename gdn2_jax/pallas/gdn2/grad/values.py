@@ -69,6 +69,7 @@ def _value_tile(chunk, j, sums):
   # have been read by the first.
   chunk.meet()
   pl.when(chunk.half == 1)(lambda: _write_values(chunk, j))
+  chunk = chunk.recomputed()
   sums = _add_products(chunk, *sums)
   _add_dgamma_C(chunk)
 
