@@ -183,6 +183,56 @@ def dots(*sums):
   return pl.run_state(accumulate)([plgpu.ACC.init(acc) for acc, _ in sums])
 
 
+def keep(ref, x):
+  """Stores x [64, N], float32, in an untiled ref [64 * N], for `kept` alone.
+
+  Every thread stores its numbers as they are, without bank conflicts.
+  """
+  if target.is_interpreted():
+    ref[...] = x.reshape(-1)
+    return
+
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ROWS))
+  def store(ctx, ref, x):
+    del ctx
+    for n, pair in enumerate(x.registers.flat):
+      llvm.store(pair, _kept_at(ref, n), alignment=8)
+    return ()
+
+  store(ref, x)
+
+
+def kept(ref, shape):
+  """Loads what this thread stored by `keep` as an array of a shape."""
+  if target.is_interpreted():
+    return ref[...].reshape(shape)
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(),),
+    return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=ROWS),
+  )
+  def load(ctx, ref):
+    del ctx
+    layout = fragmented_array.WGMMA_LAYOUT
+    registers = np.empty(layout.registers_shape(shape), object)
+    pair = ir.VectorType.get((2,), ir.F32Type.get())
+    for n in range(registers.size):
+      registers.flat[n] = llvm.load(pair, _kept_at(ref, n), alignment=8)
+    return fragmented_array.FragmentedArray(
+      _registers=registers, _layout=layout, _is_signed=None
+    )
+
+  return load(ref)
+
+
+def _kept_at(ref, n):
+  i32 = ir.IntegerType.get_signless(32)
+  thread = arith.andi(utils.thread_idx(), utils.c(127, i32))
+  at = arith.muli(thread, utils.c(2, i32))
+  pointer = utils.getelementptr(utils.memref_ptr(ref), [at], ir.F32Type.get())
+  return utils.getelementptr(pointer, [256 * n], ir.F32Type.get())
+
+
 def iota(width):
   """Numbers of the columns of an array [64, width]."""
   return plgpu.broadcasted_iota(jnp.int32, (TILE, width), 1, layout=ROWS)

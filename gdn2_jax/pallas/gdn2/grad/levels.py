@@ -59,7 +59,7 @@ class Levels:
     if self.chunk.is_projected:
       gates.begin(self.chunk)
     for n, x in enumerate(states[1]):
-      self._saved(n)[...] = x
+      columns.keep(self._saved(n), blocks.in_rows(x))
 
     def body(n, state):
       chunk = self.chunk
@@ -70,8 +70,7 @@ class Levels:
       self.chunk.write(n, *self._of_tokens(n, *state))
       self.chunk = chunk.recomputed()
       state = tuple(
-        plgpu.layout_cast(blocks.load(self._saved(m)), ROWS)
-        for m in range(len(state))
+        columns.kept(self._saved(m), (TILE, BLOCK)) for m in range(len(state))
       )
       self.chunk = chunk
       return state
@@ -81,7 +80,7 @@ class Levels:
   def _saved(self, n):
     """Memory of this warpgroup for array n of a state."""
     at = (n * 2 * self.chunk.tiles + self.chunk.wg) * TILE
-    return self.s["saved"].at[pl.ds(at, TILE)]
+    return self.s["saved"].at[pl.ds(at * BLOCK, TILE * BLOCK)]
 
   def _keys(self, n):
     """-e, q and k of block n."""

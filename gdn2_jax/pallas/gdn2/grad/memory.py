@@ -50,7 +50,7 @@ class Memory:
       "met": plgpu.Barrier(num_arrivals=2 * tiles),
     }
     # Four arrays [64, 16] of each warpgroup.
-    saved = {"saved": tiled((4 * 2 * K, BLOCK), jnp.float32, BLOCK)}
+    saved = {"saved": plgpu.SMEM((4 * 2 * K * BLOCK,), jnp.float32)}
     if is_projected:
       named["rates"] = plgpu.SMEM((2, K), jnp.float32)
       # Of q and k, by tile of channels.
