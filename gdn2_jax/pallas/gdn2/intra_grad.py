@@ -298,16 +298,18 @@ class _Chunk:
 
   def write(self, n, dq, dk, db, dg):
     """Writes gradients of block n [channels, 16], over q, k and b."""
-    dg = jnp.where(self.kinds(n) == blocks.PADDING, 0.0, dg)
     rows = self.block(n)
+    # One after the other, to save registers.
     if self.is_projected:
-      dg = gates.through_decay(self, n, dg)
-      db = gates.through_gate(self, n, db)
       gates.save(self, n, dq, dk)
+      db = gates.through_gate(self, n, db)
     else:
       columns.store(self.key("q", rows), dq)
       columns.store(self.key("k", rows), dk)
     columns.store(self.key("b", rows), db)
+    dg = jnp.where(self.kinds(n) == blocks.PADDING, 0.0, dg)
+    if self.is_projected:
+      dg = gates.through_decay(self, n, dg)
     out = self.outputs[3]
     columns.store_global(self._in_global(out, n), dg.astype(out.dtype))
 

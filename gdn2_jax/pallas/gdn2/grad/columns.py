@@ -111,6 +111,65 @@ def store(ref, x):
     ref[...] = x
 
 
+def store_diagonal(ref, x, kinds):
+  """Stores the diagonal of x [64, 64] in ref [64], zero at padding.
+
+  Args:
+    ref: float32, untiled, in shared memory.
+    x: float32, in the layout of wgmma results.
+    kinds: [64], int32, in shared memory.
+  """
+  if target.is_interpreted():
+    ref[...] = jnp.where(kinds[...] == blocks.PADDING, 0.0, jnp.diagonal(x))
+    return
+
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ROWS, plgpu.RefType()))
+  def run(ctx, ref, x, kinds):
+    del ctx
+    i32 = ir.IntegerType.get_signless(32)
+
+    def constant(n):
+      return arith.constant(i32, ir.IntegerAttr.get(i32, n))
+
+    def equal(a, n):
+      return arith.cmpi(arith.CmpIPredicate.eq, a, constant(n))
+
+    thread = arith.andi(utils.thread_idx(), constant(127))
+    warp = arith.shrui(thread, constant(5))
+    # Of 8 rows, a thread has row `of_eight`, and columns 2 * pair and the next.
+    of_eight = arith.andi(arith.shrui(thread, constant(2)), constant(7))
+    pair = arith.andi(thread, constant(3))
+    distance = arith.subi(arith.shrui(of_eight, constant(1)), pair)
+    is_odd = equal(arith.andi(of_eight, constant(1)), 1)
+    # [column tile of 8, half of the 16 rows of a warp]
+    tiles = x.registers.reshape(8, 2)
+    base = arith.addi(arith.muli(warp, constant(16)), of_eight)
+    zero = arith.constant(
+      ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), 0.0)
+    )
+    for half in range(2):
+      value = tiles[half, half]
+      for n in range(1, 4):
+        value = arith.select(equal(warp, n), tiles[2 * n + half, half], value)
+      one, two = (
+        vector.extract(value, dynamic_position=[], static_position=[n])
+        for n in range(2)
+      )
+      value = arith.select(is_odd, two, one)
+      row = arith.addi(base, constant(8 * half))
+
+      def at(memory, kind, row=row):
+        return utils.getelementptr(utils.memref_ptr(memory), [row], kind)
+
+      kind = llvm.load(i32, at(kinds, i32))
+      value = arith.select(equal(kind, blocks.PADDING), zero, value)
+      with utils.when(equal(distance, 0)):
+        llvm.store(value, at(ref, ir.F32Type.get()))
+    return ()
+
+  run(ref, x, kinds)
+
+
 def load_global(ref):
   """Loads a ref [tokens, 64] in global memory as a float32 [64, tokens]."""
   x = plgpu.load(ref, layout=_COLUMNS, optimized=False)

@@ -1,7 +1,7 @@
 """Norms and gates of the layer in intra_grad.py: their values and gradients.
 
-See projected.py. A sum over channels passes from warp to warp, so warpgroups
-take turns; one over tokens stays within four lanes.
+See projected.py. A sum over tokens stays within four lanes; one over channels
+would pass from warp to warp, and is the diagonal of a matrix product instead.
 """
 
 import jax.numpy as jnp
@@ -10,9 +10,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gdn2_jax.pallas import blocks, projected
-from gdn2_jax.pallas.blocks import ROWS, TILE
+from gdn2_jax.pallas.blocks import ROWS, TILE, C
 from gdn2_jax.pallas.gdn2.grad import columns
-from gdn2_jax.pallas.gdn2.grad.columns import BLOCK, HALF
+from gdn2_jax.pallas.gdn2.grad.columns import BLOCK, HALF, PART
+from gdn2_jax.pallas.gdn2.grad.memory import DQ, RAW
+from gdn2_jax.pallas.gdn2.grad.products import Operand, dot
 
 
 def log_decay(chunk, f):
@@ -24,6 +26,8 @@ def log_decay(chunk, f):
 def take_inputs(chunk):
   """Replaces q, k and b by what the norms and the gate make of them."""
   chunk = chunk.recomputed()
+  inputs = [Operand(chunk.s[name], PART) for name in "qk"]
+  _sum_over_channels(chunk, "squares", [[(x, x.T)] for x in inputs])
 
   def load(name):
     x = chunk.at_tokens(columns.load(chunk.key(name)))
@@ -31,36 +35,35 @@ def take_inputs(chunk):
 
   b = chunk.erase_scale * projected.sigmoid(load("b"))
   columns.store(chunk.key("b"), b)
-  _sum_over_channels(chunk, "squares", [x * x for x in map(load, "qk")])
   for n, name in enumerate("qk"):
-    norm = lax.rsqrt(_load_sum(chunk, "squares", n) + projected.EPS)
-    columns.store(chunk.key(name), load(name) * norm)
+    columns.store(chunk.key(name), load(name) * _norm(chunk, n))
 
 
-def _sum_over_channels(chunk, name, arrays):
-  """Stores this warpgroup's sums of arrays [channels, tokens].
+def _sum_over_channels(chunk, name, products):
+  """Stores diagonals of matrix products [tokens, tokens], zero at padding.
 
-  All warpgroups have seen them when it returns.
+  A diagonal is a sum over channels without a sum across warps. One warpgroup
+  has the first sum and another the second; all have seen both on return.
   """
+  for n, pairs in enumerate(products):
 
-  def store():
-    for n, x in enumerate(arrays):
-      at = n * chunk.tiles + chunk.tile
-      chunk.s[name].at[at, chunk.rows][...] = x.sum(axis=0)
+    @pl.when(chunk.turn == (0, 2 * chunk.tiles - 1)[n])
+    def _(n=n, pairs=pairs):
+      x = dot(blocks.zeros(C, C), *pairs)
+      # Products with padding, which may be NaN, are off the diagonal.
+      columns.store_diagonal(chunk.s[name].at[n], x, chunk.s["kinds"])
 
-  blocks.in_turns(chunk.turn, 2 * chunk.tiles, chunk.s["met"], store)
+  chunk.meet()
 
 
 def _load_sum(chunk, name, n):
-  """Total of sum_over_channels for array n as an array [channels, tokens]."""
-  total = sum(
-    plgpu.load(
-      chunk.s[name].at[n * chunk.tiles + tile, chunk.rows],
-      layout=ROWS.reduce(0),
-    )
-    for tile in range(chunk.tiles)
-  )
-  return blocks.of_columns(total, (TILE, HALF))
+  """Sum n of _sum_over_channels as an array [channels, tokens]."""
+  x = plgpu.load(chunk.s[name].at[n, chunk.rows], layout=ROWS.reduce(0))
+  return blocks.of_columns(x, (TILE, HALF))
+
+
+def _norm(chunk, n):
+  return lax.rsqrt(_load_sum(chunk, "squares", n) + projected.EPS)
 
 
 def begin(chunk):
@@ -88,22 +91,17 @@ def through_decay(chunk, block, dg):
   return df
 
 
-def _saved(chunk, block=None):
-  """Memory for the gradients after the norms: dq, high and low part of dk.
-
-  That of a, q and k, which are not used again.
-  """
-  rows = chunk.rows if block is None else chunk.block(block)
-  dq = chunk.s["a"].at[chunk.channels, rows]
-  return dq, chunk.key("q", rows), chunk.key("k", rows)
+def _saved_dq(chunk, rows):
+  return chunk.s["a"].at[chunk.channels, rows]  # a is not used again
 
 
 def save(chunk, block, dq, dk):
   """Keeps the gradients after the norms of 16 tokens, for `finish`."""
-  ref, *parts = _saved(chunk, block)
-  ref[...] = dq
-  for part, x in zip(parts, blocks.split(dk, parts[0].dtype), strict=True):
-    columns.store(part, x)
+  rows = chunk.block(block)
+  _saved_dq(chunk, rows)[...] = dq
+  # High and low part of dk in the place of q and k, which are not used again.
+  for name, x in zip("qk", blocks.split(dk, chunk.s["q"].dtype), strict=True):
+    columns.store(chunk.key(name, rows), x)
 
 
 def finish(chunk):
@@ -113,17 +111,35 @@ def finish(chunk):
   parallel to y, so a y that was rounded to 16 bits is not accurate enough.
   """
   chunk = chunk.recomputed()
-  dq, high, low = _saved(chunk)
-  dq = plgpu.layout_cast(blocks.load(dq), ROWS)
-  high, low = (columns.load(x).astype(jnp.float32) for x in (high, low))
-  gradients = dq, high + low
-  products = [chunk.load_raw(n) * dy for n, dy in enumerate(gradients)]
-  _sum_over_channels(chunk, "products", products)
-  chunk = chunk.recomputed()
-  for n, (name, dy) in enumerate(zip("qk", gradients, strict=True)):
-    norm = lax.rsqrt(_load_sum(chunk, "squares", n) + projected.EPS)
-    x = chunk.load_raw(n) * _load_sum(chunk, "products", n)
-    columns.store(chunk.key(name), norm * (dy - x * norm * norm))
+  s = chunk.s
+  chunk.meet()  # the buffers of the levels are free
+
+  @pl.when(chunk.first)
+  def _():
+    for n, name in enumerate(RAW):
+      source = chunk.inputs[n].at[(*chunk.tokens, chunk.h)]
+      plgpu.copy_gmem_to_smem(source, s[name], s["raw_loaded"])
+
+  dq = plgpu.layout_cast(blocks.load(_saved_dq(chunk, chunk.rows)), ROWS)
+  for name, x in zip(DQ, blocks.split(dq, s["q"].dtype), strict=True):
+    columns.store(chunk.key(name), x)
+  plgpu.barrier_wait(s["raw_loaded"])
+  chunk.meet()  # all parts of dq are there, and committed
+  raw = [Operand(s[name], PART) for name in RAW]
+  parts = [[Operand(s[name], PART).T for name in names] for names in (DQ, "qk")]
+  _sum_over_channels(
+    chunk,
+    "products",
+    [[(x, y) for y in dy] for x, dy in zip(raw, parts, strict=True)],
+  )
+  # dk first: its parts are where dq goes.
+  for n, names in ((1, "qk"), (0, DQ)):
+    high, low = (columns.load(chunk.key(x)) for x in names)
+    dy = high.astype(jnp.float32) + low.astype(jnp.float32)
+    x = columns.load(chunk.key(RAW[n])).astype(jnp.float32)
+    norm = _norm(chunk, n)
+    x = chunk.at_tokens(x) * _load_sum(chunk, "products", n)
+    columns.store(chunk.key("qk"[n]), norm * (dy - x * norm * norm))
 
   @pl.when(chunk.half == 0)  # after the meetings of _sum_over_channels
   def _():

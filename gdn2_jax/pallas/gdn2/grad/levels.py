@@ -154,24 +154,26 @@ class Levels:
     chunk, half = self.chunk, self.chunk.half
     other = 1 - half
     second = columns.iota(BLOCK) < jnp.where(half == 1, BLOCK, 0)
-    kept, flow = [None, None], 0.0
+    flow = 0.0
     for n in range(2):
       block = slice(n * BLOCK, (n + 1) * BLOCK)
       decays = self._decays(n).climb(BLOCK)
-      kept[n] = decays.prefix if n else decays.suffix
       D = jnp.where(second, decays.prefix, decays.suffix)
       # Over the other 16 tokens, if they are on the way to the middle.
       D *= chunk.total_if(half == n, 2 * half + 1 - n, BLOCK)
       e, q, k = self._keys(n)
       X, Q = D * jnp.where(second, e, k), D * q
       to_second = X * de[:, block] + Q * dq[:, block]
-      flow += jnp.where(second, to_second, X * dk[:, block])
+      # Summed at once, to save registers.
+      flow += jnp.where(second, to_second, X * dk[:, block]).sum(axis=1)
       channels = pl.ds(half * chunk.K + chunk.tile * TILE, TILE)
       for name, x in (("X", X), ("Q", Q)):
         ref = self.s[name].at[channels, pl.ds(n * BLOCK, BLOCK)]
         ref[...] = x.astype(ref.dtype)
-    o = chunk.load_vector("totals", HALVES + other, BLOCK)
-    chunk.vector("sums", half)[...] = (o * flow).sum(axis=1)
+    o = plgpu.load(
+      chunk.vector("totals", HALVES + other), layout=ROWS.reduce(1)
+    )
+    chunk.vector("sums", half)[...] = o * flow
     # The decay of the other half, for the rows on the far side of it.
     o = chunk.total_if(half == 1, HALVES)
     de, dq = de * o, dq * o
@@ -205,17 +207,19 @@ class Levels:
         [(X, x) for x in earlier[_DT]] + [(Q, x) for x in earlier[_DAQK]],
       ),
     )
-    return *sums, flow, *kept
+    return *sums, flow
 
-  def _of_halves(self, de, dq, dk, flow, S, P):
+  def _of_halves(self, de, dq, dk, flow):
     """From blocks of 32 tokens to the states of two blocks of 16."""
     chunk = self.chunk
     first, last = slice(None, BLOCK), slice(BLOCK, None)
     T = [
       chunk.load_vector("totals", 2 * chunk.half + n, BLOCK) for n in range(2)
     ]
-    x = S * chunk.load("k", chunk.block(0))
+    # Computed again, to save registers.
+    x = self._decays(0).climb(BLOCK).suffix * chunk.load("k", chunk.block(0))
     e, q, _ = self._keys(1)
+    P = self._decays(1).climb(BLOCK).prefix
     y, z = P * e, P * q
     flows = [
       flow + T[0] * (y * de[:, last] + z * dq[:, last]),

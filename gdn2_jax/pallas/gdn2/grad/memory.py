@@ -21,6 +21,11 @@ DO, DX_PARTS = 2, 6
 HALVES, TOTALS = C // BLOCK, C // BLOCK + 2
 
 
+# With gates, after the levels: q and k as they were before the norms, and high
+# and low part of the gradient of the normalised q.
+RAW, DQ = ("raw_q", "raw_k"), ("dq_high", "dq_low")
+
+
 class Memory:
   """Scratch of the kernel for one number of key channels.
 
@@ -53,8 +58,8 @@ class Memory:
     saved = {"saved": plgpu.SMEM((4 * 2 * K * BLOCK,), jnp.float32)}
     if is_projected:
       named["rates"] = plgpu.SMEM((2, K), jnp.float32)
-      # Of q and k, by tile of channels.
-      sums = plgpu.SMEM((2 * tiles, C), jnp.float32)
+      named["raw_loaded"] = plgpu.Barrier(num_arrivals=2)
+      sums = plgpu.SMEM((2, C), jnp.float32)  # of q and k
       named["squares"] = sums
       saved["products"] = sums
       saved["drates"] = plgpu.SMEM((4, K), jnp.float32)  # two of each half
@@ -72,6 +77,7 @@ class Memory:
           # Blocks on the diagonal of the scores, masked for each level.
           "diagonals": tiled((len(LEVELS) * 4 * 2 * C, BLOCK), dtype, BLOCK),
         },
+        *([dict.fromkeys(RAW + DQ, wide)] if is_projected else []),
       ),
       (
         {
