@@ -185,10 +185,11 @@ def test_value_tiles_of_a_block_change_no_bit(rng, monkeypatch):
 
 def test_float16(rng):
   case = numerics.make_case(
-    rng, T=128, H=1, K=64, V=64, dtype=jnp.float16, g=(-0.5, 0.0)
+    rng, T=128, H=4, K=64, V=64, dtype=jnp.float16, g=(-0.5, 0.0)
   )
   # A state as large as what the tokens write: under a larger one the first
-  # few tokens make up all of db, and the ratio is that of a few numbers.
+  # few tokens make up all of db, and the ratio is that of a few numbers. So it
+  # is with one head: db has 1.5 to 2.1 over six seeds, and 1.7 with four or 16.
   for name in ("initial_state", "dfinal_state"):
     case[name] /= 4
   check(case)

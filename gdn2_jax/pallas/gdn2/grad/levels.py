@@ -148,8 +148,8 @@ class Levels:
     """The level whose blocks are the chunk, across warpgroups.
 
     Returns:
-      d(-e), dq and dk [channels, 32], the flow [channels, 16] of each 16
-      tokens, and S_s of the first 16 and P_r of the last 16 within 32 tokens.
+      d(-e), dq and dk [channels, 32], and the flow [channels, 16] of each 16
+      tokens.
     """
     chunk, half = self.chunk, self.chunk.half
     other = 1 - half
