@@ -148,16 +148,17 @@ class Levels:
     """The level whose blocks are the chunk, across warpgroups.
 
     Returns:
-      d(-e), dq and dk [channels, 32], and the flow [channels, 16] of each 16
-      tokens.
+      d(-e), dq and dk [channels, 32], the flow [channels, 16] of each 16
+      tokens, and S_s of the first 16 and P_r of the last 16 within 32 tokens.
     """
     chunk, half = self.chunk, self.chunk.half
     other = 1 - half
     second = columns.iota(BLOCK) < jnp.where(half == 1, BLOCK, 0)
-    flow = 0.0
+    kept, flow = [None, None], 0.0
     for n in range(2):
       block = slice(n * BLOCK, (n + 1) * BLOCK)
       decays = self._decays(n).climb(BLOCK)
+      kept[n] = decays.prefix if n else decays.suffix
       D = jnp.where(second, decays.prefix, decays.suffix)
       # Over the other 16 tokens, if they are on the way to the middle.
       D *= chunk.total_if(half == n, 2 * half + 1 - n, BLOCK)
@@ -207,19 +208,20 @@ class Levels:
         [(X, x) for x in earlier[_DT]] + [(Q, x) for x in earlier[_DAQK]],
       ),
     )
-    return *sums, flow
+    return *sums, flow, *kept
 
-  def _of_halves(self, de, dq, dk, flow):
+  def _of_halves(self, de, dq, dk, flow, S, P):
     """From blocks of 32 tokens to the states of two blocks of 16."""
     chunk = self.chunk
     first, last = slice(None, BLOCK), slice(BLOCK, None)
     T = [
       chunk.load_vector("totals", 2 * chunk.half + n, BLOCK) for n in range(2)
     ]
-    # Computed again, to save registers.
-    x = self._decays(0).climb(BLOCK).suffix * chunk.load("k", chunk.block(0))
+    if chunk.is_projected:  # computed again, to save registers
+      S = self._decays(0).climb(BLOCK).suffix
+      P = self._decays(1).climb(BLOCK).prefix
+    x = S * chunk.load("k", chunk.block(0))
     e, q, _ = self._keys(1)
-    P = self._decays(1).climb(BLOCK).prefix
     y, z = P * e, P * q
     flows = [
       flow + T[0] * (y * de[:, last] + z * dq[:, last]),
