@@ -169,7 +169,7 @@ def _forward_body(
   def rows(here, _):
     n, _ = _normed(_load(x_gm, here), eps)
     act, _ = _activation(_load(gate_gm, here) + bias, activation)
-    blocks.store_global(y_gm.at[here], (n * weight * act).astype(y_gm.dtype))
+    blocks.store_untiled(y_gm.at[here], (n * weight * act).astype(y_gm.dtype))
 
   _for_rows(x_gm, block, rows, None)
 
@@ -201,8 +201,8 @@ def _backward_body(
     dgate = dy * n * weight * slope
     dn = dy * weight * act
     dx = (dn - n * _row_mean(dn * n)) * scale
-    blocks.store_global(dgate_gm.at[here], dgate.astype(dgate_gm.dtype))
-    blocks.store_global(dx_gm.at[here], dx.astype(dx_gm.dtype))
+    blocks.store_untiled(dgate_gm.at[here], dgate.astype(dgate_gm.dtype))
+    blocks.store_untiled(dx_gm.at[here], dx.astype(dx_gm.dtype))
     more = dy * n * act, dgate
     return tuple(
       plgpu.layout_cast(a + b, _layout(V))
@@ -216,7 +216,7 @@ def _backward_body(
   )
   here = tuple(lax.axis_index(name) for name in ("row", "block", "head"))
   for ref, total in zip((dweight_gm, dbias_gm), sums, strict=True):
-    blocks.store_global(ref.at[here], total)
+    blocks.store_untiled(ref.at[here], total)
 
 
 def _for_rows(x_gm, block, rows, carry):

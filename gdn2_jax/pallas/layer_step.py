@@ -203,11 +203,11 @@ def _body(*refs, names, options):
     (_ERASE, alpha * erase),
     (_QUERY, alpha * q),
   ):
-    blocks.store_global(of_keys.at[n], x)
+    blocks.store_untiled(of_keys.at[n], x)
   z = _wide(z) + _wide(bias)
   act = sigmoid(z) if options.activation == "sigmoid" else z * sigmoid(z)
-  blocks.store_global(of_values.at[_WRITE], sigmoid(_wide(w)) * v)
-  blocks.store_global(of_values.at[_GATE], _wide(weight) * act)
+  blocks.store_untiled(of_values.at[_WRITE], sigmoid(_wide(w)) * v)
+  blocks.store_untiled(of_values.at[_GATE], _wide(weight) * act)
 
   plgpu.barrier_wait(loaded)
   u, o = _recall(S, of_keys, of_values)
@@ -217,11 +217,11 @@ def _body(*refs, names, options):
   # channels, and both have read its tail.
   for name, ref in (("q", tails_q), ("k", tails_k), ("v", tails_v)):
     for i, x in enumerate(inputs[name][1:]):
-      blocks.store_global(ref.at[layer, row, i, head], x)
+      blocks.store_untiled(ref.at[layer, row, i, head], x)
   mean = jnp.sum(o * o) * (1.0 / o.shape[0])
   gate = _load(of_values.at[_GATE], _columns(S))
   o = o * lax.rsqrt(mean + options.eps) * gate
-  blocks.store_global(y.at[here], o.astype(y.dtype))
+  blocks.store_untiled(y.at[here], o.astype(y.dtype))
 
 
 def _conv_silu(taps, inputs):
@@ -263,7 +263,7 @@ def _store_state(S, of_keys, u, state):
     rows = pl.ds(n * _ROWS, _ROWS)
     new = _load(S.at[rows], layout) * _along_rows(of_keys, _ALPHA, rows, V)
     new = new + _along_rows(of_keys, _KEY, rows, V) * u_RV
-    blocks.store_global(state.at[rows], plgpu.layout_cast(new, layout))
+    blocks.store_untiled(state.at[rows], plgpu.layout_cast(new, layout))
 
   blocks.loop(K // _ROWS, tile, None)
 

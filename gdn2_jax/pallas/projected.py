@@ -12,9 +12,6 @@ exponent is <= 0. Gradients are those of the kernel's arguments.
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
-
-from gdn2_jax.pallas import blocks
 
 EPS = 1e-6  # as in gdn2_jax.ops.norm.l2_norm
 
@@ -49,39 +46,3 @@ def softplus(x):
   for coefficient in reversed(_LOG1P[:-1]):
     series = series * e + coefficient
   return jnp.where(x > 0, x, 0.0) + e * series
-
-
-def log_decay(f, rates_ref):
-  """g, softplus(x) and sigmoid(x) of x = f + dt_bias, all [C, TILE].
-
-  rates_ref [2, TILE] is in shared memory and has rate and dt_bias.
-  """
-  rate, x = load_rate(rates_ref, 0), f + load_rate(rates_ref, 1)
-  plus = softplus(x)
-  return rate * plus, plus, sigmoid(x)
-
-
-def load_rate(rates_ref, n):
-  """Loads rate (n = 0) or dt_bias (n = 1) as a [C, TILE] tile."""
-  return blocks.of_columns(
-    plgpu.load(rates_ref.at[n], layout=blocks.ROWS.reduce(0))
-  )
-
-
-def store_share(x, shares_ref, wg):
-  """Stores a warpgroup's partial sums of x [C, TILE] over channels."""
-  shares_ref.at[wg][...] = x.sum(axis=1)
-
-
-def load_sum(shares_ref, tiles):
-  """Total of all warpgroups' partial sums, as a [C, TILE] tile."""
-  total = sum(
-    plgpu.load(shares_ref.at[n], layout=blocks.ROWS.reduce(1))
-    for n in range(tiles)
-  )
-  return blocks.of_rows(total)
-
-
-def inverse_norm(shares_ref, tiles):
-  """1 / sqrt(sum x^2 + eps) of every row, from partial sums of x^2."""
-  return lax.rsqrt(load_sum(shares_ref, tiles) + EPS)

@@ -221,7 +221,7 @@ class _Walk:
   def store(self, ref, x, *index):
     """Stores x at a token, or at a block and tap."""
     ref = ref.at[(self._row, *index, self._channels)]
-    blocks.store_global(ref, x.astype(ref.dtype))
+    blocks.store_untiled(ref, x.astype(ref.dtype))
 
   def zeros(self):
     """Initial value of a sum."""

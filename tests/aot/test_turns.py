@@ -61,18 +61,25 @@ def found(body, warpgroups=2, axis=0):
   return sums_out_of_turn(module)
 
 
+def run_in_turns(wg, warpgroups, barrier, body):
+  """Runs `body` in one warpgroup after the other, with a meeting after each."""
+  for n in range(warpgroups):
+    pl.when(wg == n)(body)
+    blocks.meet(barrier, warpgroups)
+
+
 def at_once(wg, sum_rows, meet, *_):
   sum_rows()
   meet()
 
 
 def in_turns(wg, sum_rows, meet, met, _):
-  blocks.in_turns(wg, 2, met, sum_rows)
-  blocks.in_turns(wg, 2, met, sum_rows)
+  run_in_turns(wg, 2, met, sum_rows)
+  run_in_turns(wg, 2, met, sum_rows)
 
 
 def in_three_turns(wg, sum_rows, meet, met, _):
-  blocks.in_turns(wg, 3, met, sum_rows)
+  run_in_turns(wg, 3, met, sum_rows)
 
 
 def without_meeting(wg, sum_rows, meet, *_):
@@ -123,7 +130,7 @@ def loop_that_does_not_meet(wg, sum_rows, meet, *_):
 
 def loop_that_meets(wg, sum_rows, meet, met, _):
   def turn(n, _):
-    blocks.in_turns(wg, 2, met, sum_rows)
+    run_in_turns(wg, 2, met, sum_rows)
 
   blocks.loop(8, turn, None)
 

@@ -208,7 +208,7 @@ def _body(q_gm, keys_gm, outputs, s, scale, tiles):
   if len(outputs) > 1:
     # For a query without keys, so that all its weights exp(s - lse) are 0.
     lse = jnp.where(total > 0, m + jnp.log(some), -NEVER)
-    blocks.store_global(outputs[2].at[b, h, g, pl.ds(i * C, C)], lse)
+    blocks.store_untiled(outputs[2].at[b, h, g, pl.ds(i * C, C)], lse)
   parts = [o]
   if len(outputs) > 1:
     dtype = s["q"].dtype

@@ -32,8 +32,6 @@ from gdn2_jax.pallas.gdn2.chunk.rows import (
   R,
   Rows,
   load_row,
-  store_untiled,
-  tiled,
 )
 
 
@@ -114,21 +112,21 @@ def _scratch(K, dtype, *, with_T, with_rates):
     "kinds": plgpu.SMEM((C,), jnp.int32),
     # X and Q of even and of odd levels. Then E, after the last even one.
     "even": plgpu.RefUnion(
-      tiled((2 * K, C), f16, OPERAND_COLUMNS),
-      tiled((K, C), narrow, OPERAND_COLUMNS),
+      blocks.tiled((2 * K, C), f16, OPERAND_COLUMNS),
+      blocks.tiled((K, C), narrow, OPERAND_COLUMNS),
     ),
-    "odd": tiled((2 * K, C), f16, OPERAND_COLUMNS),
+    "odd": blocks.tiled((2 * K, C), f16, OPERAND_COLUMNS),
     "totals": plgpu.SMEM((WARPGROUPS + 1, K), f32),
     "g_sums": plgpu.SMEM((WARPGROUPS, K), f32),
     "last_Aqk": plgpu.SMEM((1, K), f32),
     # f. Then -T, until it is inverted. Then Y, a part for each warpgroup.
     "T": plgpu.RefUnion(
       rows,
-      tiled((C, C), f32, 32),
-      tiled((WARPGROUPS, C, K // WARPGROUPS), dtype, K // WARPGROUPS),
+      blocks.tiled((C, C), f32, 32),
+      blocks.tiled((WARPGROUPS, C, K // WARPGROUPS), dtype, K // WARPGROUPS),
     ),
-    "Aqk": tiled((C, C), dtype, OPERAND_COLUMNS),
-    "A": tiled((C, C), dtype, R),
+    "Aqk": blocks.tiled((C, C), dtype, OPERAND_COLUMNS),
+    "A": blocks.tiled((C, C), dtype, R),
     "loaded": plgpu.Barrier(num_arrivals=6 if with_rates else 5),
     "met": plgpu.Barrier(num_arrivals=WARPGROUPS),
     "A_loaded": plgpu.Barrier(),
@@ -141,7 +139,7 @@ def _scratch(K, dtype, *, with_T, with_rates):
   if with_T:
     scratch |= inverse.scratch(narrow)
   else:
-    scratch["parts"] = tiled((2 * C, C), f32, 32)
+    scratch["parts"] = blocks.tiled((2 * C, C), f32, 32)
   return scratch
 
 
@@ -231,7 +229,7 @@ def _body(inputs_gm, rates_gm, known_A_gm, outputs, s, scale, erase):
     total = load_row(s["g_sums"], 0)
     for n in range(1, WARPGROUPS):
       total += load_row(s["g_sums"], n)
-    store_untiled(gamma_gm.at[here], jnp.exp(total))
+    blocks.store_untiled(gamma_gm.at[here], jnp.exp(total))
 
   @pl.when(role == 3)
   def _():

@@ -311,7 +311,7 @@ def _body(keys_gm, values_gm, outputs, s, section, tiles, is_projected):
     S = blocks.load_global(values_gm["state"].at[start])
     S = blocks.loop(chunks, chunk, jnp.where(is_first, S, 0.0))
     ends = outputs["ends"].at[(row, h, section.index, *here)]
-    blocks.store_global(ends, S)
+    blocks.store_untiled(ends, S)
     return
   if section.index is not None:
     start = (row, h, section.index, *here)
@@ -319,7 +319,7 @@ def _body(keys_gm, values_gm, outputs, s, section, tiles, is_projected):
   S = blocks.loop(chunks, chunk, S)
 
   def store_final():
-    blocks.store_global(outputs["final"].at[(row, h, *here)], S)
+    blocks.store_untiled(outputs["final"].at[(row, h, *here)], S)
 
   if section.is_last is True:
     store_final()

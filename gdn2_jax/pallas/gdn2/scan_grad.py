@@ -201,7 +201,7 @@ def _body(keys_gm, gradients_gm, outputs, s, section, tiles):
     dS = blocks.load_global(gradients_gm["dstate"].at[end])
     dS = blocks.loop(chunks, chunk, jnp.where(is_last, dS, 0.0))
     dstarts = outputs["dstarts"].at[(row, h, section.index - 1, *here)]
-    blocks.store_global(dstarts, dS)
+    blocks.store_untiled(dstarts, dS)
     return
   if section.index is not None:
     end = (row, h, section.index, *here)
@@ -209,7 +209,7 @@ def _body(keys_gm, gradients_gm, outputs, s, section, tiles):
   dS = blocks.loop(chunks, chunk, dS)
 
   def store_initial():
-    blocks.store_global(outputs["dinitial"].at[(row, h, *here)], dS)
+    blocks.store_untiled(outputs["dinitial"].at[(row, h, *here)], dS)
 
   if section.index is None:
     store_initial()

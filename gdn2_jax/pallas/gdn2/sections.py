@@ -131,7 +131,7 @@ def transitions(Y_neg, Kd, gamma_C, *, sections):
       pl.ds(wg * TILE, TILE),
     )
     for ref, x in zip((hi_gm, lo_gm), blocks.split(X, _PARTS), strict=True):
-      blocks.store_global(ref.at[here], x)
+      blocks.store_untiled(ref.at[here], x)
 
   return blocks.call(
     "gdn2_section_transitions",
@@ -185,7 +185,7 @@ def _chain(P, results, first, *, reverse):
       return blocks.load_global(results_gm.at[(*nth(n, inner + 1), *tile)])
 
     def store(n, S):
-      blocks.store_global(starts_gm.at[(*nth(n, inner + 2), *tile)], S)
+      blocks.store_untiled(starts_gm.at[(*nth(n, inner + 2), *tile)], S)
 
     def section(n, S):
       slot = lax.rem(n, _STAGES)

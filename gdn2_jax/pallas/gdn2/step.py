@@ -188,9 +188,9 @@ def _body(
   S_KJ = along_K(alpha_K) * S_KJ + along_K(k_K) * along_V(u_J)
   # Stored directly and not through shared memory: a warp's part of o is less
   # than a sector of memory.
-  blocks.store_global(o_gmem.at[row, head, columns], o_J.astype(o_gmem.dtype))
+  blocks.store_untiled(o_gmem.at[row, head, columns], o_J.astype(o_gmem.dtype))
   S_KJ = plgpu.layout_cast(S_KJ, layout)
-  blocks.store_global(S_out_gmem.at[layer, row, head, :, columns], S_KJ)
+  blocks.store_untiled(S_out_gmem.at[layer, row, head, :, columns], S_KJ)
 
 
 def _vector_size(tile):

@@ -14,7 +14,6 @@ from gdn2_jax.pallas.gdn2.chunk.rows import (
   R,
   load_row,
   store_row,
-  store_untiled,
 )
 
 _BIAS = 127  # of the exponent of a float32, as it is stored
@@ -124,8 +123,8 @@ def scale_to_float16(s: Any, wg: Any) -> None:
     of_rows = jnp.where(is_fine, one, jnp.maximum(exponent, 15) - 13)
     any_factor |= of_rows ^ one
     undo.append(lax.bitcast_convert_type(of_rows << 23, jnp.float32))
-    store_untiled(s["undo"].at[n, rows], undo[n])
-  store_untiled(s["is_scaled"].at[rows], any_factor)
+    blocks.store_untiled(s["undo"].at[n, rows], undo[n])
+  blocks.store_untiled(s["is_scaled"].at[rows], any_factor)
   plgpu.commit_smem()  # other threads read both
 
   @pl.when(is_scaled(s, wg))
@@ -178,4 +177,4 @@ def _load(ref, wg):
 
 
 def _store(ref, wg, x):
-  store_untiled(ref.at[pl.ds(wg * R, R)], x.astype(ref.dtype))
+  blocks.store_untiled(ref.at[pl.ds(wg * R, R)], x.astype(ref.dtype))

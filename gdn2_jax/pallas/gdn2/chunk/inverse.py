@@ -16,14 +16,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gdn2_jax.pallas import blocks, inline
 from gdn2_jax.pallas.blocks import C
-from gdn2_jax.pallas.gdn2.chunk.rows import R, store_untiled, tiled
+from gdn2_jax.pallas.gdn2.chunk.rows import R
 
 _BLOCKS = C // R
 
 
 def scratch(dtype: Any) -> dict[str, Any]:
   """Shared memory of `invert`, whose operands have a 16-bit dtype."""
-  halves = tiled((2 * C, 2 * R), dtype, R)  # high, low; left and right
+  halves = blocks.tiled((2 * C, 2 * R), dtype, R)  # high, low; left and right
   return {
     "diagonal": plgpu.SMEM((C, R), jnp.float32),
     "inverses": plgpu.SMEM((C, 2 * R), jnp.float32),  # 16 columns are used
@@ -50,7 +50,7 @@ def invert(s: Any) -> None:
     return x
 
   part = columns_of_T()
-  store_untiled(s["diagonal"], of_blocks(dict(enumerate(part))))
+  blocks.store_untiled(s["diagonal"], of_blocks(dict(enumerate(part))))
   plgpu.commit_smem()  # another thread reads it
   inline.substitute(s["diagonal"], s["inverses"])
   plgpu.commit_smem()  # as above

@@ -64,28 +64,7 @@ def store_rows(ref: Any, rows: Sequence[Any]) -> None:
 
 def store_row(ref: Any, r: Any, x: Any) -> None:
   """Stores a row in an untiled buffer [C, K], rounded to its dtype."""
-  store_untiled(ref.at[r], x.astype(ref.dtype))
-
-
-def store_untiled(ref: Any, x: Any) -> None:
-  """Stores an array in memory that has no tiles."""
-  if hasattr(plgpu, "store"):
-    plgpu.store(ref, x, optimized=False)
-  else:  # jax 0.11
-    ref[...] = x
-
-
-def tiled(shape: tuple[int, ...], dtype: Any, columns: int) -> Any:
-  """Shared memory for wgmma and TMA in tiles of 8 rows by `columns`."""
-  swizzle = columns * jnp.dtype(dtype).itemsize
-  return plgpu.SMEM(
-    shape,
-    dtype,
-    transforms=(
-      plgpu.TilingTransform((8, columns)),
-      plgpu.SwizzleTransform(swizzle),
-    ),
-  )
+  blocks.store_untiled(ref.at[r], x.astype(ref.dtype))
 
 
 class Decays(NamedTuple):

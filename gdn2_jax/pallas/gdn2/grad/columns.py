@@ -25,19 +25,6 @@ BLOCK = 16  # tokens of a product with the gradients of scores
 LEVELS = (8, 4, 2, 1)  # half a block of the tree, of the levels inside BLOCK
 
 
-def tiled(shape, dtype, columns):
-  """Shared memory for wgmma and TMA in tiles of 8 rows by `columns`."""
-  swizzle = columns * jnp.dtype(dtype).itemsize
-  return plgpu.SMEM(
-    shape,
-    dtype,
-    transforms=(
-      plgpu.TilingTransform((8, columns)),
-      plgpu.SwizzleTransform(swizzle),
-    ),
-  )
-
-
 def _layout():
   """Layout of [tokens, 64] whose transposition is ROWS, one number a time."""
   # The tiled shape is [tokens / 8, 1, 1, 4, 1, 2, 4, 8, 2, 1].
@@ -221,7 +208,7 @@ def store_global(ref, x):
       _is_signed=None,
     )
 
-  blocks.store_global(ref, transpose(x))
+  blocks.store_untiled(ref, transpose(x))
 
 
 def dots(*sums):

@@ -5,13 +5,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gdn2_jax.pallas.blocks import TILE, C
+from gdn2_jax.pallas.blocks import TILE, C, tiled
 from gdn2_jax.pallas.gdn2.grad.columns import (
   BLOCK,
   HALF,
   LEVELS,
   PART,
-  tiled,
 )
 
 # The buffer of dX has two parts [C, 32] each of its high parts, its low parts,
