@@ -251,6 +251,9 @@ class _Chunk:
     Kd = (
       self.load("k") * decays.suffix * self.total_if(self.half == 0, HALVES + 1)
     )
+    if "Kd_low" in s:
+      Kd, Kd_low = blocks.split(Kd, s["Kd"].dtype)
+      columns.store(self.key("Kd_low"), Kd_low)
     columns.store(self.key("Kd"), Kd)
     self.meet()
 

@@ -117,18 +117,6 @@ def test_a_chunk(K, V, g, kinds):
   assert not {n: r for n, r in ratios.items() if r > CONTRACT}, ratios
 
 
-@pytest.mark.slow
-def test_no_bias():
-  # 64 heads are 64 seeds.
-  args = make_chunks(2, 64, 64, 64, g=(-0.1, 0.0))
-  actual, truth = run(args), exact(*args)
-  for name, x in truth.items():
-    error = np.asarray(actual[name], np.float64) - x
-    means = np.mean(error, axis=(0, 1, 3)) / np.sqrt(np.mean(x * x))
-    z = np.mean(means) / (np.std(means, ddof=1) / np.sqrt(means.size))
-    assert abs(z) < 4, (name, z)
-
-
 @pytest.mark.parametrize("rates", [False, True])
 def test_traces_for_the_gpu(rates):
   args = make_chunks(3, 1, 64, 64, g=(-0.1, 0.0))

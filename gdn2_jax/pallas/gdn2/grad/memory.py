@@ -82,6 +82,8 @@ class Memory:
         {
           "E_neg": wide,
           "Kd": wide,
+          # Of 128 channels there is no room for the low part.
+          **({"Kd_low": wide} if tiles == 1 else {}),
           "A": square,
           "Aqk": square,
           "dX": tiled((DX_PARTS * C, PART), dtype, PART),

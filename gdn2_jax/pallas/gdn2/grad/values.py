@@ -173,7 +173,10 @@ def _compute_dX(chunk):
     dX = [_of_part(s["dX"], part, low) for low in range(2)]
     dS = Operand(_of_state(s["dS"], part, chunk.K), PART)
     dO = Operand(_of_part(s["dX"], part, DO), PART)
-    dR = dot(blocks.zeros(C, PART), (Aqk.T, dO), (Kd, dS))
+    pairs = [(Aqk.T, dO), (Kd, dS)]
+    if "Kd_low" in s:
+      pairs.append((Operand(s["Kd_low"], PART), dS))
+    dR = dot(blocks.zeros(C, PART), *pairs)
     blocks.store_split(dR, *dX)  # dR, until dX replaces it
     plgpu.commit_smem()  # wgmma reads dR
     pairs = [(A.T, Operand(x, PART)) for x in dX]
