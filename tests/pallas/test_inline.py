@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gdn2_jax.kernels import target
 from gdn2_jax.pallas import blocks, inline
-from gdn2_jax.pallas.gdn2.chunk.rows import load_row, tiled
+from gdn2_jax.pallas.gdn2.chunk.rows import load_row
 from tests.aot.test_turns import modules
 from tests.pallas import threads
 
@@ -90,12 +90,12 @@ def lowered(K):
       shape,
       scratch_types=[
         plgpu.SMEM((R, K), jnp.bfloat16),
-        tiled((ABOVE + K, C), jnp.float16, 32),
-        tiled((ABOVE + K, C), jnp.bfloat16, 64),
+        blocks.tiled((ABOVE + K, C), jnp.float16, 32),
+        blocks.tiled((ABOVE + K, C), jnp.bfloat16, 64),
         plgpu.SMEM((C,), jnp.int32),
         plgpu.SMEM((C, R), jnp.float32),
         plgpu.SMEM((C, 2 * R), jnp.float32),
-        tiled((C, 32), jnp.float32, 32),
+        blocks.tiled((C, 32), jnp.float32, 32),
         plgpu.Barrier(num_arrivals=4),
       ],
       num_threads=4,
