@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gdn2_jax.kernels import target
@@ -26,6 +27,28 @@ LOG_ZERO = -1e4
 
 # Kinds of tokens; the state restarts before a RESTART token.
 PADDING, TOKEN, RESTART = 0, 1, 2
+
+
+def register_layout(
+  tiling: tuple[tuple[int, ...], ...],
+  warp_dims: tuple[int, ...],
+  lane_dims: tuple[int, ...],
+) -> Any:
+  """Layout of registers from nested tiles, which it makes canonical.
+
+  Warps, lanes and vectors (the last one) are dimensions of the tiled shape,
+  counted from its end.
+  """
+  layout = fragmented_array.TiledLayout(
+    fragmented_array.Tiling(tiling),
+    warp_dims=warp_dims,
+    lane_dims=lane_dims,
+    vector_dim=-1,
+    _check_canonical=False,
+  ).canonicalize()
+  return plgpu.Layout.TILED(
+    layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
+  )
 
 
 def smem(shape: tuple[int, ...], dtype: Any) -> Any:

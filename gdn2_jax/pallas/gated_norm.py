@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
@@ -280,15 +279,8 @@ def _layout(V):
   """Register layout [R, V]: warps over rows, lanes over rows and vectors."""
   R = _rows_of(V)
   # The tiled shape is [4, 1, R / 4, V / 8, 1, 8].
-  layout = fragmented_array.TiledLayout(
-    fragmented_array.Tiling(((R, V), (R // _WARPS, V), (1, _VECTOR))),
-    warp_dims=(-6,),
-    lane_dims=(-4, -3),
-    vector_dim=-1,
-    _check_canonical=False,
-  ).canonicalize()
-  return plgpu.Layout.TILED(
-    layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
+  return blocks.register_layout(
+    ((R, V), (R // _WARPS, V), (1, _VECTOR)), (-6,), (-4, -3)
   )
 
 

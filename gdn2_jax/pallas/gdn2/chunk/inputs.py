@@ -5,7 +5,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gdn2_jax.pallas import blocks, inline, projected
@@ -147,15 +146,8 @@ def is_scaled(s: Any, wg: Any) -> Any:
 def _vectors():
   """Layout [16, K]: a thread has 16 bytes of a row in every 64 channels."""
   # The tiled shape is [4, 1, 4, 8, 1, 8].
-  layout = fa.TiledLayout(
-    fa.Tiling(((R, 64), (R // 4, 64), (1, 8))),
-    warp_dims=(-6,),
-    lane_dims=(-4, -3),
-    vector_dim=-1,
-    _check_canonical=False,
-  ).canonicalize()
-  return plgpu.Layout.TILED(
-    layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
+  return blocks.register_layout(
+    ((R, 64), (R // 4, 64), (1, 8)), (-6,), (-4, -3)
   )
 
 

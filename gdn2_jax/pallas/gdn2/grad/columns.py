@@ -9,7 +9,6 @@ interpreter lacks. It gets the same in jax.numpy.
 
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
@@ -28,15 +27,8 @@ LEVELS = (8, 4, 2, 1)  # half a block of the tree, of the levels inside BLOCK
 def _layout():
   """Layout of [tokens, 64] whose transposition is ROWS, one number a time."""
   # The tiled shape is [tokens / 8, 1, 1, 4, 1, 2, 4, 8, 2, 1].
-  layout = fragmented_array.TiledLayout(
-    fragmented_array.Tiling(((8, TILE), (8, 16), (8, 8), (2, 1))),
-    warp_dims=(-7,),
-    lane_dims=(-3, -4),
-    vector_dim=-1,
-    _check_canonical=False,
-  ).canonicalize()
-  return plgpu.Layout.TILED(
-    layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
+  return blocks.register_layout(
+    ((8, TILE), (8, 16), (8, 8), (2, 1)), (-7,), (-3, -4)
   )
 
 
@@ -116,7 +108,7 @@ def store_diagonal(ref, x, kinds):
     i32 = ir.IntegerType.get_signless(32)
 
     def constant(n):
-      return arith.constant(i32, ir.IntegerAttr.get(i32, n))
+      return utils.c(n, i32)
 
     def equal(a, n):
       return arith.cmpi(arith.CmpIPredicate.eq, a, constant(n))
@@ -131,9 +123,7 @@ def store_diagonal(ref, x, kinds):
     # [column tile of 8, half of the 16 rows of a warp]
     tiles = x.registers.reshape(8, 2)
     base = arith.addi(arith.muli(warp, constant(16)), of_eight)
-    zero = arith.constant(
-      ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), 0.0)
-    )
+    zero = utils.c(0.0, ir.F32Type.get())
     for half in range(2):
       value = tiles[half, half]
       for n in range(1, 4):
@@ -209,24 +199,6 @@ def store_global(ref, x):
     )
 
   blocks.store_untiled(ref, transpose(x))
-
-
-def dots(*sums):
-  """Computes acc + sum of a @ b for each (acc, [(a, b), ...]); see blocks.dot.
-
-  All products are under way before the first is waited for.
-  """
-  if target.is_interpreted():
-    return [blocks.dot(acc, *pairs) for acc, pairs in sums]
-
-  def accumulate(refs):
-    longest = max(len(pairs) for _, pairs in sums)
-    for n in range(longest):  # in turns: a product waits for its accumulator
-      for ref, (_, pairs) in zip(refs, sums, strict=True):
-        if n < len(pairs):
-          plgpu.wgmma(ref, *pairs[n])
-
-  return pl.run_state(accumulate)([plgpu.ACC.init(acc) for acc, _ in sums])
 
 
 def keep(ref, x):
