@@ -22,7 +22,7 @@ _HOME = {
   "stream": "gdn2_jax.inference.generate",
 }
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["__version__", *_HOME]
 
 

@@ -1,14 +1,17 @@
 """Common behaviour of entry points: one-line errors, strict arguments."""
 
 import contextlib
+import difflib
 import pathlib
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
+
+_HELP = {"-h", "-help", "--help", "--helpshort"}
 
 
 def fail(message: str) -> NoReturn:
@@ -18,11 +21,32 @@ def fail(message: str) -> NoReturn:
 
 
 def refuse_positional(argv: Sequence[str], example: str) -> None:
-  """Raises UsageError for `flag=value` without dashes; shows an `example`."""
+  """Exits for `flag=value` without dashes; the message has an `example`."""
   if len(argv) > 1:
-    raise app.UsageError(
+    fail(
       f"unexpected argument {argv[1]!r}; flags start with --, as in {example}"
     )
+
+
+def take_command(
+  names: Collection[str], index: str, default: str | None = None
+) -> str:
+  """Removes a command's name from sys.argv and returns it.
+
+  Without a command prints the `index` of all and exits with code 0, as --help
+  does; with a `default`, flags alone belong to that command.
+  """
+  first = sys.argv[1] if len(sys.argv) > 1 else ""
+  if first in _HELP or not (first or default):
+    print(index.strip())
+    sys.exit(0)
+  if default and (not first or first.startswith("-")):
+    return default
+  if first not in names:
+    near = difflib.get_close_matches(first, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(names)}"
+    fail(f"{first}: no such command; {hint}")
+  return sys.argv.pop(1)
 
 
 def define_self_check() -> flags.FlagHolder:
@@ -57,26 +81,36 @@ def is_our_frame(frame: types.FrameType) -> bool:
 def one_line_errors(*more: type[Exception]) -> Iterator[None]:
   """Turns refusals of bad input into one line and exit code 1.
 
-  A ValueError or OSError that this package raised, and `more` from anywhere,
-  are messages to the user; others are bugs and keep their traceback.
+  A ValueError, OSError or NotImplementedError (a named kernel that cannot run)
+  that this package raised, and `more` from anywhere, are messages to the user;
+  others are bugs and keep their traceback.
   """
   try:
     yield
   except more as e:
     fail(str(e))
-  except (ValueError, OSError) as e:
+  except (ValueError, OSError, NotImplementedError) as e:
     if not is_ours(e):
       raise
     fail(str(e))
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-  """Flag errors as one line; ml_collections raises some as bare KeyError."""
+  """Parses flags; one line for errors, code 0 for --help."""
+  given = set(argv[1 : argv.index("--")] if "--" in argv else argv[1:])
+  # absl itself would exit with code 1.
+  if given & _HELP:
+    app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
+  if "--helpfull" in given:
+    app.usage(writeto_stdout=True, exitcode=0)
   # Orbax logs every file it writes at level INFO. Set before parsing, so that
   # --verbosity overrides it.
   logging.set_verbosity(logging.WARNING)
   try:
-    return app.parse_flags_with_usage(argv)
+    return flags.FLAGS(argv)
+  except flags.Error as e:
+    fail(" ".join(str(e).split()) + " (--help lists the flags)")
+  # Those of ml_collections.
   except (KeyError, OSError, TypeError, ValueError) as e:
     fail(str(e.args[0] if e.args else e))
 

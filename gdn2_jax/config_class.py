@@ -1,11 +1,11 @@
-"""Config dataclasses that refuse fields they do not have."""
+"""Config dataclasses: strict about names, with choices and texts of fields."""
 
 import dataclasses
 import difflib
 import functools
 import typing
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 
 class UnknownFieldError(AttributeError, ValueError):
@@ -58,6 +58,40 @@ def unknown_field(cls: type, name: str, path: str = "") -> str:
     names = ", ".join(field.name for field in dataclasses.fields(cls))
     hint = f"{cls.__name__} has {names}"
   return f"{path or cls.__name__}.{name}: unknown field; {hint}"
+
+
+def check_choices(config: Any, path: str) -> None:
+  """Refuses a value that is not among those of its field's Literal type.
+
+  Raises:
+    ValueError: names the field under `path`, its value and the choices.
+  """
+  for name, allowed in choices(type(config)).items():
+    if (value := getattr(config, name)) not in allowed:
+      raise ValueError(f"{path}.{name}={value!r}: expected one of {allowed}")
+
+
+def choices(cls: type) -> dict[str, tuple[Any, ...]]:
+  """Allowed values of the fields of dataclass `cls` with a Literal type."""
+  return {
+    name: typing.get_args(hint)
+    for name, hint in typing.get_type_hints(cls).items()
+    if typing.get_origin(hint) is Literal
+  }
+
+
+def field_texts(cls: type) -> dict[str, str]:
+  """The texts under `Attributes:` in the docstring of dataclass `cls`."""
+  # Imported here: only --help needs it.
+  import docstring_parser
+
+  found = docstring_parser.parse(
+    cls.__doc__ or "", docstring_parser.DocstringStyle.GOOGLE
+  )
+  return {
+    param.arg_name: " ".join((param.description or "").split())
+    for param in found.params
+  }
 
 
 def _require_field(cls: type, name: str) -> None:

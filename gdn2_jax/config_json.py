@@ -8,7 +8,7 @@ import dataclasses
 import json
 import types
 import typing
-from typing import Any
+from typing import Any, Literal
 
 from gdn2_jax.config_class import unknown_field
 
@@ -74,6 +74,11 @@ def check_types(config: Any, path: str) -> None:
 def _coerce(value: Any, hint: Any, where: str) -> Any:
   """`value` as the type `hint`; converts only int to float, list to tuple."""
   origin = typing.get_origin(hint)
+  if origin is Literal:
+    allowed = typing.get_args(hint)
+    if value not in allowed:
+      raise ValueError(f"{where}={value!r}: expected one of {allowed}")
+    return value
   if origin in (typing.Union, types.UnionType):
     options = typing.get_args(hint)
     if value is None and type(None) in options:

@@ -17,9 +17,7 @@ Subcommands:
 All results are checked before they are timed.
 """
 
-import sys
-
-from absl import app, flags
+from absl import flags
 
 from gdn2_jax import cli
 from gdn2_jax.bench.gpu import run as gpu
@@ -29,19 +27,20 @@ from gdn2_jax.bench.serve import run as serve
 _COMMANDS = {"op": op.main, "gpu": gpu.main, "serve": serve.main}
 
 
-def main(argv: list[str]) -> None:
-  """Runs the subcommand."""
-  if len(argv) < 2 or argv[1] not in _COMMANDS:
-    raise app.UsageError(
-      f"expected a subcommand, one of: {', '.join(_COMMANDS)}"
-    )
-  cli.refuse_positional(argv[1:], "--spec=small")
-  with cli.one_line_errors():
-    _COMMANDS[argv[1]](flags.FLAGS)
+def main() -> None:
+  """Runs the subcommand that the first argument names."""
+  for module in (op, gpu, serve):
+    module.define_flags()
+    flags.adopt_module_key_flags(module)  # so that --help lists them
+  command = cli.take_command(_COMMANDS, __doc__)
+
+  def run(argv: list[str]) -> None:
+    cli.refuse_positional(argv, "--spec=small")
+    with cli.one_line_errors():
+      _COMMANDS[command](flags.FLAGS)
+
+  cli.run(run, __doc__)
 
 
 if __name__ == "__main__":
-  op.define_flags()
-  gpu.define_flags()
-  serve.define_flags()
-  cli.run(main, sys.modules["__main__"].__doc__ or "")
+  main()

@@ -12,7 +12,6 @@ with a published or converted model, can stand in its place.
 """
 
 import importlib
-import sys
 
 from gdn2_jax import cli
 
@@ -22,15 +21,7 @@ COMMANDS = ("loss", "synthetic", "ruler", "harness", "recall", "table")
 
 def main() -> None:
   """Runs the command that the first argument names."""
-  first = sys.argv[1] if len(sys.argv) > 1 else "--"
-  if first in ("--help", "-help", "-h"):
-    print(__doc__.strip())
-    return
-  command = "loss"
-  if not first.startswith("-"):
-    if first not in COMMANDS:
-      cli.fail(f"{first}: no such command; expected {', '.join(COMMANDS)}")
-    command = sys.argv.pop(1)
+  command = cli.take_command(COMMANDS, __doc__, default="loss")
   module = importlib.import_module(f"gdn2_jax.eval.{command}.__main__")
   cli.run(module.main, module.__doc__ or "")
 

@@ -1,9 +1,9 @@
 """ModelConfig, and which of its fields determine the model's function."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
-from gdn2_jax.config_class import config_class
+from gdn2_jax.config_class import check_choices, config_class
 from gdn2_jax.model.mixers import kinds as _built_in  # noqa: F401, registers
 from gdn2_jax.model.mixers.attention import AttentionConfig
 from gdn2_jax.model.mixers.gdn2_config import GDN2Config
@@ -11,8 +11,7 @@ from gdn2_jax.model.mixers.mamba2 import Mamba2Config
 from gdn2_jax.model.mixers.mamba3 import Mamba3Config
 from gdn2_jax.model.mixers.registry import check_options, kinds_of
 
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
-_REMAT = ("none", "dots", "full")
+_Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 # Fields of ModelConfig and its parts that do not change the model's function.
 # Any other field does: a checkpoint or a saved state with another value is
@@ -79,9 +78,9 @@ class ModelConfig:
   )
   options: tuple[str, ...] = ()
   norm_eps: float = 1e-5
-  dtype: str = "bfloat16"
-  param_dtype: str = "float32"
-  remat: str = "none"
+  dtype: _Dtype = "bfloat16"
+  param_dtype: _Dtype = "float32"
+  remat: Literal["none", "dots", "full"] = "none"
   scan_layers: bool = True
   scan_unroll: int = 1
   loss_chunk: int = 512
@@ -117,12 +116,7 @@ class ModelConfig:
         f"{path}.scan_unroll={self.scan_unroll}: expected 0 (all) or a divisor "
         f"of the {self.num_groups} groups of layers"
       )
-    choices = {"dtype": _DTYPES, "param_dtype": _DTYPES, "remat": _REMAT}
-    for name, allowed in choices.items():
-      if getattr(self, name) not in allowed:
-        raise ValueError(
-          f"{path}.{name}={getattr(self, name)!r}: expected one of {allowed}"
-        )
+    check_choices(self, path)
     self.gdn2.validate(f"{path}.gdn2")
     self.mamba2.validate(f"{path}.mamba2")
     self.mamba3.validate(f"{path}.mamba3")

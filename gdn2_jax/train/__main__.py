@@ -28,7 +28,7 @@ from absl import flags
 from gdn2_jax import cli, config_flag
 from gdn2_jax.data.tokenizer.api import load_tokenizer
 from gdn2_jax.inference import Sampler, generate
-from gdn2_jax.kernels import self_check
+from gdn2_jax.kernels import nvidia, self_check
 from gdn2_jax.train.checkpoint.meta import SaveError
 from gdn2_jax.train.config import (
   TrainConfig,
@@ -130,6 +130,8 @@ def _sample(
 
 
 def _train(config: TrainConfig, workdir: pathlib.Path) -> None:
+  if hint := nvidia.install_hint():
+    _say(f"running on the CPU; {hint}")
   result = train(config, workdir, say=_say)
   if result.stopped_by or jax.process_index() > 0:
     return
@@ -197,7 +199,7 @@ def main(argv: list[str]) -> None:
 
 def _help() -> str:
   fields = "\n".join(f"  {line}" for line in describe_fields(TrainConfig()))
-  return f"{__doc__}\nConfig fields and their defaults:\n{fields}\n"
+  return f"{__doc__}\nConfig fields and their defaults:\n\n{fields}\n"
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ then refuse what cannot work, before anything is allocated.
 
 import dataclasses
 import operator
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 from gdn2_jax import config_json
-from gdn2_jax.config_class import config_class
+from gdn2_jax.config_class import choices, config_class, field_texts
 from gdn2_jax.data.pipeline import DataConfig
 from gdn2_jax.eval.loss.perplexity import EvalConfig
 from gdn2_jax.model.config import ModelConfig
@@ -202,10 +203,20 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
 
 
 def describe_fields(config: Any, path: str = "--config") -> Iterator[str]:
-  """Lines "--config.field=default" for every field, depth first."""
+  """Lines for --help: every field with its default, choices and text."""
+  texts, allowed = field_texts(type(config)), choices(type(config))
+  groups = []
   for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
+    value, where = getattr(config, field.name), f"{path}.{field.name}"
     if dataclasses.is_dataclass(value):
-      yield from describe_fields(value, f"{path}.{field.name}")
-    else:
-      yield f"{path}.{field.name}={value!r}"
+      groups.append((value, where, texts[field.name]))
+      continue
+    yield f"{where}={value!r}"
+    if field.name in allowed:
+      yield f"    one of {', '.join(map(repr, allowed[field.name]))}"
+    yield from textwrap.wrap(
+      texts[field.name], 74, initial_indent="    ", subsequent_indent="    "
+    )
+  for value, where, text in groups:
+    yield from ("", f"{where}: {text}")
+    yield from describe_fields(value, where)

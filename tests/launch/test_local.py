@@ -8,7 +8,12 @@ import time
 
 import pytest
 
-from gdn2_jax.launch import RETRYABLE, environment, exit_code, verdict
+from gdn2_jax.launch.processes import (
+  RETRYABLE,
+  environment,
+  exit_code,
+  verdict,
+)
 from tests.tiny_run import ROOT
 
 # $1 is a folder; the last three arguments are the place of the process. The

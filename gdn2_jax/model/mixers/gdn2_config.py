@@ -1,6 +1,8 @@
 """Config of a Gated DeltaNet-2 layer, of its relatives and its ablations."""
 
-from gdn2_jax.config_class import config_class
+from typing import Literal
+
+from gdn2_jax.config_class import check_choices, config_class
 from gdn2_jax.ops.gdn2.api import IMPLEMENTATIONS
 
 # Initial ranges of A and of dt; the log-decay of a token is -A dt.
@@ -51,14 +53,14 @@ class GDN2Config:
   value_dim: int = 128
   conv_width: int = 4
   negative_eigenvalues: bool = False
-  output_gate: str = "silu"
+  output_gate: Literal["silu", "sigmoid"] = "silu"
   norm_eps: float = 1e-5
-  gates: str = "decoupled"
-  erase_gate: str = "channel"
-  write_gate: str = "channel"
-  decay: str = "channel"
-  decay_init: str = "paper"
-  conv_init: str = "uniform"
+  gates: Literal["decoupled", "tied"] = "decoupled"
+  erase_gate: Literal["channel", "scalar", "head", "off"] = "channel"
+  write_gate: Literal["channel", "scalar", "head"] = "channel"
+  decay: Literal["channel", "scalar", "none"] = "channel"
+  decay_init: Literal["paper", "long"] = "paper"
+  conv_init: Literal["uniform", "current"] = "uniform"
   implementation: str = ""
 
   @property
@@ -107,24 +109,20 @@ class GDN2Config:
       raise ValueError(f"{path}.norm_eps={self.norm_eps}: expected > 0")
     if self.conv_width < 2:
       raise ValueError(f"{path}.conv_width={self.conv_width}: expected >= 2")
-    choices = {
-      "output_gate": ("silu", "sigmoid"),
-      "gates": ("decoupled", "tied"),
-      "erase_gate": ("channel", "scalar", "head", "off"),
-      "write_gate": ("channel", "scalar", "head"),
-      "decay": ("channel", "scalar", "none"),
-      "decay_init": tuple(_DECAY_INIT),
-      "conv_init": ("uniform", "current"),
-      "implementation": ("", *IMPLEMENTATIONS),
-    }
-    for name, allowed in choices.items():
-      if getattr(self, name) not in allowed:
-        raise ValueError(
-          f"{path}.{name}={getattr(self, name)!r}: expected one of {allowed}"
-        )
+    check_choices(self, path)
+    check_implementation(self.implementation, path)
     for name in ("erase_gate", "write_gate"):
       if self.gates == "tied" and getattr(self, name) != "channel":
         raise ValueError(
           f"{path}.{name}={getattr(self, name)!r}: expected 'channel', as "
           f"{path}.gates='tied' has no such gate"
         )
+
+
+def check_implementation(name: str, path: str) -> None:
+  """Refuses a name of an implementation that the op does not have."""
+  allowed = ("", *IMPLEMENTATIONS)
+  if name not in allowed:
+    raise ValueError(
+      f"{path}.implementation={name!r}: expected one of {allowed}"
+    )

@@ -13,18 +13,19 @@ own, with as many parameters: a mesh splits those of x, z and dt by heads and
 copies those of B and C, which one fused array would not allow.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from gdn2_jax.config_class import config_class
+from gdn2_jax.config_class import check_choices, config_class
 from gdn2_jax.model import layers
+from gdn2_jax.model.mixers.gdn2_config import check_implementation
 from gdn2_jax.model.mixers.layer_cache import CacheLayer, as_layer, like
 from gdn2_jax.model.on_shards import on_shards
-from gdn2_jax.ops.gdn2.api import IMPLEMENTATIONS, gdn2, gdn2_step
+from gdn2_jax.ops.gdn2.api import gdn2, gdn2_step
 from gdn2_jax.ops.norm import rms_norm
 from gdn2_jax.ops.short_conv import short_conv
 from gdn2_jax.typing import Activations, SegmentIds
@@ -73,8 +74,8 @@ class Mamba2Config:
   head_dim: int = 64
   state_dim: int = 64
   conv_width: int = 4
-  decay_init: str = "paper"
-  conv_init: str = "uniform"
+  decay_init: Literal["paper", "long", "long_small_dt"] = "paper"
+  conv_init: Literal["uniform", "current"] = "uniform"
   norm_eps: float = 1e-5
   implementation: str = ""
 
@@ -93,13 +94,8 @@ class Mamba2Config:
     check_sizes(self, path)
     if self.conv_width < 2:
       raise ValueError(f"{path}.conv_width={self.conv_width}: expected >= 2")
-    check_choices(
-      self,
-      path,
-      decay_init=tuple(_DECAY_INIT),
-      conv_init=("uniform", "current"),
-      implementation=("", *IMPLEMENTATIONS),
-    )
+    check_choices(self, path)
+    check_implementation(self.implementation, path)
 
 
 def check_sizes(config: Any, path: str) -> None:
@@ -116,15 +112,6 @@ def check_sizes(config: Any, path: str) -> None:
     )
   if not config.norm_eps > 0:
     raise ValueError(f"{path}.norm_eps={config.norm_eps}: expected > 0")
-
-
-def check_choices(config: Any, path: str, **choices: tuple[Any, ...]) -> None:
-  """Refuses fields whose value is not among those allowed."""
-  for name, allowed in choices.items():
-    if getattr(config, name) not in allowed:
-      raise ValueError(
-        f"{path}.{name}={getattr(config, name)!r}: expected one of {allowed}"
-      )
 
 
 @struct.dataclass

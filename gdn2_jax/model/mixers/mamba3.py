@@ -16,7 +16,7 @@ As in mamba2.py every part of the input projection has its own matrix.
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,15 +24,14 @@ from flax import linen as nn
 from flax import struct
 from jax import lax
 
-from gdn2_jax.config_class import config_class
+from gdn2_jax.config_class import check_choices, config_class
 from gdn2_jax.model import layers
+from gdn2_jax.model.mixers.gdn2_config import check_implementation
 from gdn2_jax.model.mixers.mamba2 import (
-  check_choices,
   check_sizes,
   input_projection,
   output_projection,
 )
-from gdn2_jax.ops.gdn2.api import IMPLEMENTATIONS
 from gdn2_jax.ops.gdn2.variants import mamba3_mimo
 from gdn2_jax.ops.norm import rms_norm
 from gdn2_jax.ops.segments import last_token, segment_starts
@@ -69,8 +68,8 @@ class Mamba3Config:
   state_dim: int = 64
   mimo_rank: int = 1
   rope_fraction: float = 0.5
-  a_rule: str = "softplus"
-  decay_init: str = "paper"
+  a_rule: Literal["softplus", "heavy_tail"] = "softplus"
+  decay_init: Literal["paper", "long"] = "paper"
   out_norm: bool = False
   norm_eps: float = 1e-5
   implementation: str = ""
@@ -94,14 +93,12 @@ class Mamba3Config:
       )
     if self.mimo_rank < 1:
       raise ValueError(f"{path}.mimo_rank={self.mimo_rank}: expected >= 1")
-    check_choices(
-      self,
-      path,
-      rope_fraction=(0.5, 1.0),
-      a_rule=("softplus", "heavy_tail"),
-      decay_init=tuple(_DECAY_INIT),
-      implementation=("", *IMPLEMENTATIONS),
-    )
+    if self.rope_fraction not in (0.5, 1.0):
+      raise ValueError(
+        f"{path}.rope_fraction={self.rope_fraction}: expected 0.5 or 1"
+      )
+    check_choices(self, path)
+    check_implementation(self.implementation, path)
 
 
 @struct.dataclass
