@@ -14,7 +14,7 @@ import sys
 import traceback
 import types
 import typing
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from absl import flags
 from ml_collections import config_flags
@@ -27,6 +27,8 @@ from gdn2_jax.train.config import TrainConfig
 flags.disclaim_key_flags()
 
 PRESETS = pathlib.Path(__file__).with_name("configs")
+# A field of a Literal type is text to the flag; `validate` checks the choice.
+config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())
 _MODULE = "config_file"  # name under which the file runs
 _MAX_FILES = 12  # named in a message
 

@@ -29,6 +29,7 @@ import gdn2_jax
 from gdn2_jax import config_json
 from gdn2_jax.data.tokenizer.api import load_tokenizer
 from gdn2_jax.files import sha256_file, sync_folder, write_atomically
+from gdn2_jax.interop import hub
 from gdn2_jax.interop.card import Card, render_card
 from gdn2_jax.interop.disk import (
   is_plain_name,
@@ -175,11 +176,18 @@ def move_files(
   sync_folder(folder)
 
 
-def load_model(folder: str | os.PathLike, *, mesh: Mesh | None = None) -> Model:
+def load_model(
+  folder: str | os.PathLike,
+  *,
+  revision: str | None = None,
+  mesh: Mesh | None = None,
+) -> Model:
   """Reads a published-model folder, all of it or nothing.
 
   Args:
-    folder: as `save_model` wrote it.
+    folder: as `save_model` wrote it, or "hf:USER/NAME" on the Hugging Face Hub.
+    revision: commit, tag or branch of an "hf:" name, unless it ends in one:
+      "hf:USER/NAME@REVISION".
     mesh: devices to shard the parameters over by the rules of
       `gdn2_jax.sharding`; None puts them on the default device.
 
@@ -189,8 +197,14 @@ def load_model(folder: str | os.PathLike, *, mesh: Mesh | None = None) -> Model:
   Raises:
     FileNotFoundError: no such folder.
     ValueError: not such a folder, an unfinished or damaged one, one of a newer
-      format, or parameters that do not fit the config.
+      format, or parameters that do not fit the config; an "hf:" name without a
+      revision.
+    ConnectionError: the Hub cannot be reached.
   """
+  if hub.is_hub_name(folder):
+    folder = hub.fetch(str(folder), revision)
+  elif revision is not None:
+    raise ValueError(f"revision={revision!r}: only hf: names have revisions")
   folder = pathlib.Path(folder)
   config, tensors = open_folder(folder)
   params = _read_params(tensors, config, mesh)
@@ -207,7 +221,7 @@ def open_folder(
   """Checks all of a folder; returns its tensors unread."""
   listed = _read_manifest(folder)
   _verify(folder, listed)
-  config = _read_config(folder / CONFIG)
+  config = read_config(folder / CONFIG)
   weights = find_weights(folder)
   tensors = open_tensors(weights)
   for path in {weights, *(entry.path for entry in tensors.values())}:
@@ -257,7 +271,7 @@ def is_model_folder(folder: str | os.PathLike) -> bool:
   return False
 
 
-def _read_config(path: pathlib.Path) -> ModelConfig:
+def read_config(path: pathlib.Path) -> ModelConfig:
   """ModelConfig from a config.json of this version."""
   tree = _read_versioned(path, "library_version", "model")
   try:

@@ -61,6 +61,9 @@ class TrainConfig:
     mesh: devices along each mesh axis.
     checkpoint: saving and resuming.
     eval: held-out loss during and after training.
+    init_from: model whose parameters a new run starts from, with a fresh
+      optimizer: the workdir of a run, a folder of `export` or `convert`, or
+      hf:USER/NAME@REVISION. "" draws parameters by `seed`.
     num_steps: optimizer steps, one global batch each.
     grad_accum: microbatches per batch; more of them need less memory.
     seed: seed of the initial parameters.
@@ -83,6 +86,7 @@ class TrainConfig:
     default_factory=CheckpointConfig
   )
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+  init_from: str = ""
   num_steps: int = 1000
   grad_accum: int = 1
   seed: int = 0

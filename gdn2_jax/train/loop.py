@@ -14,7 +14,7 @@ from gdn2_jax.model.accounting import count_parameters
 from gdn2_jax.model.lm import LM
 from gdn2_jax.sharding import batch_sharding, make_mesh, use_mesh
 from gdn2_jax.train.checkpoint.manager import Checkpointer
-from gdn2_jax.train.checkpoint.meta import make_meta
+from gdn2_jax.train.checkpoint.meta import committed_steps, make_meta
 from gdn2_jax.train.checkpoint.resume import resume
 from gdn2_jax.train.config import TrainConfig, preflight, validate
 from gdn2_jax.train.device_put import part_to_read, put_batch
@@ -24,7 +24,8 @@ from gdn2_jax.train.processes.lock import WorkdirLock
 from gdn2_jax.train.processes.watchdog import Watchdog
 from gdn2_jax.train.report import writer as writer_lib
 from gdn2_jax.train.report.report import Report
-from gdn2_jax.train.state import TrainState, init_state, plan_state
+from gdn2_jax.train.start import check_tokenizer, first_state, open_source
+from gdn2_jax.train.state import TrainState, plan_state
 from gdn2_jax.train.step import make_train_step
 
 Say = Callable[[str], None]
@@ -75,8 +76,13 @@ def train(
     if first:
       writer_lib.probe(root)
     lock = stack.enter_context(WorkdirLock(root)) if first else None
+    # Before the data, which may take minutes to build.
+    starts = config.init_from and not committed_steps(root / "checkpoints")
+    source = open_source(config) if starts else None
     dataset = open_dataset(config.data) if dataset is None else dataset
     _check_vocabulary(config, dataset)
+    if source is not None:
+      check_tokenizer(config, source, dataset.tokenizer)
     versions = writer_lib.versions()
     say(_summary(config, versions))
 
@@ -91,7 +97,10 @@ def train(
     meta = make_meta(config, dataset.fingerprint, versions, blueprint.abstract)
     resumed = resume(checkpointer, blueprint.abstract, meta)
     # Written only now: a refused run must not change the workdir.
-    state, step = resumed or (init_state(model, blueprint, config.seed), 0)
+    if resumed is None:
+      resumed = first_state(config, model, blueprint, source, say), 0
+    state, step = resumed
+    del resumed, source  # the state is donated to the first step
     if first:
       writer_lib.write_json(root / "versions.json", versions)
       writer_lib.write_json(root / "config.json", dataclasses.asdict(config))

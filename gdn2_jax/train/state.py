@@ -81,6 +81,10 @@ def abstract_params(model: nn.Module, mesh: Mesh | None = None) -> Any:
 
 def _fresh_state(model, optimizer, key) -> TrainState:
   params = model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+  return _step_zero(params, optimizer)
+
+
+def _step_zero(params, optimizer) -> TrainState:
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -127,3 +131,14 @@ def init_state(model: nn.Module, blueprint: Blueprint, seed: int) -> TrainState:
   return jax.jit(
     init, out_shardings=blueprint.shardings, compiler_options=options
   )()
+
+
+def state_around(params: Any, blueprint: Blueprint) -> TrainState:
+  """A fresh state with given parameters, which are donated to it."""
+
+  def init(params):
+    return _step_zero(params, blueprint.optimizer)
+
+  return jax.jit(init, out_shardings=blueprint.shardings, donate_argnums=0)(
+    params
+  )

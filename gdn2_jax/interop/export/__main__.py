@@ -122,7 +122,8 @@ def _load() -> tuple[Model, dict[str, str]]:
   model = Model(run.config.model, run.params, run.tokenizer)
   data = run.config.data
   tokens = run.step * data.batch_size * data.seq_len
-  return model, {
+  origin = run.config.init_from
+  return model, ({"started from": origin} if origin else {}) | {
     "training steps": f"{run.step:,}",
     "training tokens": f"{tokens:,} in rows of {data.seq_len:,}",
     "training data": data.source,

@@ -142,6 +142,9 @@ def check_meta(
     )
   )
   changes += list(differences(saved["tree"], wanted["tree"]))
+  old, new = (c["config"].get("init_from", "") for c in (saved, wanted))
+  if old != new:
+    changes.append(f"--config.init_from: {old!r} -> {new!r}")
   if changes:
     shown = "\n  ".join(changes[:10])
     more = f"\n  and {len(changes) - 10} more" if len(changes) > 10 else ""

@@ -1,5 +1,6 @@
-"""A small Hugging Face Hub on this machine, for downloads that are real."""
+"""A small Hugging Face Hub on this machine, for transfers that are real."""
 
+import base64
 import contextlib
 import hashlib
 import http.server
@@ -10,26 +11,32 @@ COMMIT = "c" * 40
 
 
 class Hub(http.server.ThreadingHTTPServer):
-  """Serves the files of a folder as one folder of a dataset's repository.
+  """Serves the files of a folder as one folder of a repository.
 
   Attributes:
+    files: contents of the repository by name; uploads add to them.
+    created: bodies of the requests to make a repository.
     failures: so many requests get status 503 first.
     wrong: file whose SHA-256 is told wrongly.
     revisions: what was asked for by name.
     served: bytes of file content that were sent.
   """
 
-  def __init__(self, folder, place):
+  def __init__(self, folder=None, place=""):
     super().__init__(("127.0.0.1", 0), _Handler)
     self.failures, self.wrong, self.revisions, self.served = 0, "", set(), 0
-    self.files = {f"{place}/{p.name}": p for p in sorted(folder.iterdir())}
+    self.created = []
+    paths = sorted(folder.iterdir()) if folder else []
+    self.files = {
+      f"{place}/{p.name}".lstrip("/"): p.read_bytes() for p in paths
+    }
 
   @property
   def url(self):
     return f"http://127.0.0.1:{self.server_address[1]}"
 
   def sha256(self, name):
-    digest = hashlib.sha256(self.files[name].read_bytes()).hexdigest()
+    digest = hashlib.sha256(self.files[name]).hexdigest()
     return "0" * 64 if name.endswith(self.wrong or "?") else digest
 
 
@@ -59,14 +66,44 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     else:
       self._send(404, b"", {})
 
+  def do_POST(self):
+    hub, parts = self.server, self.path.partition("?")[0].strip("/").split("/")
+    body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+    if "create" in parts:
+      hub.created.append(json.loads(body))
+      owner = hub.created[-1].get("organization", "user")
+      answer = {"url": f"{hub.url}/{owner}/{hub.created[-1]['name']}"}
+    elif "validate-yaml" in parts:
+      answer = {"errors": [], "warnings": []}
+    elif "preupload" in parts:
+      names = [file["path"] for file in json.loads(body)["files"]]
+      answer = {
+        "files": [
+          {"path": name, "uploadMode": "regular", "shouldIgnore": False}
+          for name in names
+        ]
+      }
+    elif "commit" in parts:
+      for line in map(json.loads, body.decode().splitlines()):
+        if line["key"] == "file":
+          content = base64.b64decode(line["value"]["content"])
+          hub.files[line["value"]["path"]] = content
+      url = f"{hub.url}/{'/'.join(parts[2:4])}/commit/{COMMIT}"
+      answer = {"commitUrl": url, "commitOid": COMMIT, "hookOutput": ""}
+    else:
+      self._send(404, b"", {})
+      return
+    headers = {"Content-Type": "application/json"}
+    self._send(200, json.dumps(answer).encode(), headers)
+
   def _entry(self, name):
-    size, digest = self.server.files[name].stat().st_size, hashlib.sha256
+    size, digest = len(self.server.files[name]), hashlib.sha256
     lfs = {"oid": self.server.sha256(name), "size": size, "pointerSize": 134}
     oid = digest(name.encode()).hexdigest()[:40]
     return {"type": "file", "path": name, "size": size, "oid": oid, "lfs": lfs}
 
   def _file(self, name):
-    data, status = self.server.files[name].read_bytes(), 200
+    data, status = self.server.files[name], 200
     headers = {
       "X-Repo-Commit": COMMIT,
       "ETag": f'"{self.server.sha256(name)}"',
@@ -87,12 +124,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     for name, value in (headers | {"Content-Length": str(len(data))}).items():
       self.send_header(name, value)
     self.end_headers()
-    if self.command == "GET":
+    if self.command != "HEAD":
       self.wfile.write(data)
 
 
 @contextlib.contextmanager
-def serve(folder, place):
+def serve(folder=None, place=""):
   """A running `Hub`."""
   hub = Hub(folder, place)
   threading.Thread(target=hub.serve_forever, daemon=True).start()
