@@ -57,8 +57,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self._send(503, b"", {})
     elif "tree" in parts:
       self._send(200, json.dumps([*map(self._entry, hub.files)]).encode(), {})
-    elif "revision" in parts:
-      hub.revisions.add(parts[-1])
+    elif "revision" in parts or parts[:2] == ["api", "models"]:
+      if "revision" in parts:
+        hub.revisions.add(parts[-1])
       info = {"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": []}
       self._send(200, json.dumps(info).encode(), {})
     elif "resolve" in parts:
