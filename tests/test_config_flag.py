@@ -93,7 +93,7 @@ ARGUMENTS = {
   r"--config=configs/tinycpu\.py: no such file; did you mean "
   r"configs/tiny_cpu\.py\?": "configs/tinycpu.py",
   r"--config=tiny_cup: no such file; did you mean tiny_cpu\?": "tiny_cup",
-  r"--config=/no/where\.py: no such file; there are gdn2_120m, .*": (
+  r"--config=/no/where\.py: no such file; there are finetune, gdn2_120m, .*": (
     "/no/where.py"
   ),
   r"--config=configs: no such file; .*": "configs",
@@ -228,7 +228,9 @@ def test_files_are_sought_where_the_command_runs(tmp_path, monkeypatch):
 
 def test_names_reach_into_folders():
   names = config_flag.preset_names()
-  assert names[0] == "gdn2_120m" and "ablations/no_erase" in names
+  assert (
+    names[:2] == ["finetune", "gdn2_120m"] and "ablations/no_erase" in names
+  )
   assert not [name for name in names if "__init__" in name]
   config = config_flag.load("baselines/kda:120m")
   assert (config.model.pattern, config.model.num_layers) == ("K", 12)

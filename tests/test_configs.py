@@ -14,7 +14,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 NAMES = sorted(
   path.stem
   for path in (ROOT / "configs").glob("*.py")
-  if path.stem != "__init__"
+  # finetune depends on the model that it starts from: tests/train/test_start.py
+  if path.stem not in ("__init__", "finetune")
 )
 
 

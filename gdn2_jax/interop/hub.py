@@ -31,6 +31,11 @@ def is_hub_name(name: str | os.PathLike) -> bool:
   return str(name).startswith(PREFIX)
 
 
+def check_name(name: str) -> None:
+  """Raises ValueError unless a name has the form of the Hub's."""
+  _parse(name, None)
+
+
 def fetch(name: str, revision: str | None = None) -> pathlib.Path:
   """Downloads a published folder, or finds it in the cache of the Hub's client.
 

@@ -6,7 +6,7 @@ import pytest
 
 from gdn2_jax.data.pipeline import open_dataset
 from gdn2_jax.sharding import MeshConfig
-from gdn2_jax.train import loop
+from gdn2_jax.train import loop, start
 from gdn2_jax.train.config import CheckpointConfig, TrainConfig
 from gdn2_jax.train.state import TrainState
 from tests.faults.tiny import tiny_config
@@ -68,8 +68,12 @@ def compiled_programs(tmp_path_factory):
   for name, value in changed.items():
     jax.config.update(name, value)
   with pytest.MonkeyPatch.context() as patch:
-    for name in ("plan_state", "make_train_step", "init_state"):
-      patch.setattr(loop, name, once_per_input(getattr(loop, name)))
+    for module, name in (
+      (loop, "plan_state"),
+      (loop, "make_train_step"),
+      (start, "init_state"),
+    ):
+      patch.setattr(module, name, once_per_input(getattr(module, name)))
     yield
   for name, value in old.items():
     jax.config.update(name, value)

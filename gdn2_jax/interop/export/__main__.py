@@ -6,6 +6,11 @@ r"""Publishes a trained model as one folder: config, weights, tokenizer, card.
     --overwrite --license=apache-2.0 --description="Trained on ..." --program
   python -m gdn2_jax.export --model=published/tiny --out=published/half \
     --param_dtype=bfloat16
+  python -m gdn2_jax.export --workdir=runs/tiny_cpu --out=published/tiny \
+    --push=user/tiny
+
+--push uploads the folder to the Hugging Face Hub (log in with `hf auth login`;
+a new repository is private unless --public).
 
 The model is a run's checkpoint (--workdir, the newest unless --step says which)
 or another such folder (--model). With --program the folder also has prefill and
@@ -21,7 +26,14 @@ import pathlib
 from absl import flags
 
 from gdn2_jax import cli
-from gdn2_jax.interop import Card, Model, load_model, param_specs, save_model
+from gdn2_jax.interop import (
+  Card,
+  Model,
+  hub,
+  load_model,
+  param_specs,
+  save_model,
+)
 from gdn2_jax.interop.export.program import (
   CHUNK_SIZE,
   PLATFORMS,
@@ -72,6 +84,12 @@ _NAME = flags.DEFINE_string("name", "", "Heading of the model card.")
 _LICENSE = flags.DEFINE_string(
   "license", "", "License of the weights: apache-2.0, ..."
 )
+_PUSH = flags.DEFINE_string(
+  "push", "", "Repository USER/NAME on the Hugging Face Hub to upload --out to."
+)
+_PUBLIC = flags.DEFINE_bool(
+  "public", False, "Make a new repository of --push public."
+)
 _DESCRIPTION = flags.DEFINE_string("description", "", "Text of the model card.")
 
 
@@ -99,7 +117,9 @@ def main(argv: list[str]) -> None:
       extra=_programs(model),
       overwrite=_OVERWRITE.value,
     )
-  _report(model)
+    _report(model)
+    if _PUSH.value:
+      print(hub.push(_OUT.value, _PUSH.value, private=not _PUBLIC.value))
 
 
 def _check_flags() -> None:
@@ -110,6 +130,8 @@ def _check_flags() -> None:
     raise ValueError("--step picks a checkpoint of --workdir")
   if not _OUT.value:
     raise ValueError("--out is missing, e.g. --out=published/tiny")
+  if _PUSH.value:
+    hub.check_name(_PUSH.value)
   check_request(_CHUNK_SIZE.value, _PLATFORMS.value)
   check_target(_OUT.value, _OVERWRITE.value)
 
