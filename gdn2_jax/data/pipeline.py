@@ -181,7 +181,11 @@ class Dataset:
     entries = [part.manifest["splits"]["validation"] for part in self.parts]
     predicted = sum(e["tokens"] - e["documents"] for e in entries)
     if predicted == 0:
-      raise ValueError("the validation split predicts no token")
+      raise ValueError(
+        f"--config.data.source={self.config.source}: no document is held out "
+        "for validation; hold out more: python -m gdn2_jax.data text FOLDER "
+        "--out=DIR --validation_fraction=0.5, then --config.data.source=DIR"
+      )
     return sum(e["predicted_bytes"] for e in entries) / predicted
 
   def train_tokens(self, limit: int = _SAMPLE_TOKENS) -> np.ndarray:

@@ -80,7 +80,7 @@ def train(
     starts = config.init_from and not committed_steps(root / "checkpoints")
     source = open_source(config) if starts else None
     dataset = open_dataset(config.data) if dataset is None else dataset
-    _check_vocabulary(config, dataset)
+    _check_data(config, dataset)
     if source is not None:
       check_tokenizer(config, source, dataset.tokenizer)
     versions = writer_lib.versions()
@@ -163,13 +163,14 @@ def _is_due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
-def _check_vocabulary(config: TrainConfig, dataset: Any) -> None:
+def _check_data(config: TrainConfig, dataset: Any) -> None:
   have = dataset.tokenizer.vocab_size
   if have > config.model.vocab_size:
     raise ValueError(
       f"--config.model.vocab_size={config.model.vocab_size}: the tokenizer "
       f"{config.data.tokenizer!r} has {have} tokens"
     )
+  _ = dataset.validation_bytes_per_token  # raises if there is no such text
 
 
 def _summary(config: TrainConfig, versions: Mapping[str, str]) -> str:
