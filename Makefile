@@ -40,8 +40,7 @@ $(READY): pyproject.toml constraints.txt tools/find_python.sh
 	@touch $@
 
 train: $(READY) ## train, evaluate and sample the tiny model (CPU, ~5 minutes)
-	$(BIN)/python -m gdn2_jax.train --config=$(CONFIG) --workdir=$(WORKDIR) \
-	  $(ARGS)
+	$(BIN)/python -m gdn2_jax.train --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
 
 generate: $(READY) ## sample from the trained model: PROMPT="..."
 	$(BIN)/python -m gdn2_jax.generate --workdir=$(WORKDIR) \

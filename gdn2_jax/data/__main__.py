@@ -25,6 +25,7 @@ from gdn2_jax.data import sources
 from gdn2_jax.data.build import build, recipe, report
 from gdn2_jax.data.packed import folder as packed
 from gdn2_jax.data.text import fineweb_edu
+from gdn2_jax.data.tokenizer.api import check_spec
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -159,6 +160,7 @@ def _add_build_flags(command: argparse.ArgumentParser) -> None:
 
 
 def _fineweb_edu(arguments: argparse.Namespace) -> None:
+  check_spec(arguments.tokenizer)  # before anything is downloaded
   paths = _fineweb_files(arguments)
   checksums, revision = fineweb_edu.recorded(paths)
   if arguments.checksums:
@@ -240,7 +242,12 @@ def _read_checksums(path: str, names: list[str]) -> dict[str, str]:
 
 
 def _tfds(arguments: argparse.Namespace) -> None:
-  from gdn2_jax.data.text import tfds_builder
+  try:
+    from gdn2_jax.data.text import tfds_builder
+  except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+      f"no {error.name}: pip install 'gdn2-jax[data,tfds]'"
+    ) from error
 
   config = arguments.config or "local"
   tfds_builder.check_config(config)  # before anything is downloaded

@@ -183,7 +183,7 @@ def _tfds_inputs(place: str) -> recipe.Inputs:
     import tensorflow_datasets as tfds
   except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-      "tfds: sources need tensorflow-datasets: pip install 'gdn2-jax[data]'"
+      "tfds: sources need tensorflow-datasets: pip install 'gdn2-jax[tfds]'"
     ) from error
   try:
     info = tfds.builder_from_directory(place).info

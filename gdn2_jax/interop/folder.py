@@ -254,8 +254,8 @@ def check_target(folder: str | os.PathLike, overwrite: bool) -> bool:
     )
   if not overwrite:
     raise ValueError(
-      f"{folder}: holds a model; only overwrite replaces it: expected a new "
-      "folder"
+      f"{folder}: holds a model; overwrite=True or --overwrite replaces it, or "
+      "name a new folder"
     )
   return True
 

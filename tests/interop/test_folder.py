@@ -239,7 +239,7 @@ def test_files_of_others_are_left_alone(copy, params):
 
 def test_nothing_is_overwritten_by_accident(copy, params, tmp_path_factory):
   before = (copy / "model.safetensors").read_bytes()
-  with pytest.raises(ValueError, match="only overwrite"):
+  with pytest.raises(ValueError, match="overwrite=True"):
     save_model(copy, params, CONFIG)
   other = tmp_path_factory.mktemp("other")
   (other / "thesis.tex").write_text("x")

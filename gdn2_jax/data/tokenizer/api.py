@@ -147,8 +147,9 @@ def check_spec(spec: str) -> None:
     _bpe_size(spec)
   elif spec != "bytes" and not pathlib.Path(spec).is_file():
     raise ValueError(
-      f"tokenizer={spec!r}: expected 'bytes', 'bpe-N' or the path of a"
-      " tokenizer.json or tokenizer.model"
+      f"tokenizer={spec!r}: expected 'bytes', 'bpe-N' (trained on the text), or"
+      " the path of a tokenizer.json or tokenizer.model, which model pages on"
+      " the Hugging Face Hub have among their files"
     )
 
 

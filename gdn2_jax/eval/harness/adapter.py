@@ -40,7 +40,10 @@ class Requests:
 
   def _answer(self, function: Callable[..., list], items: list) -> list:
     with tqdm.tqdm(
-      total=len(items), unit="request", desc=function.__name__
+      total=len(items),
+      unit="request",
+      desc=function.__name__,
+      disable=None,  # without a terminal
     ) as bar:
       return function(
         self._model, items, batch_size=self._batch_size, on_done=bar.update

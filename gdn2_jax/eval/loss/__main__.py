@@ -120,7 +120,7 @@ def _evaluate(run: Run, dataset, config: EvalConfig) -> list[LossReport]:
     num_batches(dataset, seq_len=length, batch_size=rows, tokens=tokens)
     for length, rows in shapes
   )
-  with tqdm.tqdm(total=total, unit="batch", desc="eval") as bar:
+  with tqdm.tqdm(total=total, unit="batch", desc="eval", disable=None) as bar:
     reports = evaluate_lengths(
       run.config.model,
       run.params,

@@ -73,7 +73,11 @@ def main(argv: list[str]) -> None:
     with RowStore(_OUT.value, settings | {"model": origin}) as store:
       done = len(store)
       with tqdm.tqdm(
-        total=len(examples), initial=done, unit="example", desc="recall"
+        total=len(examples),
+        initial=done,
+        unit="example",
+        desc="recall",
+        disable=None,  # without a terminal
       ) as bar:
         run(
           model,

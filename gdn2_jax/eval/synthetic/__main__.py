@@ -138,7 +138,8 @@ def _train(cells, runs, width):
   batches = -(-len(runs) // width)
   found = versions()
   machine = {name: found.get(name) for name in ("device", "jax", "git")}
-  with tqdm.tqdm(total=len(cells) * batches * points, unit="point") as bar:
+  total = len(cells) * batches * points
+  with tqdm.tqdm(total=total, unit="point", disable=None) as bar:
     for cell in cells:
       bar.set_description(f"{cell.task_name} {cell.mixer}: compiling")
       program = Program(cell, width)

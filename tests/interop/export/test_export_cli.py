@@ -84,7 +84,7 @@ def test_half_the_size_and_programs(done):
 @pytest.mark.parametrize(
   ("name", "message"),
   [
-    ("again", "holds a model; only overwrite"),
+    ("again", "holds a model; overwrite=True"),
     ("no model", "expected one of --workdir=RUN and --model=FOLDER"),
     ("two models", "expected one of"),
     ("no out", "--out is missing"),
