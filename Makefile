@@ -32,8 +32,9 @@ $(READY): pyproject.toml constraints.txt tools/find_python.sh
 	@python=$$(PYTHON="$(PYTHON)" tools/find_python.sh) || exit 1; \
 	echo "Setting up $(VENV) with $$python"; \
 	"$$python" -m venv $(VENV) || { \
-	  echo "$$python cannot make a virtual environment: install its venv" \
-	    "module (Debian: python3-venv), or name another PYTHON=..." >&2; \
+	  echo "$$python could not make $(VENV), see above. Is its venv module" \
+	    "installed (Debian: python3-venv), this folder writable, and an old" \
+	    "$(VENV) removed? PYTHON=... names another Python." >&2; \
 	  exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint constraints.txt --editable '.[dev]'
