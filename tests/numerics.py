@@ -192,8 +192,11 @@ def _value(run, inputs, state, segment_ids, scale):
   return run(inputs, state, segment_ids, scale)
 
 
-def evaluate(run, case: dict, *, gradients=True) -> dict:
-  """Outputs and gradients of an op on a case, named as in the oracle."""
+def evaluate(run, case: dict, *, gradients=True, jit=True) -> dict:
+  """Outputs and gradients of an op on a case, named as in the oracle.
+
+  Without `jit`, only functions are compiled that `run` itself has jitted.
+  """
   inputs = tuple(jnp.asarray(case[n]) for n in INPUTS)
   state = jnp.asarray(case["initial_state"])
   ids = case.get("segment_ids")
@@ -206,8 +209,7 @@ def evaluate(run, case: dict, *, gradients=True) -> dict:
     jnp.asarray(case["do"]).astype(inputs[2].dtype),
     jnp.asarray(case["dfinal_state"]),
   )
-  outputs, (grads, dstate) = _value_and_grads(
-    run, inputs, state, ids, cotangents, scale
-  )
+  call = _value_and_grads if jit else _value_and_grads.__wrapped__
+  outputs, (grads, dstate) = call(run, inputs, state, ids, cotangents, scale)
   names = (*OUTPUTS, *GRADIENTS)
   return dict(zip(names, (*outputs, *grads, dstate), strict=True))

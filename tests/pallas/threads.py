@@ -43,6 +43,7 @@ _UNSIGNED = {
   "llvm.mul": operator.mul,
   "llvm.add": operator.add,
 }
+_BITCASTS = {"arith.bitcast", "llvm.bitcast", "vector.bitcast"}
 _COPIES = {
   "arith.index_cast",
   "arith.index_castui",
@@ -107,6 +108,7 @@ class Warpgroup:
   def __init__(self, number=0):
     self.thread = number * THREADS + np.arange(THREADS)
     self.stores = []
+    self.active = np.ones(THREADS, bool)
 
   def run(self, op, *operands):
     """Executes with operands: arrays of their shape (changed), or integers."""
@@ -138,15 +140,29 @@ class Warpgroup:
     x = [self.values[operand] for operand in op.operands]
     if name == "builtin.unrealized_conversion_cast":
       return self._cast(op, x)
+    if name == "scf.if":
+      self._branch(op, *x)
+      return {}
     if not op.results:
       assert name == "llvm.store", name
       self._store(op, *x)
       return {}
     return {op.results[0]: self._value(op, name, x)}
 
+  def _branch(self, op, condition):
+    """The threads whose condition is true store; there is no other branch."""
+    self.active = np.broadcast_to(condition, THREADS)
+    (block,) = op.regions[0].blocks
+    for each in block.operations:
+      if each.operation.name != "scf.yield":
+        self.values |= self._execute(each.operation)
+    self.active = np.ones(THREADS, bool)
+
   def _value(self, op, name, x):
     attributes = op.attributes
     if name == "arith.constant":
+      if isinstance(attributes["value"], ir.DenseElementsAttr):
+        return np.tile(np.array(attributes["value"]), (THREADS, 1))
       return np.full(THREADS, attributes["value"].value, _numpy(op))
     if name in ("gpu.thread_id", "gpu.block_dim"):
       if str(attributes["dimension"]) != "#gpu.dim<x>":
@@ -154,6 +170,8 @@ class Warpgroup:
       return self.thread if name == "gpu.thread_id" else 512
     if name in _COPIES:
       return x[0]
+    if name == "arith.subi":
+      return x[0].astype(np.int64) - x[1]
     if name in _UNSIGNED:
       assert np.all(x[0] >= 0) and np.all(x[1] >= 0), name
       return _UNSIGNED[name](*x)
@@ -161,7 +179,8 @@ class Warpgroup:
       assert attributes["predicate"].value == 0  # equal
       return x[0] == x[1]
     if name == "arith.select":
-      return np.where(*x)
+      chosen = x[0][:, None] if x[1].ndim > 1 else x[0]
+      return np.where(chosen, *x[1:])
     if name == "arith.truncf":
       return x[0].astype(_numpy(op))
     if name == "math.fma":
@@ -169,6 +188,31 @@ class Warpgroup:
       return (a * b + c).astype(np.float32)
     if name == "vector.extract":
       return x[0][:, attributes["static_position"][0]]
+    if name == "vector.extract_strided_slice":
+      (first,), (count,) = (
+        [n.value for n in attributes[key]] for key in ("offsets", "sizes")
+      )
+      return x[0][:, first : first + count]
+    if name in _BITCASTS:
+      parts = np.ascontiguousarray(x[0].reshape(THREADS, -1)).view(_numpy(op))
+      is_vector = isinstance(op.results[0].type, ir.VectorType)
+      return parts if is_vector else parts[:, 0]
+    if name == "vector.broadcast":
+      return np.repeat(x[0][:, None], _count(op.results[0].type), axis=1)
+    if name == "vector.insert":
+      changed = x[1].copy()
+      changed[:, attributes["static_position"][0]] = x[0]
+      return changed
+    if name == "llvm.mlir.undef":
+      return np.zeros((THREADS, _count(op.results[0].type)), _numpy(op))
+    if name == "nvvm.shfl.sync":
+      assert "bfly" in str(attributes["kind"])
+      warps = np.broadcast_to(x[1], THREADS).reshape(WARPS, LANES)
+      return warps[:, np.arange(LANES) ^ x[2][0]].reshape(THREADS)
+    if name == "vector.interleave":
+      return np.stack(x, axis=2).reshape(THREADS, -1)
+    if name == "vector.shuffle":
+      return np.concatenate(x, axis=1)[:, list(attributes["mask"])]
     if name == "vector.from_elements":
       return np.stack(x, axis=1)
     if name == "llvm.extractvalue":  # a memref: address, or offset
@@ -207,12 +251,13 @@ class Warpgroup:
     address = np.broadcast_to(address, THREADS)
     aligned = "alignment" in op.attributes
     step = op.attributes["alignment"].value if aligned else size
-    assert not np.any(address % step), "alignment"
+    assert not np.any(address[self.active] % step), "alignment"
     inside = [
       (address >= start) & (address + size <= start + x.nbytes)
       for start, x in self.places
     ]
-    assert np.all(np.any(inside, axis=0)), "an address outside of the operands"
+    outside = self.active & ~np.any(inside, axis=0)
+    assert not outside.any(), "an address outside of the operands"
     return address[:, None] + np.arange(size), dtype, count
 
   def _load(self, op, address):
@@ -223,6 +268,7 @@ class Warpgroup:
   def _store(self, op, x, address):
     spans, dtype, count = self._spans(op, address, op.operands[0].type)
     x = np.broadcast_to(x.reshape(-1, count), (THREADS, count)).astype(dtype)
+    x, spans = x[self.active], spans[self.active]
     self.memory[spans] = x.view(np.uint8)
     assert np.array_equal(self.memory[spans], x.view(np.uint8)), "a conflict"
     self.stores.append(spans)

@@ -115,7 +115,16 @@ def command(out, *flags):
   ]
 
 
-ENV = {**os.environ, "JAX_PLATFORMS": "cpu"}
+@pytest.fixture(scope="module")
+def env(tmp_path_factory):
+  """Programs compile fast rather than run fast, and each of them once."""
+  return {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
+  }
 
 
 @pytest.mark.parametrize(
@@ -126,19 +135,19 @@ ENV = {**os.environ, "JAX_PLATFORMS": "cpu"}
     pytest.param("--report", "none of 0 rows belongs", marks=pytest.mark.slow),
   ],
 )
-def test_bad_flags_are_refused(tmp_path, flag, message):
+def test_bad_flags_are_refused(tmp_path, env, flag, message):
   done = subprocess.run(
-    command(tmp_path, flag), capture_output=True, text=True, env=ENV
+    command(tmp_path, flag), capture_output=True, text=True, env=env
   )
   assert done.returncode == 1 and message in done.stderr
   assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_a_killed_command_loses_and_repeats_nothing(tmp_path):
+def test_a_killed_command_loses_and_repeats_nothing(tmp_path, env):
   flags = ["--workers=2"]
   path = tmp_path / "runs.jsonl"
-  process = subprocess.Popen(command(tmp_path, *flags), env=ENV)
+  process = subprocess.Popen(command(tmp_path, *flags), env=env)
   deadline = time.monotonic() + 300
   while not (path.exists() and path.read_bytes().count(b"\n") >= 2):
     assert process.poll() is None and time.monotonic() < deadline
@@ -149,7 +158,7 @@ def test_a_killed_command_loses_and_repeats_nothing(tmp_path):
   before = path.read_bytes()
   complete = before[: before.rfind(b"\n") + 1]
   path.write_bytes(complete + b'{"suite": "synth')
-  subprocess.run(command(tmp_path, *flags), env=ENV, check=True)
+  subprocess.run(command(tmp_path, *flags), env=env, check=True)
   after = path.read_bytes()
   assert after.startswith(complete)
   rows = [json.loads(line) for line in after.splitlines()]
@@ -159,8 +168,8 @@ def test_a_killed_command_loses_and_repeats_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_rehearsal_of_the_gpu_budget(tmp_path):
+def test_rehearsal_of_the_gpu_budget(tmp_path, env):
   flags = ["--budget=gpu15", "--rehearse", "--workers=2", "--minutes=20"]
-  subprocess.run(command(tmp_path, *flags), env=ENV, check=True)
+  subprocess.run(command(tmp_path, *flags), env=env, check=True)
   suites = [row["suite"] for row in read_rows(tmp_path / "runs.jsonl")]
   assert suites.count("language") == 2 and suites.count("synthetic") == 4 * 4

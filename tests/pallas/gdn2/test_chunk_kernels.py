@@ -17,7 +17,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from gdn2_jax.kernels import target
 from gdn2_jax.ops.gdn2.api import gdn2
-from gdn2_jax.pallas.gdn2 import intra, scan, scan_grad
+from gdn2_jax.pallas.gdn2 import scan, scan_grad
 from tests import numerics
 
 pytestmark = pytest.mark.slow
@@ -27,6 +27,7 @@ CONTRACT = numerics.LOW_PRECISION_FACTOR
 INPUTS = numerics.INPUTS
 NAMES = (*numerics.OUTPUTS, *numerics.GRADIENTS)
 BFLOAT16 = jnp.bfloat16
+SCALE = 64**-0.5
 
 # With b = 2 and hardly any decay (I + T)^-1 has large entries that cancel: it
 # amplifies the rounding of 16-bit operands. Measured at most 3.63.
@@ -47,7 +48,7 @@ def split_and_carry(inputs, state, segment_ids, scale):
   """The same in two calls; the cut is inside a chunk."""
   assert segment_ids is None
   parts = []
-  for tokens in (slice(None, 40), slice(40, None)):
+  for tokens in (slice(None, 70), slice(70, None)):
     part = [x[:, tokens] for x in inputs]
     o, state = kernels(part, state, None, scale)
     parts.append(o)
@@ -65,17 +66,29 @@ def interpreted(call, *args, **kwargs):
   return result
 
 
-def load_vector(name, dtype=BFLOAT16):
-  """At most two heads of the first row, rounded; all of them are alike."""
+def evaluated(run, case):
+  """numerics.evaluate in the interpreter.
+
+  It takes 3 s for 64 tokens of a head, and its compilation 17 s, but for a
+  program of the same padded shapes and the same scale, as most are here: one
+  head, two chunks, K = V = 64.
+  """
+  return interpreted(numerics.evaluate, run, case, jit=False)
+
+
+def load_vector(name, heads=1, dtype=BFLOAT16):
+  """Two chunks of the first heads, rounded; all heads and rows are alike."""
   with np.load(VECTORS / f"{name}.npz") as file:
     case = dict(file)
   for name, x in case.items():
-    if name in ("scale", "segment_ids"):
-      continue
-    heads = np.s_[:1, :2] if name.endswith("_state") else np.s_[:1, :, :2]
-    case[name] = x[heads]
-    if name in ("q", "k", "v", "b", "w", "beta", "do"):
-      case[name] = np.array(jnp.asarray(x[heads]).astype(dtype))
+    if name == "segment_ids":
+      case[name] = x[:1, :128]
+    elif name.endswith("_state"):
+      case[name] = x[:1, :heads]
+    elif name != "scale":
+      case[name] = x[:1, :128, :heads]
+      if name != "g":
+        case[name] = np.array(jnp.asarray(case[name]).astype(dtype))
   return case
 
 
@@ -95,7 +108,7 @@ def error_ratios(actual, exact, dtype):
 
 def check(case, bound=CONTRACT, *, run=kernels):
   """Asserts the contract, or a wider bound, for all or for some names."""
-  actual = interpreted(numerics.evaluate, run, case)
+  actual = evaluated(run, case)
   exact = numerics.oracle(case)
   dtype = jnp.dtype(case["v"].dtype)
   ratios = error_ratios(actual, exact, dtype)
@@ -108,14 +121,18 @@ def check(case, bound=CONTRACT, *, run=kernels):
   ("name", "bound"),
   [
     ("gdn2_mild", CONTRACT),
-    ("gdn2_ragged_kv", CONTRACT),
     ("gdn2_packed", CONTRACT),
     ("gdn2_strong_decay", CONTRACT),
     ("gdn2_negative_eigval", NEGATIVE_EIGENVALUES),
   ],
 )
 def test_vectors(name, bound):
-  check(load_vector(name), bound)
+  check(load_vector(name) | {"scale": SCALE}, bound)
+
+
+def test_tokens_and_channels_that_fill_no_tile():
+  # Two heads: few numbers make up db of one, whose error is a matter of luck.
+  check(load_vector("gdn2_ragged_kv", heads=2))
 
 
 @pytest.mark.parametrize("name", ["gdn_tied", "kda_tied"])
@@ -131,23 +148,7 @@ def test_tied_gates(name):
   case["dfinal_state"] = rng.standard_normal(
     case["initial_state"].shape, np.float32
   )
-  check(case | {"scale": shape[-1] ** -0.5})
-
-
-@pytest.mark.parametrize("b", [1.0, 2.0])
-def test_the_inverse_where_keys_are_alike(b, rng):
-  # The only error left is the rounding of A. With unsplit operands it is 9
-  # times (b = 1) and 33 times (b = 2) as large.
-  key = rng.standard_normal((1, 64, 1, 64)) + 3 * rng.standard_normal(64)
-  k = jnp.asarray(numerics.unit(key), BFLOAT16)
-  ones = jnp.ones_like(k)
-  g = jnp.zeros(k.shape, jnp.float32)
-  kinds = jnp.ones(k.shape[:2], jnp.int32)
-  _, _, _, _, A, _ = interpreted(intra.intra, k, k, b * ones, g, kinds, 1.0)
-  k = np.asarray(k, np.float64)[0, :, 0]
-  exact = np.linalg.inv(np.eye(64) + np.tril(b * k @ k.T, -1))
-  ratio = error_ratios({"A": A[0, 0, 0]}, {"A": exact}, A.dtype)["A"]
-  assert ratio <= 1.1, ratio
+  check(case | {"scale": SCALE})
 
 
 def test_two_warpgroups_and_every_slot_used_again(rng):
@@ -232,7 +233,7 @@ def test_what_padding_holds_changes_no_bit(rng):
   for fill in (0, np.nan):
     for name in (*INPUTS, "do"):
       case[name][padding] = fill
-    results.append(interpreted(numerics.evaluate, kernels, case))
+    results.append(evaluated(kernels, case))
   zeros, nans = results
   for name in NAMES:
     np.testing.assert_array_equal(zeros[name], nans[name], err_msg=name)
@@ -246,14 +247,14 @@ def test_the_future_changes_no_bit(rng):
   case = numerics.make_case(rng, T=T, H=1, K=64, V=64, dtype=BFLOAT16)
   case["do"][:, p:] = 0
   case["dfinal_state"][:] = 0
-  before = interpreted(numerics.evaluate, kernels, case)
+  before = evaluated(kernels, case)
   other = numerics.make_case(
     rng, T=T, H=1, K=64, V=64, dtype=BFLOAT16, g=(-40.0, 0.0)
   )
   for name in INPUTS:
     case[name][:, p:] = other[name][:, p:]
   case["v"][:, p:] *= 1000
-  after = interpreted(numerics.evaluate, kernels, case)
+  after = evaluated(kernels, case)
   for name in ("o", *numerics.GRADIENTS):
     x, y = (np.asarray(r[name], np.float32) for r in (before, after))
     past = ... if name.endswith("_state") else np.s_[:, :p]
@@ -265,6 +266,6 @@ def test_the_future_changes_no_bit(rng):
 
 def test_split_and_carry(rng):
   case = numerics.make_case(
-    rng, T=100, H=1, K=64, V=64, dtype=BFLOAT16, g=(-0.2, 0.0)
+    rng, T=140, H=1, K=64, V=64, dtype=BFLOAT16, g=(-0.2, 0.0)
   )
   check(case, run=split_and_carry)

@@ -88,8 +88,12 @@ def exact(q, k, b, g, kinds, v, w, do, A, Aqk, S, dS, scale):
   }
 
 
+# One program for all tests of a shape: its compilation takes most of the time.
+INTRA_GRAD = jax.jit(intra_grad.intra_grad, static_argnums=12)
+
+
 def run(args):
-  gradients = interpreted(intra_grad.intra_grad, *args)
+  gradients = interpreted(INTRA_GRAD, *args)
   return dict(zip(NAMES, gradients, strict=False))
 
 
