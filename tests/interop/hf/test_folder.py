@@ -27,7 +27,7 @@ from tests.model.models import small_config
 from tests.random_params import random_params
 
 REMOTE = pathlib.Path(gdn2_jax.interop.hf.__file__).parent / "remote"
-ALL = "GKDEMNSA"
+KINDS = "GMNS"  # one of each kind of layer
 
 
 def exported(folder, config, tokenizer=None, **options):
@@ -41,7 +41,7 @@ def exported(folder, config, tokenizer=None, **options):
 
 
 CONFIG = small_config(
-  ALL, num_layers=8, vocab_size=260, loss_chunk=ModelConfig().loss_chunk
+  KINDS, num_layers=4, vocab_size=260, loss_chunk=ModelConfig().loss_chunk
 )
 
 
@@ -98,8 +98,8 @@ def test_a_rounded_model_keeps_its_decays(folders, tmp_path):
   assert json.loads((theirs / "config.json").read_text())["dtype"] == "bfloat16"
   convert(theirs, tmp_path / "back", source="hf", target="gdn2_jax")
   back = read_header(tmp_path / "back/model.safetensors").tensors
-  assert str(back["layers.4.mixer.D"].dtype) == "float32"
-  assert str(back["layers.4.mixer.z_proj.kernel"].dtype) == "bfloat16"
+  assert str(back["layers.1.mixer.D"].dtype) == "float32"
+  assert str(back["layers.1.mixer.z_proj.kernel"].dtype) == "bfloat16"
 
 
 def test_shards_have_an_index(folders, tmp_path):

@@ -22,8 +22,9 @@ from tests.model.models import small_config
 from tests.random_params import random_params
 
 VOCAB = 260
-# Measured: 1.2e-6 to 3.5e-6 of the largest logit.
-TOLERANCE = 1e-4
+# Five times the largest errors: 6.3e-6 of the logits of eight layers, 8.1e-7 of
+# one layer's, 2.9e-6 of gradients.
+TOLERANCE = 3e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,8 @@ def torch_logits(model: Any, ids: np.ndarray, **options: Any) -> np.ndarray:
 
 
 def error(found: np.ndarray, expected: np.ndarray) -> float:
-  """Largest difference over the largest expected number."""
+  """Largest difference over the largest expected number, which is not 0."""
   assert found.shape == expected.shape and found.dtype == expected.dtype
-  return float(np.abs(found - expected).max() / np.abs(expected).max())
+  scale = np.abs(expected).max()
+  assert np.isfinite(found).all() and scale > 0
+  return float(np.abs(found - expected).max() / scale)

@@ -54,11 +54,11 @@ def check(pattern):
 
 
 def test_greedy_tokens_are_those_of_jax():
-  check("DS")
+  check("G")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", [*"GKEMNA", "GKDEMNSA"])
+@pytest.mark.parametrize("pattern", [*"KEMNA", "DS", "GKDEMNSA"])
 def test_greedy_tokens_of_every_mixer(pattern):
   check(pattern)
 
