@@ -11,7 +11,11 @@ from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.lm import has_growing_cache
 from gdn2_jax.model.mixers.registry import kinds_of
 
-_TAGS = ("gated-deltanet-2", "linear-attention", "jax", "flax")
+_TAGS = ("gated-deltanet-2", "linear-attention")
+_LIBRARIES = {  # tags of their own
+  "gdn2_jax": ("jax", "flax"),
+  "transformers": ("pytorch", "custom_code"),
+}
 PAPER = "https://arxiv.org/abs/2605.22791"
 
 
@@ -40,33 +44,49 @@ def render_card(
   *,
   name: str,
   files: Collection[str] = (),
+  library: str = "gdn2_jax",
 ) -> str:
-  """Markdown of a README.md for a folder and its files."""
+  """Markdown of a README.md for a folder and its files.
+
+  Args:
+    card: Facts that only the publisher knows.
+    config: Config of the model.
+    name: Heading, unless the card has one.
+    files: Names of the files.
+    library: Library that opens the folder, "gdn2_jax" or "transformers".
+  """
   has_tokenizer = "tokenizer.json" in files
   parts = [
-    _front_matter(card),
+    _front_matter(card, library),
     f"# {_line(card.name or name)}",
     card.description.strip(),
     _about(config),
     "\n".join(_table({**_sizes(config), **card.facts})),
-    _usage(config, has_tokenizer),
   ]
+  if library == "transformers":
+    parts.append(_usage_transformers(has_tokenizer))
+    return _joined(parts)
+  parts.append(_usage(config, has_tokenizer))
   if "run.py" in files:
     parts.append(_alone(has_tokenizer))
   parts.append(_INTEGRITY)
+  return _joined(parts)
+
+
+def _joined(parts: list[str]) -> str:
   return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(card: Card) -> str:
+def _front_matter(card: Card, library: str) -> str:
   lines = ["---"]
   if card.license:
     lines.append(f"license: {json.dumps(card.license)}")
   lines += [
-    "library_name: gdn2_jax",
+    f"library_name: {library}",
     "pipeline_tag: text-generation",
     "tags:",
   ]
-  tags = dict.fromkeys((*_TAGS, *card.tags))
+  tags = dict.fromkeys((*_TAGS, *_LIBRARIES[library], *card.tags))
   # JSON strings are YAML strings, whatever they hold.
   lines += [f"- {json.dumps(tag)}" for tag in tags]
   return "\n".join([*lines, "---"])
@@ -132,6 +152,50 @@ rng = jax.random.key(0)
 (ids,) = generate(model.params, model.config, [prompt], 32, rng=rng)
 {shown}
 ```"""
+
+
+def _usage_transformers(has_tokenizer: bool) -> str:
+  load = """\
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"""
+  if not has_tokenizer:
+    return f"""## Use
+
+With torch and `transformers`:
+
+```python
+import torch
+from transformers import AutoModelForCausalLM
+
+folder = "."  # this folder
+{load}
+ids = model.generate(torch.tensor([[1, 2]]), max_new_tokens=32)
+print(ids[0].tolist())
+```
+
+{_CODE_NOTE}"""
+  return f"""## Use
+
+With torch and `transformers`:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+{load}
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+inputs = tokenizer("Once upon", return_tensors="pt")
+ids = model.generate(**inputs, max_new_tokens=32)
+print(tokenizer.decode(ids[0], skip_special_tokens=True))
+```
+
+{_CODE_NOTE}"""
+
+
+_CODE_NOTE = """\
+The model is computed by the Python files of this folder: `trust_remote_code`
+runs them, so read them first, or trust who published them. They come from
+`gdn2_jax`, which reads this folder back with `python -m gdn2_jax.convert
+--from=hf --to=gdn2_jax`."""
 
 
 def _alone(has_tokenizer: bool) -> str:

@@ -80,7 +80,7 @@ class Linear(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Conv(Layout):
-  """Depthwise Conv1d [H*K, 1, W]; ours [W, H, K], newest input last.
+  """Depthwise Conv1d [H*K, 1, W]; ours [W, H, K] or [W, C], newest input last.
 
   Also read, where the shape tells them apart: [H*K, W], and the channels-last
   [W, H*K] and [W, 1, H*K]. No shape tells the order of the taps.
@@ -90,15 +90,16 @@ class Conv(Layout):
 
   @override
   def theirs(self, *ours):
-    w, h, k = ours[0]
-    return h * k, 1, w
+    w, *channels = ours[0]
+    return math.prod(channels), 1, w
 
   @override
   def accepts(self, found, *ours):
-    w, h, k = ours[0]
+    w, *channels = ours[0]
+    c = math.prod(channels)
     # The axes of a square cannot be told apart.
-    others = () if h * k == w else ((h * k, w), (w, h * k), (w, 1, h * k))
-    return found in ((h * k, 1, w), *others)
+    others = () if c == w else ((c, w), (w, c), (w, 1, c))
+    return found in ((c, 1, w), *others)
 
   @override
   def pack(self, *ours):
@@ -107,8 +108,9 @@ class Conv(Layout):
 
   @override
   def unpack(self, theirs, *ours):
-    w, h, k = ours[0]
-    taps = theirs if theirs.shape[0] == w != h * k else theirs.T
+    w, *channels = ours[0]
+    is_last = theirs.shape[0] == w != math.prod(channels)
+    taps = theirs if is_last else theirs.T
     if self.order == "newest_first":
       taps = taps[::-1]
     return (taps.reshape(ours[0]),)

@@ -128,6 +128,13 @@ def cast_params(params: Any, config: ModelConfig) -> Any:
   )
 
 
+def float32_names(config: ModelConfig) -> set[str]:
+  """Parameters by flat name that are float32 whatever param_dtype is."""
+  rounded = dataclasses.replace(config, param_dtype="bfloat16")
+  specs = param_specs(rounded).items()
+  return {name for name, spec in specs if spec.dtype == jnp.float32}
+
+
 @dataclasses.dataclass(frozen=True)
 class Leaf:
   """A leaf of the parameter tree, and the tensors in it."""

@@ -107,7 +107,7 @@ class BPETokenizer(Tokenizer):
     token = self._backend.id_to_token(token_id)
     if token is None:  # a hole in the vocabulary
       return b""
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     if self._is_byte_level and all(char in alphabet for char in token):
       return bytes(alphabet[char] for char in token)
     if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
@@ -218,8 +218,8 @@ def _bpe_size(spec: str) -> int:
 
 
 @functools.cache
-def _byte_alphabet() -> dict[str, int]:
-  """Printable character of byte-level BPE -> byte."""
+def byte_alphabet() -> dict[str, int]:
+  """Bytes by their printable characters in byte-level BPE."""
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
   alphabet = {chr(byte): byte for byte in printable}
   others = [byte for byte in range(256) if byte not in set(printable)]

@@ -7,6 +7,7 @@ r"""Converts weights from one program's names and layouts to another's.
   python -m gdn2_jax.convert --from=official --to=gdn2_jax \
     --src=gpt.safetensors --out=models/1p3b --preset=gdn2_1.3B
   python -m gdn2_jax.convert --from=fla --to=gdn2_jax --src=kda/ --out=kda2
+  python -m gdn2_jax.convert --from=gdn2_jax --to=hf --src=runs/tiny --out=hf
 
 Dialects, which must be given, as no file names its own:
   official  the public PyTorch program (`transformer.h.0.attn...`); its output
@@ -14,6 +15,8 @@ Dialects, which must be given, as no file names its own:
   fla       flash-linear-attention (`model.layers.0.attn...`), GDN-2 or KDA; its
             output gate is a sigmoid. KDA becomes GDN-2 with tied gates, or
             with --as=kda a model of pattern K, which --to=fla writes back
+  hf        a folder that AutoModelForCausalLM of Hugging Face transformers
+            opens with trust_remote_code=True: the model in torch is in it
   gdn2_jax  a published-model folder; as --from also a workdir of training
 
 Weights are safetensors: model.safetensors or shards with their index, in a
@@ -27,7 +30,7 @@ Short convolutions are read with the oldest input first, as PyTorch has them;
 
 Only permutes: there and back gives the same bits. A_log and dt_bias are float32
 whatever the rest is. Nothing is written before all is checked. Memory: the
-model once, as it is written (at most one shard of 5 GB --to official or fla),
+model once, as it is written (one shard of 5 GB at most unless --to=gdn2_jax),
 and two of its tensors. Exit status: 0 done; 1 refused, or the logits of --probe
 differ by more than --tolerance (the reason is on standard error).
 """

@@ -3,14 +3,15 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from gdn2_jax.interop import folder
+from gdn2_jax.interop import folder, hf
 from gdn2_jax.interop.convert import fla, official
 from gdn2_jax.interop.convert.claims import Claims, look_at
 from gdn2_jax.interop.convert.options import (
   DTYPES,
+  HF,
   OURS,
   OUTPUT_GATES,
   Options,
@@ -28,7 +29,11 @@ from gdn2_jax.interop.names import (
   moves,
 )
 from gdn2_jax.interop.tensors import find_weights, open_tensors
-from gdn2_jax.interop.tree import flatten_params, param_specs
+from gdn2_jax.interop.tree import (
+  flatten_params,
+  float32_names,
+  param_specs,
+)
 from gdn2_jax.model.config import ModelConfig
 
 CONFIGS = {"official": official, "fla": fla}
@@ -51,6 +56,8 @@ def open_model(src: pathlib.Path, source: str, options: Options) -> Opened:
   """Opens and checks a model of any dialect."""
   if source == OURS:
     return _open_ours(src, options)
+  if source == HF:
+    return _open_hf(src, options)
   return _open_foreign(src, DIALECTS[source], options)
 
 
@@ -87,7 +94,8 @@ def _open_foreign(
   config = module.read_config(claims, shown, gate)
   if unread := claims.finish(options.ignored, module.HARMLESS):
     notes.append(f"keys of the config that were not read: {', '.join(unread)}")
-  config = dataclasses.replace(config, **_dtypes(theirs, notes))
+  kept = {n for n in theirs if n.split(".")[-1] in FLOAT32}
+  config = dataclasses.replace(config, **_dtypes(theirs, kept, notes))
   config.validate()
 
   kda_heads = None
@@ -186,10 +194,17 @@ def _tie(theirs, claims, dialect, weights, options, notes) -> None:
     notes.append(f"{head}: a copy of {table}, no longer tied to it")
 
 
-def _dtypes(theirs: Mapping[str, Any], notes: list[str]) -> dict[str, str]:
-  """Fields dtype and param_dtype: that of the tensors, float32 if several."""
-  kept = {n: t for n, t in theirs.items() if n.split(".")[-1] in FLOAT32}
-  rounded = sorted({str(t.dtype) for t in kept.values()} - {"float32"})
+def _dtypes(
+  theirs: Mapping[str, Any], kept: Collection[str], notes: list[str]
+) -> dict[str, str]:
+  """Fields dtype and param_dtype: that of the tensors, float32 if several.
+
+  Args:
+    theirs: tensors by their names.
+    kept: names of those that are float32 in every model.
+    notes: gets a line if they are not.
+  """
+  rounded = sorted({str(theirs[n].dtype) for n in kept} - {"float32"})
   if rounded:
     notes.append(
       f"A_log and dt_bias were stored in {', '.join(rounded)}: widened to "
@@ -217,11 +232,7 @@ def _open_ours(src: pathlib.Path, options: Options) -> Opened:
     if options.step is not None:
       raise ValueError(f"--step={options.step}: {src} is not a workdir")
     config, tensors = folder.open_folder(src)
-  if options.output_gate not in (None, config.gdn2.output_gate):
-    raise ValueError(
-      f"--output_gate={options.output_gate}: the model in {src} has "
-      f"{config.gdn2.output_gate!r}"
-    )
+  _check_stated_gate(src, config, options)
   return Opened(
     path=src,
     config=config,
@@ -231,6 +242,46 @@ def _open_ours(src: pathlib.Path, options: Options) -> Opened:
     notes=notes,
     tokenizer=_tokenizer(src),
   )
+
+
+def _open_hf(src: pathlib.Path, options: Options) -> Opened:
+  """Opens a folder for transformers, ours or saved again by it."""
+  if not src.is_dir():
+    raise FileNotFoundError(f"--src={src}: no such folder")
+  path = src / folder.CONFIG
+  config = hf.read_config(read_json(path), path)
+  weights = find_weights(src)
+  theirs = open_tensors(weights)
+  plan = hf.moves(config)
+  shapes = {n: tuple(s.shape) for n, s in param_specs(config).items()}
+  ours = to_ours(theirs, plan, shapes, weights)
+  notes: list[str] = []
+  fixed = float32_names(config)
+  kept = {move.theirs for move in plan if move.ours[0] in fixed}
+  param_dtype = _dtypes(theirs, kept, notes)["param_dtype"]
+  config = dataclasses.replace(config, param_dtype=param_dtype)
+  config.validate()
+  _check_stated_gate(src, config, options)
+  return Opened(
+    path=src,
+    config=config,
+    tensors=ours,
+    read=theirs,
+    moves=plan,
+    notes=notes,
+    tokenizer=_tokenizer(src),
+  )
+
+
+def _check_stated_gate(
+  src: pathlib.Path, config: ModelConfig, options: Options
+) -> None:
+  """Refuses an output gate that is not that of the config."""
+  if options.output_gate not in (None, config.gdn2.output_gate):
+    raise ValueError(
+      f"--output_gate={options.output_gate}: the model in {src} has "
+      f"{config.gdn2.output_gate!r}"
+    )
 
 
 def _tokenizer(beside: pathlib.Path) -> pathlib.Path | None:

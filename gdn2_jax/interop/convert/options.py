@@ -9,7 +9,8 @@ from gdn2_jax.interop.layouts import CONV_ORDERS
 from gdn2_jax.interop.names import DIALECTS, RECURRENT
 
 OURS = "gdn2_jax"
-ALL_DIALECTS = (*DIALECTS, OURS)
+HF = "hf"
+ALL_DIALECTS = (*DIALECTS, HF, OURS)
 OUTPUT_GATES = ("silu", "sigmoid")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -84,9 +85,10 @@ class Options:
       "ignore_config": self.ignored,
       "from_conv_order": self.from_conv_order,
       "strip_prefix": self.strip_prefix,
+      "untie_head": self.untie_head,
     }
     for name, value in foreign.items():
-      if value and source == OURS:
-        raise ValueError(f"--{name}: does not go with --from={OURS}")
-    if target == OURS and self.to_conv_order:
-      raise ValueError(f"--to_conv_order: does not go with --to={OURS}")
+      if value and source not in DIALECTS:
+        raise ValueError(f"--{name}: does not go with --from={source}")
+    if target not in DIALECTS and self.to_conv_order:
+      raise ValueError(f"--to_conv_order: does not go with --to={target}")

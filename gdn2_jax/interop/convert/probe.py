@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdn2_jax.interop.convert.opened import open_model
-from gdn2_jax.interop.convert.options import OURS, Options
+from gdn2_jax.interop.convert.options import Options
 from gdn2_jax.interop.convert.tensors import in_dtype
+from gdn2_jax.interop.names import DIALECTS
 from gdn2_jax.interop.tree import unflatten_params
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.lm import LM
@@ -89,10 +90,10 @@ def run_probe(
   out: str | os.PathLike, target: str, probe: Probe, output_gate: str
 ) -> ProbeError:
   """Reads the folder that a conversion wrote, and runs it in float32."""
-  stated = None if target == OURS else output_gate
+  stated = output_gate if target in DIALECTS else None
   opened = open_model(pathlib.Path(out), target, Options(output_gate=stated))
   config = dataclasses.replace(opened.config, dtype="float32", remat="none")
-  tensors = in_dtype(opened.tensors, config.param_dtype)
+  tensors = in_dtype(opened.tensors, config.param_dtype, config)
   params = unflatten_params(tensors, config)
   run = jax.jit(LM(config).apply)
   with jax.default_matmul_precision("highest"):

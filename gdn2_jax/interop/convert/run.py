@@ -10,10 +10,12 @@ import numpy as np
 import tqdm
 
 from gdn2_jax.data.tokenizer.api import BPETokenizer, load_tokenizer
+from gdn2_jax.data.tokenizer.base import Tokenizer
 from gdn2_jax.files import write_atomically
+from gdn2_jax.interop import hf
 from gdn2_jax.interop.card import Card
 from gdn2_jax.interop.convert.opened import CONFIGS, Opened, open_model
-from gdn2_jax.interop.convert.options import OURS, Options
+from gdn2_jax.interop.convert.options import HF, OURS, Options
 from gdn2_jax.interop.convert.probe import Probe, check_probe
 from gdn2_jax.interop.convert.report import Report
 from gdn2_jax.interop.convert.tensors import in_dtype, to_theirs
@@ -61,7 +63,7 @@ def convert(
     src: folder with the weights, or their *.safetensors file; for "gdn2_jax" a
       published-model folder or the workdir of a training run.
     out: folder to write, absent or empty.
-    source: dialect of `src`: "official", "fla" or "gdn2_jax".
+    source: dialect of `src`: "official", "fla", "hf" or "gdn2_jax".
     target: dialect of `out`.
     options: facts that the files lack, and permissions.
     probe: tokens and logits that must fit the vocabulary of the model.
@@ -82,15 +84,18 @@ def convert(
   opened = open_model(src, source, options)
   if probe is not None:
     check_probe(probe, opened.config)
-  if target != OURS:
+  if target in DIALECTS:
     _check_gate(opened.config, target, options)
   config, dtype = opened.config, options.dtype
   if dtype:
     config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
-  elif target == OURS:
+  elif target not in DIALECTS:
     dtype = config.param_dtype  # one for all
-  written, plan = in_dtype(opened.tensors, dtype), []
-  if target != OURS:
+  written, plan = in_dtype(opened.tensors, dtype, config), []
+  if target == HF:
+    plan = hf.moves(config)
+    written = to_theirs(written, plan)
+  elif target != OURS:
     order = options.to_conv_order or "oldest_first"
     plan = moves(DIALECTS[target], config, conv_order=order)
     written = to_theirs(written, plan)
@@ -100,6 +105,14 @@ def convert(
 
   notes, bad = list(opened.notes), {}
   tokenizer = _load_tokenizer(opened, target, notes)
+  card = Card(facts={"converted from": opened.path.name})
+  files: dict[str, bytes] = {}  # config.json last: without it nothing loads
+  if target == HF:
+    files = hf.folder_files(config, tokenizer, card, name=out.absolute().name)
+  elif target != OURS:
+    files = {CONFIG: json_bytes(tree)}
+    if tokenizer is not None:
+      files = {TOKENIZER: opened.tokenizer.read_bytes()} | files
   total = sum(tensor.nbytes for tensor in written.values())
   # None: only on a terminal.
   disable = None if total >= _PROGRESS_BYTES else True
@@ -120,7 +133,7 @@ def convert(
         unflatten_params(watched, unstacked, place=lambda array: array),
         config,
         tokenizer,
-        card=Card(facts={"converted from": opened.path.name}),
+        card=card,
         max_shard_bytes=max_shard_bytes,
       )
     else:
@@ -128,17 +141,14 @@ def convert(
         names = save_shards(
           staging, watched, _METADATA, max_bytes=max_shard_bytes
         )
-        # The config last: without it nothing loads.
-        for name, data in ((TOKENIZER, tokenizer), (CONFIG, json_bytes(tree))):
-          if data is not None:
-            write_atomically(staging / name, data)
-            names.append(name)
-        move_files(staging, out, names)
+        for name, data in files.items():
+          write_atomically(staging / name, data)
+        move_files(staging, out, [*names, *files])
   if bad:
     counts = [f"{count:,} in {name}" for name, count in bad.items()]
     notes.append(f"values that are not finite (kept): {listed(counts)}")
-  files = sorted(path.name for path in out.iterdir())
-  return Report(source, target, opened, written, plan, files, notes)
+  found = sorted(path.name for path in out.iterdir())
+  return Report(source, target, opened, written, plan, found, notes)
 
 
 def _check_gate(config: ModelConfig, target: str, options: Options) -> None:
@@ -177,7 +187,9 @@ def _read(name: str, tensor: Lazy, bar: tqdm.tqdm, bad: dict[str, int]) -> Any:
   return value
 
 
-def _load_tokenizer(opened: Opened, target: str, notes: list[str]) -> Any:
+def _load_tokenizer(
+  opened: Opened, target: str, notes: list[str]
+) -> Tokenizer | None:
   """The tokenizer beside the weights, unless the target cannot read it."""
   if opened.tokenizer is None:
     return None
@@ -185,10 +197,12 @@ def _load_tokenizer(opened: Opened, target: str, notes: list[str]) -> Any:
     tokenizer = load_tokenizer(opened.tokenizer)
     if tokenizer.vocab_size > opened.config.vocab_size:
       reason = f"{tokenizer.vocab_size} ids, more than the model has"
-    elif target != OURS and not isinstance(tokenizer, BPETokenizer):
+    elif target in DIALECTS and not isinstance(tokenizer, BPETokenizer):
       reason = "other programs cannot read it"
+    elif target == HF and hf.tokenizer_json(tokenizer) is None:
+      reason = "transformers cannot read it"
     else:
-      return tokenizer if target == OURS else opened.tokenizer.read_bytes()
+      return tokenizer
   except ValueError as e:
     reason = str(e)
   notes.append(f"tokenizer.json left behind: {reason}")

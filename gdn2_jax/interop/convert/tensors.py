@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdn2_jax.interop.header import Lazy
-from gdn2_jax.interop.names import DIALECTS, FLOAT32, Dialect, Move
-from gdn2_jax.interop.tree import listed, name_differences
+from gdn2_jax.interop.names import DIALECTS, Dialect, Move
+from gdn2_jax.interop.tree import float32_names, listed, name_differences
+from gdn2_jax.model.config import ModelConfig
 
 Tensors = Mapping[str, Any]  # by name: arrays or Lazy
 
@@ -80,12 +81,14 @@ def to_theirs(ours: Tensors, moves: list[Move]) -> dict[str, Lazy]:
   return theirs
 
 
-def in_dtype(ours: Tensors, dtype: str | None) -> dict[str, Lazy]:
-  """Parameters in a dtype or their own; A_log and dt_bias in float32."""
-  cast = {}
+def in_dtype(
+  ours: Tensors, dtype: str | None, config: ModelConfig
+) -> dict[str, Lazy]:
+  """Parameters in a dtype or their own; those of decays in float32."""
+  kept, cast = float32_names(config), {}
   for name, tensor in ours.items():
     to = np.dtype(tensor.dtype if dtype is None else jnp.dtype(dtype))
-    if name.split(".")[-1] in FLOAT32:
+    if name in kept:
       to = np.dtype(np.float32)
     read = functools.partial(_cast, tensor, to)
     cast[name] = Lazy(tuple(tensor.shape), to, read)

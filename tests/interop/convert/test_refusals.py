@@ -193,8 +193,12 @@ def test_wrong_tensors_and_configs(tmp_path, dialect, change, match):
   [
     ({"source": "fla"}, "names of the dialect 'official', not of 'fla'"),
     ({"source": "gdn2_jax"}, "no manifest.json: not a folder with a published"),
-    ({"source": "hf"}, "--from=hf: expected one of official, fla, gdn2_jax"),
-    ({"target": "flax"}, "--to=flax: expected one of official, fla, gdn2_jax"),
+    ({"source": "hf"}, "model_type=None, expected 'gdn2_jax'"),
+    (
+      {"source": "pt"},
+      "--from=pt: expected one of official, fla, hf, gdn2_jax",
+    ),
+    ({"target": "x"}, "--to=x: expected one of official, fla, hf, gdn2_jax"),
     ({"target": "fla"}, "compute 'sigmoid' and would load these weights with"),
     ({"output_gate": "sigmoid"}, "'sigmoid', as the options say"),
     ({"output_gate": "relu"}, "--output_gate=relu: expected one of silu, sig"),
