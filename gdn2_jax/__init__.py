@@ -5,6 +5,17 @@ The public names below are loaded on first use, so that data workers and
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from gdn2_jax.inference.generate import generate, stream
+  from gdn2_jax.inference.state import decode_step, init_state, prefill
+  from gdn2_jax.interop.folder import load_model, save_model
+  from gdn2_jax.model.config import ModelConfig
+  from gdn2_jax.model.lm import LM
+  from gdn2_jax.model.mixers.registry import MixerKind
+  from gdn2_jax.model.mixers.registry import register as register_mixer
+  from gdn2_jax.ops.gdn2 import gdn2, gdn2_step
 
 _HOME = {
   "gdn2": "gdn2_jax.ops.gdn2",
@@ -23,15 +34,32 @@ _HOME = {
 }
 
 __version__ = "0.2.0"
-__all__ = ["__version__", *_HOME]
+# Spelt out, because type checkers read it.
+__all__ = [
+  "LM",
+  "MixerKind",
+  "ModelConfig",
+  "__version__",
+  "decode_step",
+  "gdn2",
+  "gdn2_step",
+  "generate",
+  "init_state",
+  "load_model",
+  "prefill",
+  "register_mixer",
+  "save_model",
+  "stream",
+]
 
+if not TYPE_CHECKING:  # it would make every name Any
 
-def __getattr__(name: str):
-  if name not in _HOME:
-    raise AttributeError(f"module 'gdn2_jax' has no attribute {name!r}")
-  # In its module, where all is about mixers, it is `register`.
-  attribute = "register" if name == "register_mixer" else name
-  return getattr(importlib.import_module(_HOME[name]), attribute)
+  def __getattr__(name: str):
+    if name not in _HOME:
+      raise AttributeError(f"module 'gdn2_jax' has no attribute {name!r}")
+    # In its module, where all is about mixers, it is `register`.
+    attribute = "register" if name == "register_mixer" else name
+    return getattr(importlib.import_module(_HOME[name]), attribute)
 
 
 def __dir__() -> list[str]:

@@ -14,6 +14,8 @@ g = log(alpha) log-decay (<= 0), b erase gate (key axis), w write gate (value
 axis), S state, o output.
 """
 
+from typing import TYPE_CHECKING, no_type_check
+
 from jaxtyping import Array, Bool, Float, Int
 
 Activations = Float[Array, "B T D"]
@@ -28,3 +30,13 @@ StepQueryKey = Float[Array, "B H K"]
 StepValue = Float[Array, "B HV V"]
 
 Mask = Bool[Array, "B T"]
+
+if TYPE_CHECKING:
+
+  def unchecked_at_run_time[F](function: F) -> F:
+    """Leaves a function out of the checks of shapes and types at run time."""
+    return function
+
+else:
+  # To static checkers, it would make the function Any.
+  unchecked_at_run_time = no_type_check

@@ -3,7 +3,9 @@
 import pathlib
 import re
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 ROOT = pathlib.Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -11,6 +13,7 @@ PAGES = [
   "README.md",
   "docs/inference.md",
   "docs/layer.md",
+  "docs/research.md",
   "docs/weights.md",
 ]
 
@@ -24,6 +27,23 @@ def blocks_of(page: str) -> list[str]:
   ]
 
 
+@pytest.fixture
+def programs(tmp_path_factory):
+  """Runs of a page share programs: each is compiled once."""
+  names = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+    "jax_persistent_cache_min_compile_time_secs": 0.05,
+  }
+  old = {name: getattr(jax.config, name) for name in names}
+  for name, value in names.items():
+    jax.config.update(name, value)
+  yield
+  for name, value in old.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize(
   "page",
   [

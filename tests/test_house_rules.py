@@ -32,6 +32,7 @@ ALLOWED = {
   "triton": "typing",
   "ops": "typing kernels pallas triton",
   "model": "typing config_class ops",
+  "nnx": "typing model",
   "data": "files config_class",
   "interop": "typing files config_json sharding model data",
   "inference": "typing files config_json sharding ops model interop",
@@ -39,7 +40,7 @@ ALLOWED = {
   "eval": "typing files config_class sharding ops model data interop inference "
   "analysis",
   "train": "typing files config_class config_json sharding model data interop "
-  "inference eval",
+  "inference analysis eval",
   "interop.convert": "files interop model data train",
   "interop.export": "kernels interop ops model inference",
   "bench": "typing kernels sharding pallas triton ops model data train "

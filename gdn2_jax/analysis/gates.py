@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -58,12 +59,8 @@ def collect_gates(
   Raises:
     ValueError: no layer of the pattern has these gates.
   """
-  shown = {
-    letter
-    for letter, kind in kinds_of(config.pattern).items()
-    if set(_NAMES) <= set(kind.gates)
-  }
-  if not shown:
+  layers = layers_with(config, _NAMES)
+  if not layers:
     raise ValueError(
       f"config.pattern={config.pattern!r}: expected at least one layer whose "
       f"mixer shows {', '.join(_NAMES)}"
@@ -71,14 +68,42 @@ def collect_gates(
   # A copy: jit keeps the config as a cache key, and callers may change theirs.
   seen = _intermediates(copy.deepcopy(config), params, tokens, segment_ids)
   records = []
-  for group in range(config.num_groups):
-    for place, letter in enumerate(config.pattern):
-      if letter not in shown:
-        continue
-      sown = _of_layer(seen, config, group, place)
-      layer = group * len(config.pattern) + place
-      records.append(LayerGates(layer=layer, **sown))
+  for layer, group, place in layers:
+    sown = sown_values(seen, config, group, place, _NAMES)
+    arrays = {name: np.asarray(x, np.float32) for name, x in sown.items()}
+    records.append(LayerGates(layer=layer, **arrays))
   return records
+
+
+def layers_with(
+  config: ModelConfig, names: Collection[str]
+) -> list[tuple[int, int, int]]:
+  """(layer, group, place in the group) of layers that sow all these symbols."""
+  kinds = kinds_of(config.pattern)
+  size = len(config.pattern)
+  return [
+    (group * size + place, group, place)
+    for group in range(config.num_groups)
+    for place, letter in enumerate(config.pattern)
+    if set(names) <= set(kinds[letter].gates)
+  ]
+
+
+def sown_values(
+  seen: Any,
+  config: ModelConfig,
+  group: int,
+  place: int,
+  names: Collection[str],
+) -> dict[str, Array]:
+  """Arrays of these symbols that a layer has sown, by symbol."""
+  name = "groups" if config.scan_layers else f"group_{group}"
+  sown = seen[name][f"layer_{place}"]["mixer"]
+  arrays = {}
+  for symbol in names:
+    (value,) = sown[symbol]  # sow appends; a mixer runs once
+    arrays[symbol] = value[group] if config.scan_layers else value
+  return arrays
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -91,18 +116,6 @@ def _intermediates(config, params, tokens, segment_ids):
     mutable=["intermediates"],
   )
   return seen["intermediates"]
-
-
-def _of_layer(seen, config, group, place):
-  name = "groups" if config.scan_layers else f"group_{group}"
-  sown = seen[name][f"layer_{place}"]["mixer"]
-  arrays = {}
-  for symbol in _NAMES:
-    (value,) = sown[symbol]  # sow appends; a mixer runs once
-    if config.scan_layers:
-      value = value[group]
-    arrays[symbol] = np.asarray(value, np.float32)
-  return arrays
 
 
 def half_life(g: Num[Array | np.ndarray, "*any"]) -> np.ndarray:

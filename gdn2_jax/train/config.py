@@ -21,6 +21,8 @@ from gdn2_jax.model.mixers.registry import MixerKind, kinds_of
 from gdn2_jax.sharding import MeshConfig, check_divisible, mesh_shape
 from gdn2_jax.train import optimizer as optimizer_lib
 from gdn2_jax.train.optimizer import OptimizerConfig
+from gdn2_jax.train.report.writers import choose
+from gdn2_jax.train.report.writers.choose import ReportConfig
 
 
 @config_class
@@ -57,13 +59,14 @@ class TrainConfig:
   Attributes:
     model: architecture.
     data: text, tokenizer, global batch size and row length.
-    optimizer: AdamW and its schedule.
+    optimizer: AdamW or another optimizer, and its schedule.
     mesh: devices along each mesh axis.
     checkpoint: saving and resuming.
     eval: held-out loss during and after training.
     init_from: model whose parameters a new run starts from, with a fresh
       optimizer: the workdir of a run, a folder of `export` or `convert`, or
       hf:USER/NAME@REVISION. "" draws parameters by `seed`.
+    report: writers of metrics beside metrics.jsonl.
     num_steps: optimizer steps, one global batch each.
     grad_accum: microbatches per batch; more of them need less memory.
     seed: seed of the initial parameters.
@@ -87,6 +90,7 @@ class TrainConfig:
   )
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
   init_from: str = ""
+  report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
   num_steps: int = 1000
   grad_accum: int = 1
   seed: int = 0
@@ -133,6 +137,7 @@ def validate(config: TrainConfig) -> None:
       )
   config.model.validate("--config.model")
   optimizer_lib.validate(config.optimizer)
+  choose.validate(config.report)
   if config.data.batch_size % config.grad_accum:
     raise ValueError(
       f"--config.grad_accum={config.grad_accum} does not divide "

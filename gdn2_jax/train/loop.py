@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,26 +24,13 @@ from gdn2_jax.train.processes.lock import WorkdirLock
 from gdn2_jax.train.processes.watchdog import Watchdog
 from gdn2_jax.train.report import writer as writer_lib
 from gdn2_jax.train.report.report import Report
+from gdn2_jax.train.report.result import Result
+from gdn2_jax.train.report.writers import Writer, check_writers
 from gdn2_jax.train.start import check_tokenizer, first_state, open_source
-from gdn2_jax.train.state import TrainState, plan_state
+from gdn2_jax.train.state import plan_state
 from gdn2_jax.train.step import make_train_step
 
 Say = Callable[[str], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """The end of a run.
-
-  Attributes:
-    state: state after the last step.
-    step: finished steps.
-    stopped_by: "" if all steps are done, else the signal or notice.
-  """
-
-  state: TrainState
-  step: int
-  stopped_by: str
 
 
 def train(
@@ -52,15 +39,24 @@ def train(
   *,
   dataset: Any = None,
   say: Say = print,
+  writers: Sequence[Writer] = (),
 ) -> Result:
   """Trains from the newest checkpoint of the workdir, or from the start.
+
+  A function of its arguments and of the files in the workdir: call it as often
+  as you like in one process, with configs made in Python (docs/research.md).
 
   Args:
     config: the experiment.
     workdir: holds config.json, versions.json, tokenizer.json, metrics.jsonl,
       tensorboard/ and checkpoints/; at the end also eval.json and loss.png.
     dataset: an open `open_dataset(config.data)`; None opens it.
-    say: prints a line; called on process 0 only.
+    say: prints a line; called on process 0 only. `lambda line: None` is quiet.
+    writers: get every row of metrics.jsonl, beside the writers that
+      config.report names; closed at the end.
+
+  Returns:
+    The state after the last step, and all metrics of the run.
 
   Raises:
     ValueError: the config, the data or the checkpoint does not fit.
@@ -72,6 +68,7 @@ def train(
   root = pathlib.Path(workdir)
   first = jax.process_index() == 0
   say = say if first else (lambda line: None)
+  check_writers(config.report)
   with contextlib.ExitStack() as stack:
     if first:
       writer_lib.probe(root)
@@ -106,7 +103,7 @@ def train(
       writer_lib.write_json(root / "config.json", dataclasses.asdict(config))
       dataset.tokenizer.save(root / "tokenizer.json")
 
-    report = Report(config, root, dataset, step, say)
+    report = Report(config, root, dataset, step, say, writers)
     stack.callback(report.close)
     watchdog = stack.enter_context(Watchdog(config.watchdog_seconds))
     guard = Guard(lock, watchdog, checkpointer.reached_preemption)
@@ -156,7 +153,8 @@ def train(
     else:
       with watchdog.paused():
         report.finish(step, state.params)
-  return Result(state=state, step=step, stopped_by=stopped_by)
+  rows = tuple(writer_lib.read_rows(root / "metrics.jsonl")) if first else ()
+  return Result(state=state, step=step, stopped_by=stopped_by, rows=rows)
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -11,7 +11,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from gdn2_jax.model import accounting
-from gdn2_jax.sharding import shardings_of
+from gdn2_jax.sharding import replicated, shardings_of
 from gdn2_jax.train import optimizer as optimizer_lib
 
 
@@ -79,12 +79,8 @@ def abstract_params(model: nn.Module, mesh: Mesh | None = None) -> Any:
   return unbox_abstract(boxed) if mesh is None else _with_shardings(boxed, mesh)
 
 
-def _fresh_state(model, optimizer, key) -> TrainState:
-  params = model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
-  return _step_zero(params, optimizer)
-
-
-def _step_zero(params, optimizer) -> TrainState:
+def _fresh_state(optimizer, params) -> TrainState:
+  """State before the first step; the boxes of the parameters are off."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -94,6 +90,26 @@ def _step_zero(params, optimizer) -> TrainState:
   )
 
 
+def _like_params(tree: Any, params: Any, mesh: Mesh) -> Any:
+  """Shapes with the shardings of the parameters that they belong to.
+
+  An optimizer's state holds trees like that of the parameters: the end of a
+  leaf's path is a parameter's path. Leaves of another shape than their
+  parameter, such as Adafactor's means over rows, are small and replicated, as
+  are counters.
+  """
+  by_path = dict(jax.tree_util.tree_leaves_with_path(params))
+
+  def place(path, leaf):
+    ends = (by_path.get(path[i:]) for i in range(len(path)))
+    param = next((p for p in ends if p is not None), None)
+    follows = param is not None and param.shape == leaf.shape
+    sharding = param.sharding if follows else replicated(mesh)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  return jax.tree_util.tree_map_with_path(place, tree)
+
+
 def plan_state(
   model: nn.Module,
   config: optimizer_lib.OptimizerConfig,
@@ -101,14 +117,12 @@ def plan_state(
   mesh: Mesh,
 ) -> Blueprint:
   """Shapes, dtypes and shardings of the state; allocates nothing."""
-  mask = optimizer_lib.decay_mask(
-    config, accounting.abstract_params(model.config)
+  boxed = accounting.abstract_params(model.config)
+  optimizer = optimizer_lib.make_optimizer(config, num_steps, boxed)
+  state = jax.eval_shape(
+    lambda params: _fresh_state(optimizer, params), unbox_abstract(boxed)
   )
-  optimizer = optimizer_lib.make_optimizer(config, num_steps, mask)
-  boxed = jax.eval_shape(
-    lambda: _fresh_state(model, optimizer, jax.random.key(0))
-  )
-  abstract = _with_shardings(boxed, mesh)
+  abstract = _like_params(state, _with_shardings(boxed, mesh), mesh)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   return Blueprint(optimizer, abstract, shardings)
 
@@ -120,8 +134,9 @@ def init_state(model: nn.Module, blueprint: Blueprint, seed: int) -> TrainState:
   """
 
   def init():
-    key = jax.random.key(seed)
-    return nn.unbox(_fresh_state(model, blueprint.optimizer, key))
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    params = model.init(jax.random.key(seed), tokens)["params"]
+    return _fresh_state(blueprint.optimizer, nn.unbox(params))
 
   options = None
   if jax.default_backend() == "cpu":
@@ -137,7 +152,7 @@ def state_around(params: Any, blueprint: Blueprint) -> TrainState:
   """A fresh state with given parameters, which are donated to it."""
 
   def init(params):
-    return _step_zero(params, blueprint.optimizer)
+    return _fresh_state(blueprint.optimizer, params)
 
   return jax.jit(init, out_shardings=blueprint.shardings, donate_argnums=0)(
     params

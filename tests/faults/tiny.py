@@ -41,4 +41,5 @@ def tiny_config(cache_dir: str, num_steps: int) -> TrainConfig:
   config.eval.batches = 1
   config.eval.batch_size = 8
   config.eval.length_multiples = (1,)
+  config.report.gates = False
   return config

@@ -119,7 +119,7 @@ def test_json_round_trip(config):
     ),
     (
       {"optimizer": {"beta": 1}},
-      "optimizer.beta: unknown field; OptimizerConfig has lr",
+      "optimizer.beta: unknown field; OptimizerConfig has name",
     ),
     ({"num_steps": "3"}, "config.num_steps='3': expected int, got str"),
     ({"num_steps": True}, "config.num_steps=True: expected int, got bool"),

@@ -85,6 +85,7 @@ def straight(dataset, cache_dir, tmp_path_factory):
   lines = []
   config = make_config(cache_dir)
   config.eval.every_steps = 3
+  config.report.gates = True
   result = train(config, workdir, dataset=dataset, say=lines.append)
   return workdir, result, lines
 
@@ -111,6 +112,28 @@ def test_a_run_leaves_everything_behind(straight):
   for name in ("model 1x", "unigram", "bigram", "bits/byte"):
     assert name in table
   assert any(line.startswith("step      6/6  loss") for line in lines)
+
+
+def test_the_result_has_the_metrics_of_the_run(straight):
+  workdir, result, _ = straight
+  assert list(result.rows) == read_rows(workdir / "metrics.jsonl")
+  steps, values = result.losses
+  np.testing.assert_array_equal(steps, np.arange(1, 7))
+  assert values.tolist() == [loss for _, loss, *_ in losses(workdir)]
+  assert result.curve("lr")[1].max() == pytest.approx(1e-2)
+  steps, values = result.curve("loss_1x", "eval")
+  assert steps.tolist() == [3, 6] and values[1] < values[0]
+  # 8 rows of 16 tokens.
+  assert result.curve("tokens_seen")[1].tolist() == [
+    128 * n for n in range(1, 7)
+  ]
+  # Statistics of the gates, computed on the mesh.
+  for name, low, high in (("half_life", 0, 1e4), ("erase", 0, 1)):
+    steps, values = result.curve(f"gates/{name}/layer_0", "eval")
+    assert steps.tolist() == [3, 6]
+    assert np.all((low < values) & (values < high)) and values[0] != values[1]
+  with pytest.raises(ValueError, match=r"name='los': expected one of .*loss"):
+    result.curve("los")
 
 
 def test_the_run_can_be_loaded(straight):

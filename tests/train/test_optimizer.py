@@ -55,11 +55,18 @@ def test_decay_mask(config, scan_layers):
 
 def test_update_is_adamw():
   config = OptimizerConfig(
-    lr=0.1, final_lr=0.1, warmup_fraction=0.0, clip_norm=0.5, weight_decay=0.3
+    lr=0.1,
+    final_lr=0.1,
+    warmup_fraction=0.0,
+    clip_norm=0.5,
+    weight_decay=0.3,
+    decay_mask="matrices",
   )
   x = {"a": np.float32([3.0, -1.0]), "b": np.float32([2.0])}
   dx = {"a": np.float32([3.0, 0.0]), "b": np.float32([4.0])}  # norm 5
-  optimizer = make_optimizer(config, 10, {"a": True, "b": False})
+  axes = {"a": ("embed", "mlp"), "b": ("embed",)}
+  boxes = {n: nn.LogicallyPartitioned(x[n], axes[n]) for n in x}
+  optimizer = make_optimizer(config, 10, boxes)
   updates, _ = optimizer.update(dx, optimizer.init(x), x)
   for name, decay in (("a", 0.3), ("b", 0.0)):
     clipped = dx[name] * 0.1

@@ -179,13 +179,18 @@ def read_options(
   return values
 
 
+def option_names(config: Config) -> list[str]:
+  """Names in config.options; ValueError if one is given twice."""
+  return [name for name, _ in _split(config.options)]
+
+
 def check_options(config: Config, path: str) -> None:
   """Raises ValueError for an option that no mixer of the pattern has."""
   known: dict[str, Option] = {}
   for kind in kinds_of(config.pattern).values():
     known |= kind.options
   try:
-    for name, _ in _split(config.options):
+    for name in option_names(config):
       if name not in known:
         names = ", ".join(known) or "none"
         raise ValueError(

@@ -10,8 +10,6 @@ inputs.py validates the arguments and dispatch.py chooses an implementation. The
 equations are derived in reference.py (token by token) and xla.py (chunks).
 """
 
-from typing import no_type_check
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -34,6 +32,7 @@ from gdn2_jax.ops.gdn2.inputs import (
   dtype_of,
 )
 from gdn2_jax.ops.gdn2.sharded import Options, gdn2_on_shards
+from gdn2_jax.typing import unchecked_at_run_time
 
 __all__ = [
   "IMPLEMENTATIONS",
@@ -48,7 +47,7 @@ __all__ = [
 
 # Excluded from type checking at run time: a wrong shape must reach
 # check_inputs, whose error names the argument.
-@no_type_check
+@unchecked_at_run_time
 def gdn2(
   q: Float[Array, "B T H K"],
   k: Float[Array, "B T H K"],
@@ -127,7 +126,7 @@ def gdn2(
   return gdn2_on_shards(tuple(inputs), state, segment_ids, options)
 
 
-@no_type_check
+@unchecked_at_run_time
 def gdn2_step(
   q: Float[Array, "B H K"],
   k: Float[Array, "B H K"],

@@ -20,7 +20,7 @@ rest. R ranks are R tokens of that call: the r-th writes k_{t-1,r} and reads
 q_{t,r} before ranks above r are written; products add those as well.
 """
 
-from typing import Any, no_type_check
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -29,13 +29,14 @@ from jaxtyping import Array, Float
 from gdn2_jax.ops.gdn2.api import gdn2, gdn2_step
 from gdn2_jax.ops.gdn2.inputs import check_segment_ids
 from gdn2_jax.ops.segments import before_each, last_token, segment_starts
+from gdn2_jax.typing import unchecked_at_run_time
 
 Scalar = Float[Array, "B T H"]
 
 
 # Excluded from type checking at run time, as gdn2 is: a wrong shape must reach
 # the checks that name the argument.
-@no_type_check
+@unchecked_at_run_time
 def kda(
   q: Float[Array, "B T H K"],
   k: Float[Array, "B T H K"],
@@ -51,7 +52,7 @@ def kda(
   return gdn2(q, k, v, g, b, w, **options)
 
 
-@no_type_check
+@unchecked_at_run_time
 def gated_deltanet(
   q: Float[Array, "B T H K"],
   k: Float[Array, "B T H K"],
@@ -66,7 +67,7 @@ def gated_deltanet(
   return kda(q, k, v, g=g, beta=beta, **options)
 
 
-@no_type_check
+@unchecked_at_run_time
 def deltanet(
   q: Float[Array, "B T H K"],
   k: Float[Array, "B T H K"],
@@ -80,7 +81,7 @@ def deltanet(
   return kda(q, k, v, g=g, beta=beta, **options)
 
 
-@no_type_check
+@unchecked_at_run_time
 def mamba2(
   q: Float[Array, "B T H K"],
   k: Float[Array, "B T H K"],
@@ -101,7 +102,7 @@ def mamba2(
   return gdn2(q, k, v, g, jnp.zeros_like(k), w, **options)
 
 
-@no_type_check
+@unchecked_at_run_time
 def mamba3(
   q: Float[Array, "B T H K"],
   k: Float[Array, "B T H K"],
@@ -132,7 +133,7 @@ def mamba3(
   return o[:, :, 0], state
 
 
-@no_type_check
+@unchecked_at_run_time
 def mamba3_mimo(
   q: Float[Array, "B T R H K"],
   k: Float[Array, "B T R H K"],

@@ -17,6 +17,7 @@ from gdn2_jax.interop.disk import PICKLES, read_json
 from gdn2_jax.interop.tree import leaves_by_path
 from gdn2_jax.model.config import EXECUTION, NUMERICS, ModelConfig, without
 from gdn2_jax.train.config import TrainConfig, differences
+from gdn2_jax.train.optimizer import OptimizerConfig
 
 FORMAT = 2
 COMMITTED = "commit_success.txt"
@@ -32,6 +33,8 @@ _DTYPES = {
   f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
 }
 _DTYPES |= {"float16", "bfloat16", "float32", "float64", "bool"}
+
+_PARTS = ("model", "data", "optimizer")
 
 # Weights hardly compress: files that claim to expand further are forged.
 _MAX_EXPANSION = 1000
@@ -141,6 +144,12 @@ def check_meta(
       "--config.model",
     )
   )
+  # The state of the optimizer depends on its name.
+  names = [
+    tree["config"]["optimizer"].get("name", OptimizerConfig().name)
+    for tree in (saved, wanted)
+  ]
+  changes += list(differences(*names, "--config.optimizer.name"))
   changes += list(differences(saved["tree"], wanted["tree"]))
   old, new = (c["config"].get("init_from", "") for c in (saved, wanted))
   if old != new:
@@ -149,7 +158,8 @@ def check_meta(
     shown = "\n  ".join(changes[:10])
     more = f"\n  and {len(changes) - 10} more" if len(changes) > 10 else ""
     raise CheckpointError(
-      "the checkpoint holds another model (checkpoint -> this run):\n"
+      "the checkpoint is of another model or optimizer (checkpoint -> this "
+      "run):\n"
       f"  {shown}{more}\nuse another --workdir, or the checkpoint's config"
     )
   old, new = saved["data_fingerprint"], wanted["data_fingerprint"]
@@ -171,7 +181,7 @@ def check_fields(meta: dict[str, Any]) -> None:
   """Raises DamagedError unless every field is there and of its type."""
   config = meta.get("config")
   ok = isinstance(config, dict)
-  ok = ok and all(isinstance(config.get(k), dict) for k in ("model", "data"))
+  ok = ok and all(isinstance(config.get(k), dict) for k in _PARTS)
   ok = ok and isinstance(meta.get("data_fingerprint"), str)
   tree = meta.get("tree")
   ok = ok and isinstance(tree, dict) and all(map(_is_spec, tree.values()))

@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,10 +15,12 @@ from gdn2_jax.eval.loss.perplexity import evaluate_lengths
 from gdn2_jax.eval.loss.report import LossReport, format_table
 from gdn2_jax.model.accounting import train_flops_per_token
 from gdn2_jax.train.config import TrainConfig
+from gdn2_jax.train.report.gates import layer_gates
 from gdn2_jax.train.report.plot import plot_loss
 from gdn2_jax.train.report.skipped import SkippedBatches
 from gdn2_jax.train.report.throughput import Throughput
-from gdn2_jax.train.report.writer import Writer, read_rows, write_json
+from gdn2_jax.train.report.writer import read_rows, write_json
+from gdn2_jax.train.report.writers import Writer, open_writers
 
 
 class DivergedError(RuntimeError):
@@ -84,11 +86,12 @@ class Report:
     dataset: Any,
     first_step: int,
     say: Callable[[str], None],
+    writers: Sequence[Writer] = (),
   ):
     self._config = config
     self._workdir = workdir
     self._dataset = dataset
-    self._writer = Writer(workdir, first_step)
+    self._writer = open_writers(config, workdir, first_step, writers)
     self._progress = Progress(first_step, config.num_steps, say)
     self._throughput = Throughput(
       config.data.batch_size * config.data.seq_len,
@@ -125,7 +128,7 @@ class Report:
       )
     if step % self._config.log_every == 0:
       values |= self._throughput.read(step)
-      self._writer.write(step, "train", values)
+      self._write(step, "train", values)
       self._progress.row(step, values)
     if in_a_row >= self._config.max_skipped:
       raise DivergedError(
@@ -176,8 +179,14 @@ class Report:
     for name, report in found.items():
       row[f"loss_{name}"] = report.nats_per_token
       row[f"bits_per_byte_{name}"] = report.bits_per_byte
-    self._writer.write(step, kind, row)
+    if self._config.report.gates:
+      row |= layer_gates(self._config, params, self._dataset)
+    self._write(step, kind, row)
     return found
+
+  def _write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+    tokens = step * self._config.data.batch_size * self._config.data.seq_len
+    self._writer.write(step, kind, {**values, "tokens_seen": tokens})
 
   def _summarize(self, step: int, models: dict[str, LossReport]) -> str:
     """Writes eval.json and loss.png; returns a table with the baselines."""

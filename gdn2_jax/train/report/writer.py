@@ -1,26 +1,20 @@
-"""Output files of a run: metrics.jsonl, TensorBoard, JSON, versions.
-
-metrics.jsonl has one JSON object per line, {"step": ..., "kind": ...} with kind
-"train", "eval" or "final"; numbers that are not finite are written as null.
-Each line is flushed. On a resume the lines beyond the restored step are
-dropped, and so is the final one, so that the file never holds a row twice.
-"""
+"""Output files of a run: JSON, versions, and a test that it can write."""
 
 import json
-import math
 import os
 import pathlib
 import platform
 import socket
 import subprocess
-from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
 
 from gdn2_jax.files import write_atomically
+from gdn2_jax.train.report.writers.jsonl import read_rows
+
+__all__ = ["probe", "read_rows", "versions", "write_json"]
 
 _PACKAGES = (
   "gdn2-jax",
@@ -57,17 +51,6 @@ def probe(directory: pathlib.Path) -> None:
       raise ValueError(f"--workdir={folder}: cannot write there: {e}") from e
 
 
-def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """Rows of a metrics.jsonl, without a last line that a kill cut off."""
-  rows = []
-  for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
-  return rows
-
-
 def versions() -> dict[str, str]:
   """Versions of packages, devices, and the commit if this is a checkout."""
   found = {"python": platform.python_version()}
@@ -100,46 +83,3 @@ def _git_commit() -> str | None:
     ).stdout.strip()
   except (OSError, subprocess.SubprocessError):
     return None
-
-
-class Writer:
-  """Writes metrics.jsonl and TensorBoard events, on process 0 only."""
-
-  def __init__(self, workdir: str | os.PathLike, first_step: int = 0):
-    self._enabled = jax.process_index() == 0
-    if not self._enabled:
-      return
-    root = pathlib.Path(workdir)
-    path = root / "metrics.jsonl"
-    if path.exists():
-      rows = [
-        row
-        for row in read_rows(path)
-        if row["step"] <= first_step and row["kind"] != "final"
-      ]
-      text = "".join(json.dumps(row) + "\n" for row in rows)
-      write_atomically(path, text.encode())
-    self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-    # purge_step makes TensorBoard forget what the resume will repeat.
-    self._events = SummaryWriter(
-      str(root / "tensorboard"), purge_step=first_step + 1
-    )
-
-  def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-    """Appends a row of metrics.jsonl and the same TensorBoard scalars."""
-    if not self._enabled:
-      return
-    row: dict[str, Any] = {"step": step, "kind": kind}
-    for name, value in values.items():
-      finite = not isinstance(value, float) or math.isfinite(value)
-      row[name] = value if finite else None
-      if finite:
-        self._events.add_scalar(f"{kind}/{name}", value, step)
-    self._file.write(json.dumps(row) + "\n")
-    self._file.flush()
-
-  def close(self) -> None:
-    """Flushes and closes both files."""
-    if self._enabled:
-      self._file.close()
-      self._events.close()

@@ -1,6 +1,5 @@
-"""metrics.jsonl across resumes, throughput, the loss curve, versions."""
+"""Throughput, the loss curve, versions."""
 
-import json
 import struct
 import sys
 
@@ -13,45 +12,6 @@ from gdn2_jax.train.report import writer as writer_lib
 from gdn2_jax.train.report.plot import plot_loss, trailing_mean
 from gdn2_jax.train.report.report import Progress
 from gdn2_jax.train.report.throughput import Throughput, peak_flops
-from gdn2_jax.train.report.writer import Writer, read_rows
-
-
-def test_resume_drops_later_rows_and_the_final_one(tmp_path):
-  writer = Writer(tmp_path)
-  for step in range(1, 6):
-    writer.write(step, "train", {"loss": 1 / step})
-  writer.write(3, "eval", {"loss_1x": 0.5})
-  writer.write(3, "final", {"loss_1x": 0.5})
-  writer.close()
-  path = tmp_path / "metrics.jsonl"
-  with path.open("a") as file:
-    file.write('{"step": 6, "ki')  # cut by a kill
-  writer = Writer(tmp_path, first_step=3)
-  writer.write(4, "train", {"loss": 9.0})
-  writer.close()
-  rows = [(row["step"], row["kind"]) for row in read_rows(path)]
-  assert rows == [
-    (1, "train"),
-    (2, "train"),
-    (3, "train"),
-    (3, "eval"),
-    (4, "train"),
-  ]
-  assert read_rows(path)[-1]["loss"] == 9.0
-
-
-def test_every_row_is_on_disk_at_once_and_strict_json(tmp_path):
-  writer = Writer(tmp_path)
-  writer.write(1, "train", {"loss": float("nan"), "grad_norm": float("inf")})
-
-  def refuse(name):
-    raise AssertionError(name)
-
-  text = (tmp_path / "metrics.jsonl").read_text()
-  row = json.loads(text, parse_constant=refuse)
-  assert row == {"step": 1, "kind": "train", "loss": None, "grad_norm": None}
-  writer.close()
-  assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
 def test_probe_names_a_workdir_it_cannot_make(tmp_path):
