@@ -7,6 +7,7 @@ module that uses `optimized`, compiles as users do.
 
 import gc
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -20,8 +21,46 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+# Files that take minutes, the longest first: no worker is idle at the end.
+LONG = (
+  "pallas/gdn2/test_sections.py",
+  "pallas/gdn2/test_chunk_kernels.py",
+  "pallas/test_projected.py",
+  "train/test_mixers.py",
+  "replicate/test_run.py",
+  "pallas/gdn2/test_intra_grad.py",
+  "faults/test_faults.py",
+  "bench/test_gpu.py",
+  "train/test_cli.py",
+  "train/processes/test_distributed_run.py",
+  "model/test_lm.py",
+  "test_docs.py",
+  "test_compile_pins.py",
+  "test_notebooks.py",
+)
+
+
+def pytest_configure(config):
+  """Workers take files in our order, not those of the most tests first."""
+  if hasattr(config.option, "loadscopereorder"):
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_finish():
+  """The collector looks at what tests make, and less often.
+
+  Tracing makes millions of objects, and reference counts free almost all.
+  """
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(20_000)
+
+
 def pytest_collection_modifyitems(config, items):
   """Tests marked gpu are deselected, not skipped, where there is no GPU."""
+  root = pathlib.Path(__file__).parent
+  ranks = {root / name: rank for rank, name in enumerate(LONG)}
+  items.sort(key=lambda item: ranks.get(item.path, len(LONG)))
   if os.environ["JAX_PLATFORMS"] != "cpu":
     return
   keep = [item for item in items if "gpu" not in item.keywords]

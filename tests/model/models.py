@@ -64,9 +64,13 @@ def small_config(pattern: str = "GS", **changes) -> ModelConfig:
   return ModelConfig(**(fields | changes))
 
 
-@functools.cache
 def small_model(pattern: str = "GS", implementation: str = "reference"):
-  """(model, params, jitted apply) of `small_config`."""
+  """(model, params, jitted apply) of `small_config`, always the same."""
+  return _small_model(pattern, implementation)
+
+
+@functools.cache
+def _small_model(pattern, implementation):
   mixers = {"gdn2": small_gdn2(implementation), **small_mamba(implementation)}
   model = LM(small_config(pattern, **mixers))
   tokens = jnp.zeros((1, 4), jnp.int32)

@@ -40,7 +40,9 @@ def x():
   return jax.random.normal(jax.random.key(0), (2, 6, 5))
 
 
-@pytest.mark.parametrize("mixer", [GDN2Mixer, Squared])
+@pytest.mark.parametrize(
+  "mixer", [Squared, pytest.param(GDN2Mixer, marks=pytest.mark.slow)]
+)
 def test_numbers_are_those_of_linen(mixer):
   x = jax.random.normal(jax.random.key(0), (2, 6, 24))
   layer = GDN2(CONFIG, 24, rngs=nnx.Rngs(3), mixer=mixer)
@@ -87,7 +89,7 @@ def test_decoding_with_a_cache(x):
 
 
 def test_a_language_model():
-  config = small_config("GS")
+  config = small_config("S")
   tokens = jnp.asarray([[1, 2, 3, 4]])
   model = to_nnx(LM(config), tokens, rngs=nnx.Rngs(0))
   logits, _ = model(tokens)

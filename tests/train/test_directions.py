@@ -201,7 +201,11 @@ def no_report(monkeypatch):
   ("name", "options"),
   [
     ("muon", ()),
-    ("adafactor", ("min_dim_size_to_factor=16", "momentum=0.5")),
+    pytest.param(
+      "adafactor",
+      ("min_dim_size_to_factor=16", "momentum=0.5"),
+      marks=pytest.mark.slow,
+    ),
     pytest.param("lion", (), marks=pytest.mark.slow),
     pytest.param("sgd", (), marks=pytest.mark.slow),
     pytest.param("nadamw", (), marks=pytest.mark.slow),
