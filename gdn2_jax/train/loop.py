@@ -82,6 +82,7 @@ def train(
       check_tokenizer(config, source, dataset.tokenizer)
     versions = writer_lib.versions()
     say(_summary(config, versions))
+    say(_data_summary(config, dataset))
 
     mesh = stack.enter_context(use_mesh(make_mesh(config.mesh)))
     model = LM(config.model)
@@ -116,6 +117,8 @@ def train(
     batches = dataset.train_batches(
       start_step=step, process_index=part.index, process_count=part.count
     )
+    if step < config.num_steps:
+      say("compiling the training step")
     stopped_by = ""
     with guard.taking_signals():
       while step < config.num_steps and not stopped_by:
@@ -169,6 +172,18 @@ def _check_data(config: TrainConfig, dataset: Any) -> None:
       f"{config.data.tokenizer!r} has {have} tokens"
     )
   _ = dataset.validation_bytes_per_token  # raises if there is no such text
+
+
+def _data_summary(config: TrainConfig, dataset: Any) -> str:
+  splits = [part.manifest["splits"] for part in dataset.parts]
+  train, held_out = (
+    sum(split[name]["tokens"] for split in splits)
+    for name in ("train", "validation")
+  )
+  return (
+    f"{config.data.source}: {train:,} tokens, {held_out:,} more held out; "
+    f"tokenizer {config.data.tokenizer} of {dataset.tokenizer.vocab_size:,} ids"
+  )
 
 
 def _summary(config: TrainConfig, versions: Mapping[str, str]) -> str:
