@@ -139,5 +139,5 @@ def environment(devices: int = 1) -> dict[str, str]:
   return os.environ | {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": str(devices),
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
   }

@@ -149,7 +149,7 @@ def test_the_run_can_be_loaded(straight):
 
 
 # Step 2 has just been saved when the signal of step 2 comes; step 3 has not.
-@pytest.mark.parametrize("step", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [2, 3])
 def test_sigterm_saves_and_resume_is_bit_exact(
   config, dataset, straight, tmp_path, step
 ):

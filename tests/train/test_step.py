@@ -142,7 +142,6 @@ def test_fsdp_equals_single_device(sharded, batch, expected):
       MeshConfig(data=2, fsdp=2, tensor=2), 8, 2, marks=pytest.mark.slow
     ),
     pytest.param(MeshConfig(fsdp=2, context=4), 8, 2, marks=pytest.mark.slow),
-    pytest.param(MeshConfig(data=8), 8, 1, marks=pytest.mark.slow),
     pytest.param(ONE, 1, 4, marks=pytest.mark.slow),
   ],
 )

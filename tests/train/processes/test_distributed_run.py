@@ -45,7 +45,7 @@ class Gang:
       ],
       cwd=ROOT,
       env=os.environ
-      | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": "."},
+      | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": "."},
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
