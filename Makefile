@@ -17,7 +17,7 @@ AOT_VENV := .venv-aot-$(AOT_JAX)
 NVDISASM ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train generate plan test test-slow lint format notebooks \
+.PHONY: help setup train generate plan test test-slow hf lint format notebooks \
   faults bench bench-serve replicate gpu aot aot-all model clean
 
 help: ## list the targets
@@ -57,6 +57,17 @@ test: $(READY) ## run the test suite, but for the slow tests
 test-slow: $(READY) ## run rehearsals, kill loops and long interpreter cases
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m slow \
 	  --durations=10 $(ARGS)
+
+hf: .venv-hf/.ready ## test folders for transformers, with torch on the CPU
+	.venv-hf/bin/python -m pytest -q -n $(WORKERS) --dist loadfile \
+	  --durations=10 tests/interop/hf/with_torch $(ARGS)
+
+.venv-hf/.ready: pyproject.toml constraints.txt tools/find_python.sh
+	@python=$$(PYTHON="$(PYTHON)" tools/find_python.sh) && \
+	"$$python" -m venv .venv-hf
+	@.venv-hf/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[dev,eval,hf]'
+	@touch $@
 
 lint: $(READY) ## check style and formatting
 	$(BIN)/ruff check .
