@@ -148,7 +148,7 @@ def test_gates_with_one_channel_per_head(settings, monkeypatch):
     )
     return GDN2Mixer(config, dtype=dtype)
 
-  x = 2 * jax.random.normal(jax.random.key(1), (1, 60, 32), jnp.bfloat16)
+  x = 2 * jax.random.normal(jax.random.key(1), (1, 130, 32), jnp.bfloat16)
   params = nn.unbox(mixer("xla").init(jax.random.key(0), x))
   # The gates of an untrained layer hardly differ between tokens.
   params = jax.tree.map(lambda a: 6 * a if a.ndim > 1 else a, params)
