@@ -38,10 +38,15 @@ _UNSIGNED = {
   "arith.divui": operator.floordiv,
   "arith.remui": operator.mod,
   "arith.shrui": operator.rshift,
-  "arith.andi": operator.and_,
-  "arith.xori": operator.xor,
   "llvm.mul": operator.mul,
   "llvm.add": operator.add,
+}
+_PLAIN = {
+  "arith.andi": operator.and_,
+  "arith.ori": operator.or_,
+  "arith.xori": operator.xor,
+  "arith.subi": operator.sub,
+  "arith.addf": operator.add,
 }
 _COPIES = {
   "arith.index_cast",
@@ -106,6 +111,7 @@ class Warpgroup:
 
   def __init__(self, number=0):
     self.thread = number * THREADS + np.arange(THREADS)
+    self.active = np.full(THREADS, True)
     self.stores = []
 
   def run(self, op, *operands):
@@ -131,16 +137,19 @@ class Warpgroup:
       self.values |= self._execute(each.operation)
     for start, x in self.places:
       x.reshape(-1).view(np.uint8)[:] = self.memory[start : start + x.nbytes]
-    return result[0] if result else None
+    return result[0] if len(result) == 1 else tuple(result) or None
 
   def _execute(self, op):
     name = op.name
     x = [self.values[operand] for operand in op.operands]
     if name == "builtin.unrealized_conversion_cast":
       return self._cast(op, x)
+    if name == "scf.if":
+      self._branch(op, *x)
+      return {}
     if not op.results:
-      assert name == "llvm.store", name
-      self._store(op, *x)
+      store = {"llvm.store": self._store, "nvvm.stmatrix": self._store_matrix}
+      store[name](op, *x)
       return {}
     return {op.results[0]: self._value(op, name, x)}
 
@@ -157,11 +166,20 @@ class Warpgroup:
     if name in _UNSIGNED:
       assert np.all(x[0] >= 0) and np.all(x[1] >= 0), name
       return _UNSIGNED[name](*x)
+    if name in _PLAIN:
+      return _PLAIN[name](*x)
     if name == "arith.cmpi":
-      assert attributes["predicate"].value == 0  # equal
-      return x[0] == x[1]
+      equal = x[0] == x[1]
+      return {0: equal, 1: ~equal}[attributes["predicate"].value]
+    if name in ("arith.bitcast", "vector.bitcast"):
+      kind = op.results[0].type
+      shape = (THREADS, _count(kind)) if _is_vector(kind) else THREADS
+      return np.ascontiguousarray(x[0]).view(_numpy(op)).reshape(shape)
+    if name == "nvvm.shfl.sync":
+      return self._exchange(str(attributes["kind"]), *x)
     if name == "arith.select":
-      return np.where(*x)
+      flag = np.asarray(x[0])
+      return np.where(flag.reshape(flag.shape + (1,) * (x[1].ndim - 1)), *x[1:])
     if name == "arith.truncf":
       return x[0].astype(_numpy(op))
     if name == "math.fma":
@@ -197,7 +215,11 @@ class Warpgroup:
     constants = list(op.attributes["rawConstantIndices"])
     (constant,) = constants
     index = indices[0] if indices else constant
-    width = ir.TypeAttr(op.attributes["elem_type"]).value.width // 8
+    kind = ir.TypeAttr(op.attributes["elem_type"]).value
+    count = _count(kind)
+    if _is_vector(kind):
+      kind = ir.VectorType(kind).element_type
+    width = kind.width * count // 8
     return base + np.asarray(index, np.int64) * width
 
   def _spans(self, op, address, kind):
@@ -223,9 +245,44 @@ class Warpgroup:
   def _store(self, op, x, address):
     spans, dtype, count = self._spans(op, address, op.operands[0].type)
     x = np.broadcast_to(x.reshape(-1, count), (THREADS, count)).astype(dtype)
-    self.memory[spans] = x.view(np.uint8)
-    assert np.array_equal(self.memory[spans], x.view(np.uint8)), "a conflict"
+    self._write(spans, x.view(np.uint8))
+
+  def _write(self, spans, x):
+    spans, x = spans[self.active], x[self.active]
+    self.memory[spans] = x
+    assert np.array_equal(self.memory[spans], x), "a conflict"
     self.stores.append(spans)
+
+  def _branch(self, op, condition):
+    """Executes the first region in the threads that meet the condition."""
+    (block,) = op.regions[0].blocks
+    assert not list(op.regions[1].blocks)
+    before, self.active = self.active, self.active & condition
+    for each in block.operations:
+      if each.operation.name != "scf.yield":
+        self.values |= self._execute(each.operation)
+    self.active = before
+
+  def _exchange(self, kind, mask, x, lane, clamp):
+    assert np.all(mask == -1) and np.all(clamp == LANES - 1)
+    lanes = np.arange(THREADS) % LANES
+    if "bfly" in kind:
+      lane = lanes ^ lane
+    else:
+      assert "idx" in kind, kind
+    return np.broadcast_to(x, THREADS)[np.arange(THREADS) - lanes + lane]
+
+  def _store_matrix(self, op, address, *registers):
+    """Matrices of 8 by 8 of 16 bits; of each, eight lanes have the rows."""
+    assert "row" in str(op.attributes["layout"])
+    lane = np.arange(THREADS) % LANES
+    for n, x in enumerate(registers):
+      row = np.arange(THREADS) - lane + 8 * n + lane // 4
+      rows = np.broadcast_to(address, THREADS)[row]
+      x = np.ascontiguousarray(np.broadcast_to(x, THREADS), np.int32)
+      assert not np.any(rows % 16), "alignment"
+      spans = (rows + 4 * (lane % 4))[:, None] + np.arange(4)
+      self._write(spans, x.view(np.uint8).reshape(THREADS, 4))
 
   def _asm(self, text, x):
     x = np.broadcast_to(x, THREADS).reshape(WARPS, LANES)
@@ -236,9 +293,12 @@ class Warpgroup:
     return np.repeat(x.astype(np.int32), LANES)
 
 
+def _is_vector(kind):
+  return isinstance(kind, ir.VectorType)
+
+
 def _count(kind):
-  vector = isinstance(kind, ir.VectorType)
-  return ir.VectorType(kind).shape[0] if vector else 1
+  return ir.VectorType(kind).shape[0] if _is_vector(kind) else 1
 
 
 def _numpy(op):
