@@ -188,13 +188,27 @@ def of_columns(vector: Any, shape: tuple[int, int] = (C, TILE)) -> Any:
   return lax.broadcast_in_dim(vector, shape, [1])
 
 
-def call(name: str, body: Any, out_type: Any, **kwargs: Any) -> Any:
-  """plgpu.kernel with the name and the options of all kernels here."""
+def call(
+  name: str,
+  body: Any,
+  out_type: Any,
+  *,
+  auto_barriers: bool = True,
+  **kwargs: Any,
+) -> Any:
+  """plgpu.kernel with the name and the options of all kernels here.
+
+  Without auto_barriers, Pallas puts no barriers around stores to shared memory
+  and before TMA loads; see README.md section 9.
+  """
   body.__name__ = name
+  params = plgpu.CompilerParams(
+    approx_math=True, unsafe_no_auto_barriers=not auto_barriers
+  )
   return plgpu.kernel(
     body,
     out_type=out_type,
-    compiler_params=plgpu.CompilerParams(approx_math=True),
+    compiler_params=params,
     interpret=target.interpret_params(),
     **kwargs,
   )

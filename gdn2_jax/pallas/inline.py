@@ -21,7 +21,7 @@ from jaxlib.mlir.dialects import math as math_dialect
 from gdn2_jax.kernels import target
 
 _THREADS = 128
-_SCALAR = plgpu.Layout.WG_STRIDED((_THREADS,), vec_size=1)  # any will do
+SCALAR = plgpu.Layout.WG_STRIDED((_THREADS,), vec_size=1)  # any will do
 
 
 def channel_layout(K: int) -> Any:
@@ -54,6 +54,24 @@ def declare_untiled(*refs: Any) -> None:
   run(*refs)
 
 
+def sync_warps() -> None:
+  """Barrier of the four warps of a warpgroup, without a fence.
+
+  What a wgmma reads from shared memory may be overwritten after it: a warp that
+  has waited for its own part of a product knows nothing of the other parts.
+  """
+  if target.is_interpreted():
+    return
+
+  @plgpu.inline_mgpu()
+  def run(ctx):
+    del ctx
+    utils.warpgroup_barrier()
+    return ()
+
+  run()
+
+
 def store_transposed(
   ref: Any, above: int, first: Any, rows: Sequence[Any], columns: int
 ) -> None:
@@ -83,7 +101,7 @@ def store_transposed(
   layout = channel_layout(K)
 
   @plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(transforms), _SCALAR, *([layout] * len(rows)))
+    arg_types=(plgpu.RefType(transforms), SCALAR, *([layout] * len(rows)))
   )
   def run(ctx, ref, first, *rows):
     del ctx
@@ -193,8 +211,8 @@ def any_differs(ref: Any, first: Any, count: int, value: int) -> Any:
     return jnp.any(ref[pl.ds(first, count)] != value)
 
   @plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(), _SCALAR),
-    return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR),
+    arg_types=(plgpu.RefType(), SCALAR),
+    return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR),
   )
   def run(ctx, ref, first):
     del ctx

@@ -31,6 +31,14 @@ def sigmoid(x):
   return jnp.where(x < 0, e, 1.0) * root * root
 
 
+def sigmoid_and_slope(x):
+  """sigmoid(x) and its derivative, which does not cancel as 1 - sigmoid(x)."""
+  e = jnp.exp(-jnp.abs(x))
+  root = lax.rsqrt(1.0 + e)
+  most = root * root
+  return jnp.where(x < 0, e, 1.0) * most, e * most * most
+
+
 def sigmoids(x):
   """sigmoid(x) and sigmoid(-x), without the cancellation of 1 - sigmoid(x)."""
   e = jnp.exp(-jnp.abs(x))
@@ -45,4 +53,4 @@ def softplus(x):
   series = jnp.full_like(e, _LOG1P[-1])
   for coefficient in reversed(_LOG1P[:-1]):
     series = series * e + coefficient
-  return jnp.where(x > 0, x, 0.0) + e * series
+  return jnp.maximum(x, 0.0) + e * series

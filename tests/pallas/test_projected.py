@@ -17,7 +17,7 @@ from tests import numerics
 from tests.pallas.gdn2.test_chunk_kernels import CONTRACT, interpreted
 
 pytestmark = pytest.mark.slow
-BFLOAT16 = jnp.bfloat16
+BFLOAT16, FLOAT16 = jnp.bfloat16, jnp.float16
 KEYS = ("q", "k", "f", "b")
 NAMES = ("q", "k", "v", "f", "b", "w", "a_log", "dt_bias")
 
@@ -26,11 +26,11 @@ def sigmoid(x):
   return 1 / (1 + np.exp(-x))
 
 
-def make_projections(rng, T, K, V):
+def make_projections(rng, T, K, V, dtype=BFLOAT16):
   """Projections of one head, dt as a layer starts with, and cotangents."""
   p = {n: rng.standard_normal((1, T, 1, K)) for n in KEYS}
   p |= {n: rng.standard_normal((1, T, 1, V)) for n in "vw"}
-  p = {n: np.array(jnp.asarray(x, BFLOAT16)) for n, x in p.items()}
+  p = {n: np.array(jnp.asarray(x, dtype)) for n, x in p.items()}
   p["b"][0, ::7] += 6  # open gates, which a rounded gate cannot tell apart
   p["a_log"] = np.float32(rng.uniform(0, 2.7, 1))
   p["dt_bias"] = np.float32(np.log(np.expm1(rng.uniform(1e-3, 0.1, (1, K)))))
@@ -89,17 +89,22 @@ def run(implementation, p, case, erase_scale):
 
 
 @pytest.mark.parametrize(
-  ("T", "K", "V", "erase_scale"), [(150, 64, 64, 1.0), (64, 128, 64, 2.0)]
+  ("T", "K", "V", "erase_scale", "dtype"),
+  [
+    (150, 64, 64, 1.0, BFLOAT16),
+    (64, 128, 64, 2.0, BFLOAT16),
+    (64, 64, 64, 1.0, FLOAT16),
+  ],
 )
-def test_outputs_and_gradients(T, K, V, erase_scale, rng):
+def test_outputs_and_gradients(T, K, V, erase_scale, dtype, rng):
   padding = np.s_[:, 40:50]
   segments = np.full((1, T), 2, np.int32)
   segments[:, :40] = 1
   segments[padding] = 0
   case = numerics.make_case(
-    rng, T=T, H=1, K=K, V=V, dtype=BFLOAT16, segments=segments
+    rng, T=T, H=1, K=K, V=V, dtype=dtype, segments=segments
   )
-  p = make_projections(rng, T, K, V)
+  p = make_projections(rng, T, K, V, dtype)
   exact = truth(p, case, erase_scale)
   arrays = run("xla", p, case, erase_scale)
   for x in (*p[:6], case["do"]):

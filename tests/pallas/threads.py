@@ -38,10 +38,14 @@ _UNSIGNED = {
   "arith.divui": operator.floordiv,
   "arith.remui": operator.mod,
   "arith.shrui": operator.rshift,
-  "arith.andi": operator.and_,
-  "arith.xori": operator.xor,
   "llvm.mul": operator.mul,
   "llvm.add": operator.add,
+}
+_PLAIN = {
+  "arith.andi": operator.and_,
+  "arith.ori": operator.or_,
+  "arith.xori": operator.xor,
+  "arith.addf": operator.add,
 }
 _BITCASTS = {"arith.bitcast", "llvm.bitcast", "vector.bitcast"}
 _COPIES = {
@@ -107,8 +111,8 @@ class Warpgroup:
 
   def __init__(self, number=0):
     self.thread = number * THREADS + np.arange(THREADS)
+    self.active = np.full(THREADS, True)
     self.stores = []
-    self.active = np.ones(THREADS, bool)
 
   def run(self, op, *operands):
     """Executes with operands: arrays of their shape (changed), or integers."""
@@ -133,7 +137,7 @@ class Warpgroup:
       self.values |= self._execute(each.operation)
     for start, x in self.places:
       x.reshape(-1).view(np.uint8)[:] = self.memory[start : start + x.nbytes]
-    return result[0] if result else None
+    return result[0] if len(result) == 1 else tuple(result) or None
 
   def _execute(self, op):
     name = op.name
@@ -144,19 +148,10 @@ class Warpgroup:
       self._branch(op, *x)
       return {}
     if not op.results:
-      assert name == "llvm.store", name
-      self._store(op, *x)
+      store = {"llvm.store": self._store, "nvvm.stmatrix": self._store_matrix}
+      store[name](op, *x)
       return {}
     return {op.results[0]: self._value(op, name, x)}
-
-  def _branch(self, op, condition):
-    """The threads whose condition is true store; there is no other branch."""
-    self.active = np.broadcast_to(condition, THREADS)
-    (block,) = op.regions[0].blocks
-    for each in block.operations:
-      if each.operation.name != "scf.yield":
-        self.values |= self._execute(each.operation)
-    self.active = np.ones(THREADS, bool)
 
   def _value(self, op, name, x):
     attributes = op.attributes
@@ -170,17 +165,24 @@ class Warpgroup:
       return self.thread if name == "gpu.thread_id" else 512
     if name in _COPIES:
       return x[0]
-    if name == "arith.subi":
-      return x[0].astype(np.int64) - x[1]
     if name in _UNSIGNED:
       assert np.all(x[0] >= 0) and np.all(x[1] >= 0), name
       return _UNSIGNED[name](*x)
+    if name == "arith.subi":
+      return np.asarray(x[0], np.int64) - x[1]
+    if name in _PLAIN:
+      return _PLAIN[name](*x)
     if name == "arith.cmpi":
-      assert attributes["predicate"].value == 0  # equal
-      return x[0] == x[1]
+      equal = x[0] == x[1]
+      return {0: equal, 1: ~equal}[attributes["predicate"].value]
+    if name in _BITCASTS:
+      parts = np.ascontiguousarray(x[0].reshape(THREADS, -1)).view(_numpy(op))
+      return parts if _is_vector(op.results[0].type) else parts[:, 0]
+    if name == "nvvm.shfl.sync":
+      return self._exchange(str(attributes["kind"]), *x)
     if name == "arith.select":
-      chosen = x[0][:, None] if x[1].ndim > 1 else x[0]
-      return np.where(chosen, *x[1:])
+      flag = np.asarray(x[0])
+      return np.where(flag.reshape(flag.shape + (1,) * (x[1].ndim - 1)), *x[1:])
     if name == "arith.truncf":
       return x[0].astype(_numpy(op))
     if name == "math.fma":
@@ -193,10 +195,6 @@ class Warpgroup:
         [n.value for n in attributes[key]] for key in ("offsets", "sizes")
       )
       return x[0][:, first : first + count]
-    if name in _BITCASTS:
-      parts = np.ascontiguousarray(x[0].reshape(THREADS, -1)).view(_numpy(op))
-      is_vector = isinstance(op.results[0].type, ir.VectorType)
-      return parts if is_vector else parts[:, 0]
     if name == "vector.broadcast":
       return np.repeat(x[0][:, None], _count(op.results[0].type), axis=1)
     if name == "vector.insert":
@@ -205,10 +203,6 @@ class Warpgroup:
       return changed
     if name == "llvm.mlir.undef":
       return np.zeros((THREADS, _count(op.results[0].type)), _numpy(op))
-    if name == "nvvm.shfl.sync":
-      assert "bfly" in str(attributes["kind"])
-      warps = np.broadcast_to(x[1], THREADS).reshape(WARPS, LANES)
-      return warps[:, np.arange(LANES) ^ x[2][0]].reshape(THREADS)
     if name == "vector.interleave":
       return np.stack(x, axis=2).reshape(THREADS, -1)
     if name == "vector.shuffle":
@@ -241,7 +235,11 @@ class Warpgroup:
     constants = list(op.attributes["rawConstantIndices"])
     (constant,) = constants
     index = indices[0] if indices else constant
-    width = ir.TypeAttr(op.attributes["elem_type"]).value.width // 8
+    kind = ir.TypeAttr(op.attributes["elem_type"]).value
+    count = _count(kind)
+    if _is_vector(kind):
+      kind = ir.VectorType(kind).element_type
+    width = kind.width * count // 8
     return base + np.asarray(index, np.int64) * width
 
   def _spans(self, op, address, kind):
@@ -268,10 +266,44 @@ class Warpgroup:
   def _store(self, op, x, address):
     spans, dtype, count = self._spans(op, address, op.operands[0].type)
     x = np.broadcast_to(x.reshape(-1, count), (THREADS, count)).astype(dtype)
-    x, spans = x[self.active], spans[self.active]
-    self.memory[spans] = x.view(np.uint8)
-    assert np.array_equal(self.memory[spans], x.view(np.uint8)), "a conflict"
+    self._write(spans, x.view(np.uint8))
+
+  def _write(self, spans, x):
+    spans, x = spans[self.active], x[self.active]
+    self.memory[spans] = x
+    assert np.array_equal(self.memory[spans], x), "a conflict"
     self.stores.append(spans)
+
+  def _branch(self, op, condition):
+    """Executes the first region in the threads that meet the condition."""
+    (block,) = op.regions[0].blocks
+    assert not list(op.regions[1].blocks)
+    before, self.active = self.active, self.active & condition
+    for each in block.operations:
+      if each.operation.name != "scf.yield":
+        self.values |= self._execute(each.operation)
+    self.active = before
+
+  def _exchange(self, kind, mask, x, lane, clamp):
+    assert np.all(mask == -1) and np.all(clamp == LANES - 1)
+    lanes = np.arange(THREADS) % LANES
+    if "bfly" in kind:
+      lane = lanes ^ lane
+    else:
+      assert "idx" in kind, kind
+    return np.broadcast_to(x, THREADS)[np.arange(THREADS) - lanes + lane]
+
+  def _store_matrix(self, op, address, *registers):
+    """Matrices of 8 by 8 of 16 bits; of each, eight lanes have the rows."""
+    assert "row" in str(op.attributes["layout"])
+    lane = np.arange(THREADS) % LANES
+    for n, x in enumerate(registers):
+      row = np.arange(THREADS) - lane + 8 * n + lane // 4
+      rows = np.broadcast_to(address, THREADS)[row]
+      x = np.ascontiguousarray(np.broadcast_to(x, THREADS), np.int32)
+      assert not np.any(rows % 16), "alignment"
+      spans = (rows + 4 * (lane % 4))[:, None] + np.arange(4)
+      self._write(spans, x.view(np.uint8).reshape(THREADS, 4))
 
   def _asm(self, text, x):
     x = np.broadcast_to(x, THREADS).reshape(WARPS, LANES)
@@ -282,9 +314,12 @@ class Warpgroup:
     return np.repeat(x.astype(np.int32), LANES)
 
 
+def _is_vector(kind):
+  return isinstance(kind, ir.VectorType)
+
+
 def _count(kind):
-  vector = isinstance(kind, ir.VectorType)
-  return ir.VectorType(kind).shape[0] if vector else 1
+  return ir.VectorType(kind).shape[0] if _is_vector(kind) else 1
 
 
 def _numpy(op):

@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gdn2_jax.pallas import blocks
+from gdn2_jax.pallas import blocks, inline
 from gdn2_jax.pallas.blocks import ROWS, TILE, C
 from gdn2_jax.pallas.gdn2.grad import columns, gates
 from gdn2_jax.pallas.gdn2.grad.columns import BLOCK, HALF, PART
@@ -102,6 +102,7 @@ def intra_grad(
     grid_names=("b", "h", "c"),
     num_threads=2 * K // TILE,
     thread_name="wg",
+    auto_barriers=False,  # every barrier is in the code
   )(*operands)
   return (*gradients, None) if rates is None else gradients
 
@@ -117,6 +118,7 @@ class _Chunk:
   def __init__(self, inputs, outputs, s, value_tiles, scale, erase_scale):
     self.inputs, self.outputs, self.s = inputs, outputs, s
     self.is_projected = "rates" in s
+    self.is_scaled = self.is_projected and s["q"].dtype == jnp.float16
     self.K = s["q"].shape[1]
     self.tiles, self.value_tiles = self.K // TILE, value_tiles
     self.scale, self.erase_scale = scale, erase_scale
@@ -153,6 +155,15 @@ class _Chunk:
   def meet(self):
     """See blocks.meet."""
     blocks.meet(self.s["met"], 2 * self.tiles)
+
+  def arrive(self):
+    """First half of `meet`, before reads that are neither TMA nor wgmma."""
+    inline.sync_warps()
+    plgpu.barrier_arrive(self.s["met"])
+
+  def wait(self):
+    """Second half of `meet`."""
+    plgpu.barrier_wait(self.s["met"])
 
   def vector(self, name, n):
     """Row n of a buffer of vectors, for this warpgroup's channels."""
@@ -192,11 +203,13 @@ class _Chunk:
 
   def run(self):
     self.load_keys()
-    levels = Levels(self, *over_values(self))
-    levels.run()
+    sums = over_values(self)
     if self.is_projected:
-      gates.finish(self)
+      gates.fetch_raw(self)
+    Levels(self, *sums).run()
     self.meet()
+    if self.is_projected:
+      gates.write_rates(self)
 
     @pl.when(self.first)
     def _():
@@ -206,11 +219,11 @@ class _Chunk:
 
     plgpu.wait_smem_to_gmem(0)
 
-  def load_global(self, n, block=None):
+  def load_global(self, n):
     """Loads this warpgroup's part of input n, [channels, tokens], float32."""
-    return columns.load_global(self._in_global(self.inputs[n], block))
+    return columns.load_global(self._in_global(self.inputs[n]))
 
-  def _in_global(self, ref, block):
+  def _in_global(self, ref, block=None):
     first, width = self.half * HALF, HALF
     if block is not None:
       first, width = first + block * BLOCK, BLOCK
@@ -226,15 +239,11 @@ class _Chunk:
     if self.is_projected:
       g = gates.log_decay(self, g)
     kinds = self.kinds()
-    a = jnp.where(kinds == blocks.RESTART, 0.0, jnp.exp(g))
-    a = jnp.where(kinds == blocks.PADDING, 1.0, a)
+    special = jnp.where(kinds == blocks.RESTART, blocks.LOG_ZERO, 0.0)
+    a = jnp.exp(jnp.where(kinds == blocks.TOKEN, g, special))
     s["a"].at[self.channels, self.rows][...] = a
     if self.is_projected:
       gates.take_inputs(self)
-    else:
-      for name in "qkb":
-        x = self.at_tokens(columns.load(self.key(name)))
-        columns.store(self.key(name), x)
     decays = columns.Decays(a).climb(BLOCK)
     totals = []
     for n in range(HALF // BLOCK):
@@ -245,17 +254,32 @@ class _Chunk:
     decays.climb(HALF)
 
     self.meet()
-    E_neg = -(self.load("b") * self.load("k"))
+    self.mask("qkb")
+    if self.is_scaled:
+      gates.scale(self)
+    k = self.load("k")
+    if self.is_projected:
+      (k,) = gates.of_normalised_keys(self, k)
+    E_neg = -(self.load("b") * k)
     E_neg *= decays.prefix * self.total_if(self.half == 1, HALVES)
     columns.store(self.key("E_neg"), E_neg)
-    Kd = (
-      self.load("k") * decays.suffix * self.total_if(self.half == 0, HALVES + 1)
-    )
+    Kd = k * decays.suffix * self.total_if(self.half == 0, HALVES + 1)
     if "Kd_low" in s:
       Kd, Kd_low = blocks.split(Kd, s["Kd"].dtype)
       columns.store(self.key("Kd_low"), Kd_low)
     columns.store(self.key("Kd"), Kd)
     self.meet()
+
+  def mask(self, names):
+    """Sets buffers to zero at padding, if this warpgroup has padding."""
+    first = self.half * HALF
+
+    @pl.when(inline.any_differs(self.s["kinds"], first, HALF, blocks.TOKEN))
+    def _():
+      for name in names:
+        x = self.at_tokens(columns.load(self.key(name)))
+        columns.store(self.key(name), x)
+      inline.sync_warps()
 
   def fetch(self):
     """Starts the loads of everything but g, and of the first value tile."""
@@ -299,27 +323,21 @@ class _Chunk:
     """16 of this warpgroup's tokens."""
     return pl.ds(self.half * HALF + n * BLOCK, BLOCK)
 
-  def write(self, n, dq, dk, db, dg):
+  def write(self, n, q, k, dq, dk, db, dg):
     """Writes gradients of block n [channels, 16], over q, k and b."""
-    rows = self.block(n)
-    # One after the other, to save registers.
-    if self.is_projected:
-      gates.save(self, n, dq, dk)
-      db = gates.through_gate(self, n, db)
-    else:
-      columns.store(self.key("q", rows), dq)
-      columns.store(self.key("k", rows), dk)
-    columns.store(self.key("b", rows), db)
+    rows, out = self.block(n), self.outputs[3]
     dg = jnp.where(self.kinds(n) == blocks.PADDING, 0.0, dg)
     if self.is_projected:
-      dg = gates.through_decay(self, n, dg)
-    out = self.outputs[3]
+      # The other warpgroups' sums arrive while this one computes db and dg.
+      gates.share_along(self, n, q * dq, k * dk)
+      db = gates.through_gate(self, rows, db)
+      dg = gates.through_decay(self, rows, dg)
+    columns.store(self.key("b", rows), db)
     columns.store_global(self._in_global(out, n), dg.astype(out.dtype))
-
-  def load_raw(self, n, block=None):
-    """Loads input n as it was before norms and gates."""
-    x = self.load_global(n, block)
-    return jnp.where(self.kinds(block) == blocks.PADDING, 0.0, x)
+    if self.is_projected:
+      dq, dk = gates.through_norms(self, n, (q, k), (dq, dk))
+    columns.store(self.key("q", rows), dq)
+    columns.store(self.key("k", rows), dk)
 
 
 def aot_cases() -> list[tuple[str, Callable, list[Any], dict[str, int]]]:

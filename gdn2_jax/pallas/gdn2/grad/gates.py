@@ -1,7 +1,8 @@
 """Norms and gates of the layer in intra_grad.py: their values and gradients.
 
-See projected.py. A sum over tokens stays within four lanes; one over channels
-would pass from warp to warp, and is the diagonal of a matrix product instead.
+See projected.py. q and k stay as they are loaded, and the factors 1 / |q| and
+1 / |k| of tokens are on the gradients of the scores, E, Qg and Kd instead
+(README.md section 6). So nothing is rounded after the norms.
 """
 
 import jax.numpy as jnp
@@ -9,81 +10,122 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gdn2_jax.pallas import blocks, projected
+from gdn2_jax.pallas import blocks, inline, projected
 from gdn2_jax.pallas.blocks import ROWS, TILE, C
-from gdn2_jax.pallas.gdn2.grad import columns
+from gdn2_jax.pallas.gdn2.grad import channel_sums, columns
 from gdn2_jax.pallas.gdn2.grad.columns import BLOCK, HALF, PART
-from gdn2_jax.pallas.gdn2.grad.memory import DQ, RAW
+from gdn2_jax.pallas.gdn2.grad.memory import RAW
 from gdn2_jax.pallas.gdn2.grad.products import Operand, dot
+
+_Q, _K = 0, 1
+_EXPONENT, _ONE = 0x7F800000, 0x3F800000  # bits of a float32
 
 
 def log_decay(chunk, f):
   """g of this warpgroup's channels and tokens, not masked."""
-  x = chunk.at_tokens(f) + chunk.load_vector("rates", 1)
+  x = f + chunk.load_vector("rates", 1)
   return chunk.load_vector("rates", 0) * projected.softplus(x)
 
 
 def take_inputs(chunk):
-  """Replaces q, k and b by what the norms and the gate make of them."""
+  """Replaces b by its gate, and sums the squares of q and of k."""
   chunk = chunk.recomputed()
-  inputs = [Operand(chunk.s[name], PART) for name in "qk"]
-  _sum_over_channels(chunk, "squares", [[(x, x.T)] for x in inputs])
-
-  def load(name):
-    x = chunk.at_tokens(columns.load(chunk.key(name)))
-    return x.astype(jnp.float32)
-
-  b = chunk.erase_scale * projected.sigmoid(load("b"))
-  columns.store(chunk.key("b"), b)
   for n, name in enumerate("qk"):
-    columns.store(chunk.key(name), load(name) * _norm(chunk, n))
-
-
-def _sum_over_channels(chunk, name, products):
-  """Stores diagonals of matrix products [tokens, tokens], zero at padding.
-
-  A diagonal is a sum over channels without a sum across warps. One warpgroup
-  has the first sum and another the second; all have seen both on return.
-  """
-  for n, pairs in enumerate(products):
 
     @pl.when(chunk.turn == (0, 2 * chunk.tiles - 1)[n])
-    def _(n=n, pairs=pairs):
-      x = dot(blocks.zeros(C, C), *pairs)
-      # Products with padding, which may be NaN, are off the diagonal.
-      columns.store_diagonal(chunk.s[name].at[n], x, chunk.s["kinds"])
+    def _(n=n, name=name):
+      # A diagonal is a sum over channels without a sum across warps. Products
+      # with padding, which may be NaN, are off the diagonal.
+      x = Operand(chunk.s[name], PART)
+      square = dot(blocks.zeros(C, C), (x, x.T))
+      columns.store_diagonal(chunk.s["squares"].at[n], square, chunk.s["kinds"])
 
-  chunk.meet()
-
-
-def _load_sum(chunk, name, n):
-  """Sum n of _sum_over_channels as an array [channels, tokens]."""
-  x = plgpu.load(chunk.s[name].at[n, chunk.rows], layout=ROWS.reduce(0))
-  return blocks.of_columns(x, (TILE, HALF))
+  b = chunk.erase_scale * projected.sigmoid(chunk.load("b"))
+  columns.store(chunk.key("b"), b)  # masked later
 
 
-def _norm(chunk, n):
-  return lax.rsqrt(_load_sum(chunk, "squares", n) + projected.EPS)
+def _norm(chunk, n, tokens, axis=0):
+  """1 / |q| or 1 / |k|, reduced over an axis of ROWS, as two factors.
+
+  The first, a power of two for the range of float16, is on the numbers in
+  shared memory. It is None otherwise.
+  """
+  ref = chunk.s["squares"].at[n, tokens]
+  squares = plgpu.load(ref, layout=ROWS.reduce(axis))
+  norm = lax.rsqrt(squares + projected.EPS)
+  if not chunk.is_scaled:
+    return None, norm
+  bits = lax.bitcast_convert_type(norm, jnp.int32)
+  power = lax.bitcast_convert_type(bits & _EXPONENT, jnp.float32)
+  return power, lax.bitcast_convert_type(bits & ~_EXPONENT | _ONE, jnp.float32)
+
+
+def scale(chunk):
+  """Scales q and k by powers of two, for float16."""
+  for n, name in enumerate("qk"):
+    x = chunk.load(name)
+    power, _ = _norm(chunk, n, chunk.rows)
+    columns.store(chunk.key(name), x * blocks.of_columns(power, x.shape))
+  inline.sync_warps()
+
+
+def of_normalised_keys(chunk, *arrays):
+  """Factors of the norm of k on arrays [channels, tokens]."""
+  _, norm = _norm(chunk, _K, chunk.rows)
+  return [x * blocks.of_columns(norm, x.shape) for x in arrays]
+
+
+def of_stored_keys(chunk, dE_neg, dQg, dKd):
+  """Gradients of rows of -e, q and k as in shared memory."""
+  if not chunk.is_projected:
+    return dE_neg, dQg * chunk.scale, dKd
+  dE_neg, dKd = of_normalised_keys(chunk, dE_neg, dKd)
+  _, norm = _norm(chunk, _Q, chunk.rows)
+  return dE_neg, dQg * blocks.of_columns(norm * chunk.scale, dQg.shape), dKd
+
+
+def of_stored_scores(chunk, x, is_q, columns_half):
+  """The same of scores [C, 32], whose rows are of q or of k; columns of k."""
+  factor = jnp.where(is_q, chunk.scale, 1.0)
+  if not chunk.is_projected:
+    return x * factor
+  _, of_rows = _norm(chunk, jnp.where(is_q, _Q, _K), pl.ds(0, C), axis=1)
+  _, of_columns = _norm(chunk, _K, pl.ds(columns_half * HALF, HALF))
+  x *= blocks.of_rows(of_rows * factor, x.shape)
+  return x * blocks.of_columns(of_columns, x.shape)
+
+
+def fetch_raw(chunk):
+  """Starts the loads of b and f as they are before the gates."""
+  chunk = chunk.recomputed()
+
+  @pl.when(chunk.first)
+  def _():
+    for n, name in zip((2, 3), RAW, strict=True):
+      source = chunk.inputs[n].at[(*chunk.tokens, chunk.h)]
+      plgpu.copy_gmem_to_smem(source, chunk.s[name], chunk.s["raw_loaded"])
 
 
 def begin(chunk):
-  """Sets the sums of the gradients of the rates to zero."""
+  """Sets the sums of the gradients of the rates to zero; waits for b and f."""
   zero = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROWS.reduce(1))
   for m in range(2):
     chunk.vector("drates", 2 * chunk.half + m)[...] = zero
+  plgpu.barrier_wait(chunk.s["raw_loaded"])
+  chunk.mask(RAW)
 
 
-def through_gate(chunk, block, db):
+def through_gate(chunk, rows, db):
   """Gradient before the sigmoid of b, from that of b."""
-  # Recomputed in float32: 1 - b of a gate rounded to 16 bits may be 0.
-  b = projected.sigmoid(chunk.load_raw(2, block))
-  return db * (chunk.erase_scale * b * (1.0 - b))
+  # In float32: 1 - b of a gate rounded to 16 bits may be 0.
+  _, slope = projected.sigmoid_and_slope(chunk.load("raw_b", rows))
+  return db * (chunk.erase_scale * slope)
 
 
-def through_decay(chunk, block, dg):
+def through_decay(chunk, rows, dg):
   """Gradient of f, from that of g; adds to the gradients of the rates."""
   rate, bias = (chunk.load_vector("rates", m, BLOCK) for m in range(2))
-  f = chunk.load_raw(3, block) + bias
+  f = chunk.load("raw_f", rows) + bias
   df = dg * rate * projected.sigmoid(f)
   for m, x in enumerate((dg * projected.softplus(f), df)):
     ref = chunk.vector("drates", 2 * chunk.half + m)
@@ -91,66 +133,49 @@ def through_decay(chunk, block, dg):
   return df
 
 
-def _saved_dq(chunk, rows):
-  return chunk.s["a"].at[chunk.channels, rows]  # a is not used again
+def _along(chunk, n):
+  """First row of `along` of block n."""
+  return (2 * chunk.half + n) * chunk.tiles
 
 
-def save(chunk, block, dq, dk):
-  """Keeps the gradients after the norms of 16 tokens, for `finish`."""
-  rows = chunk.block(block)
-  _saved_dq(chunk, rows)[...] = dq
-  # High and low part of dk in the place of q and k, which are not used again.
-  for name, x in zip("qk", blocks.split(dk, chunk.s["q"].dtype), strict=True):
-    columns.store(chunk.key(name, rows), x)
+def share_along(chunk, n, *products):
+  """Starts sums over all channels, of q dq and of k dk; see through_norms."""
+  channel_sums.store(
+    chunk.s["along"].at[_along(chunk, n) + chunk.tile], *products
+  )
+  chunk.arrive()
 
 
-def finish(chunk):
-  """Gradients before the norms over q and k; writes those of the rates.
+def through_norms(chunk, n, values, gradients):
+  """Gradients before the norms over q and k, from those after them.
 
   With y = x*r: dx = r*(dy - y (y . dy)). The difference cancels where dy is
   parallel to y, so a y that was rounded to 16 bits is not accurate enough.
   """
-  chunk = chunk.recomputed()
-  s = chunk.s
-  chunk.meet()  # the buffers of the levels are free
-
-  @pl.when(chunk.first)
-  def _():
-    for n, name in enumerate(RAW):
-      source = chunk.inputs[n].at[(*chunk.tokens, chunk.h)]
-      plgpu.copy_gmem_to_smem(source, s[name], s["raw_loaded"])
-
-  dq = plgpu.layout_cast(blocks.load(_saved_dq(chunk, chunk.rows)), ROWS)
-  for name, x in zip(DQ, blocks.split(dq, s["q"].dtype), strict=True):
-    columns.store(chunk.key(name), x)
-  plgpu.barrier_wait(s["raw_loaded"])
-  chunk.meet()  # all parts of dq are there, and committed
-  raw = [Operand(s[name], PART) for name in RAW]
-  parts = [[Operand(s[name], PART).T for name in names] for names in (DQ, "qk")]
-  _sum_over_channels(
-    chunk,
-    "products",
-    [[(x, y) for y in dy] for x, dy in zip(raw, parts, strict=True)],
+  chunk.wait()
+  sums = channel_sums.load(
+    chunk.s["along"].at[pl.ds(_along(chunk, n), chunk.tiles)]
   )
-  # dk first: its parts are where dq goes.
-  for n, names in ((1, "qk"), (0, DQ)):
-    high, low = (columns.load(chunk.key(x)) for x in names)
-    dy = high.astype(jnp.float32) + low.astype(jnp.float32)
-    x = columns.load(chunk.key(RAW[n])).astype(jnp.float32)
-    norm = _norm(chunk, n)
-    x = chunk.at_tokens(x) * _load_sum(chunk, "products", n)
-    columns.store(chunk.key("qk"[n]), norm * (dy - x * norm * norm))
+  results = []
+  for m, (x, dx, along) in enumerate(zip(values, gradients, sums, strict=True)):
+    power, norm = _norm(chunk, m, chunk.block(n))
+    dx -= x * (blocks.of_columns(norm * norm, x.shape) * along)
+    if power is not None:
+      dx *= blocks.of_columns(power, x.shape)
+    results.append(dx)
+  return results
 
-  @pl.when(chunk.half == 0)  # after the meetings of _sum_over_channels
+
+def write_rates(chunk):
+  """Writes the gradients of the rates, the sum of both halves of the tokens."""
+
+  @pl.when(chunk.half == 1)
   def _():
     for m in range(2):
-      ref = chunk.vector("drates", m)
-      other = plgpu.load(chunk.vector("drates", 2 + m), layout=ROWS.reduce(1))
-      ref[...] = plgpu.load(ref, layout=ROWS.reduce(1)) + other
-    plgpu.commit_smem()  # the TMA store reads it
-    out = chunk.outputs[6]
-    for m in range(2):
-      plgpu.copy_smem_to_gmem(
-        chunk.vector("drates", m),
-        out.at[chunk.row, chunk.h, chunk.c, m, chunk.channels],
-      )
+      parts = [
+        plgpu.load(chunk.vector("drates", 2 * n + m), layout=ROWS.reduce(1))
+        for n in range(2)
+      ]
+      out = chunk.outputs[6]
+      out = out.at[chunk.row, chunk.h, chunk.c, m, chunk.channels]
+      blocks.store_untiled(out, parts[0] + parts[1])

@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gdn2_jax.pallas import blocks
 from gdn2_jax.pallas.blocks import ROWS, TILE, C
-from gdn2_jax.pallas.gdn2.grad import columns, gates
+from gdn2_jax.pallas.gdn2.grad import columns, diagonals, gates
 from gdn2_jax.pallas.gdn2.grad.columns import BLOCK, HALF, LEVELS
 from gdn2_jax.pallas.gdn2.grad.memory import HALVES
 from gdn2_jax.pallas.gdn2.grad.products import Operand, dots
@@ -43,7 +43,7 @@ class Levels:
   def __init__(self, chunk, scores, dE_neg, dQg, dKd):
     self.chunk, self.s = chunk, chunk.s
     self._share_scores(scores)
-    self.sums = dE_neg, dQg * chunk.scale, dKd
+    self.sums = gates.of_stored_keys(chunk, dE_neg, dQg, dKd)
 
   def run(self):
     """Computes the gradients and passes them to chunk.write, 16 tokens a time.
@@ -95,47 +95,30 @@ class Levels:
     """Stores d(-T) and dAqk for all warpgroups, and their diagonal blocks."""
     chunk, matrix = self.chunk, self.chunk.half
     for x, n in zip(scores, column_halves(chunk), strict=True):
-      r, c = (
-        plgpu.broadcasted_iota(jnp.int32, x.shape, axis, layout=ROWS)
-        for axis in range(2)
-      )
-      c += n * HALF
-      # So q is not scaled.
-      x *= jnp.where(matrix == _DAQK, chunk.scale, 1.0)
-      diagonal = jnp.where(r == c, x, 0.0).sum(axis=1)
+      # Here, so q is not scaled.
+      x = gates.of_stored_scores(chunk, x, matrix == _DAQK, n)
 
       @pl.when(matrix == _DAQK)
-      def _(diagonal=diagonal, n=n):
-        self.s["diagonal"].at[n][...] = diagonal
+      def _(x=x, n=n):
+        diagonals.store_diagonal(self.s["diagonal"], x, n)
 
-      x = jnp.where(r > c, x, 0.0)
+      # The block of 32 above the diagonal is zero. The diagonal blocks of 16
+      # are read from `diagonals` alone.
+      r = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=ROWS)
+      parts = blocks.split(jnp.where(r >= n * HALF, x, 0.0), self.s["q"].dtype)
+      for low, part in enumerate(parts):
+        rows = pl.ds((2 * matrix + low) * C, C)
+        self.s["scores"].at[rows, pl.ds(n * HALF, HALF)][...] = part
       refs = [
-        self.s["scores"].at[
-          pl.ds((2 * matrix + low) * C, C), pl.ds(n * HALF, HALF)
-        ]
-        for low in range(2)
+        [self._masked(level, matrix, low) for low in range(2)]
+        for level in range(len(LEVELS))
       ]
-      blocks.store_split(x, *refs)
-      self._store_diagonal_blocks(x, matrix, n)
+      diagonals.store(refs, parts, n)
     chunk.meet()
 
-  def _store_diagonal_blocks(self, x, matrix, n):
-    """Stores the diagonal blocks of 32 columns, masked for each level."""
-    r, c = (
-      plgpu.broadcasted_iota(jnp.int32, (C, BLOCK), axis, layout=ROWS)
-      for axis in range(2)
-    )
-    # Rows of other blocks hold what is never read.
-    x = jnp.where((r & BLOCK) != 0, x[:, BLOCK:], x[:, :BLOCK])
-    apart = (r ^ c) & (BLOCK - 1)
-    for level, half in enumerate(LEVELS):
-      own = (apart >= half) & (apart < 2 * half)
-      refs = [self._masked(level, matrix, low, n) for low in range(2)]
-      blocks.store_split(jnp.where(own, x, 0.0), *refs)
-
-  def _masked(self, level, matrix, low, n, row=0, rows=C):
-    """Diagonal blocks of 32 columns of a level, or rows of them."""
-    at = ((level * 4 + 2 * matrix + low) * 2 + n) * C + row
+  def _masked(self, level, matrix, low, row=0, rows=C):
+    """Diagonal blocks of 16 of a level, or rows of them."""
+    at = (level * 4 + 2 * matrix + low) * C + row
     return self.s["diagonals"].at[pl.ds(at, rows)]
 
   def _score(self, matrix, low, row, column, width):
@@ -217,9 +200,6 @@ class Levels:
     T = [
       chunk.load_vector("totals", 2 * chunk.half + n, BLOCK) for n in range(2)
     ]
-    if chunk.is_projected:  # computed again, to save registers
-      S = self._decays(0).climb(BLOCK).suffix
-      P = self._decays(1).climb(BLOCK).prefix
     x = S * chunk.load("k", chunk.block(0))
     e, q, _ = self._keys(1)
     y, z = P * e, P * q
@@ -252,7 +232,7 @@ class Levels:
     row = self.chunk.half * HALF + n * BLOCK
 
     def score(*which):
-      ref = self._masked(level, *which, self.chunk.half, row, BLOCK)
+      ref = self._masked(level, *which, row, BLOCK)
       return Operand(ref, BLOCK)
 
     pairs = self._products((X, X, Q), score)
@@ -285,17 +265,14 @@ class Levels:
     )
 
   def _of_tokens(self, n, de, dq, dk, flow):
-    """dq, dk, db and dg of block n."""
+    """q, k, and dq, dk, db and dg of block n."""
     chunk, rows = self.chunk, self.chunk.block(n)
     a = self._decays(n).prefix
     b, q, k = (chunk.load(name, rows) for name in "bqk")
     de, dq = de * a, dq * a
     dg = flow + q * dq - b * k * de
-    diagonal = sum(
-      plgpu.load(self.s["diagonal"].at[m, rows], layout=ROWS.reduce(0))
-      for m in range(2)
-    )
+    diagonal = plgpu.load(self.s["diagonal"].at[rows], layout=ROWS.reduce(0))
     diagonal = blocks.of_columns(diagonal, (TILE, BLOCK))
     dq += diagonal * k
     dk += diagonal * q - b * de
-    return dq, dk, -k * de, dg
+    return q, k, dq, dk, -k * de, dg

@@ -6,23 +6,15 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gdn2_jax.pallas.blocks import TILE, C, tiled
-from gdn2_jax.pallas.gdn2.grad.columns import (
-  BLOCK,
-  HALF,
-  LEVELS,
-  PART,
-)
+from gdn2_jax.pallas.gdn2.grad.channel_sums import WARPS
+from gdn2_jax.pallas.gdn2.grad.columns import BLOCK, HALF, LEVELS, PART
 
 # The buffer of dX has two parts [C, 32] each of its high parts, its low parts,
 # and dO.
 DO, DX_PARTS = 2, 6
 # Rows of `totals`: decays of blocks of 16 tokens, from HALVES on of 32.
 HALVES, TOTALS = C // BLOCK, C // BLOCK + 2
-
-
-# With gates, after the levels: q and k as they were before the norms, and high
-# and low part of the gradient of the normalised q.
-RAW, DQ = ("raw_q", "raw_k"), ("dq_high", "dq_low")
+RAW = ("raw_b", "raw_f")
 
 
 class Memory:
@@ -47,7 +39,7 @@ class Memory:
       "a": tiled((K, C), jnp.float32, BLOCK),
       "totals": plgpu.SMEM((TOTALS, K), jnp.float32),
       "dgamma_C": plgpu.SMEM((2, K), jnp.float32),
-      "diagonal": plgpu.SMEM((2, C), jnp.float32),  # of dAqk
+      "diagonal": plgpu.SMEM((C,), jnp.float32),  # of dAqk
       "keys_loaded": plgpu.Barrier(num_arrivals=4 + is_projected),
       "A_loaded": plgpu.Barrier(num_arrivals=2),
       "values_loaded": plgpu.Barrier(num_arrivals=10),
@@ -58,9 +50,11 @@ class Memory:
     if is_projected:
       named["rates"] = plgpu.SMEM((2, K), jnp.float32)
       named["raw_loaded"] = plgpu.Barrier(num_arrivals=2)
-      sums = plgpu.SMEM((2, C), jnp.float32)  # of q and k
-      named["squares"] = sums
-      saved["products"] = sums
+      named["squares"] = plgpu.SMEM((2, C), jnp.float32)  # of q and k
+      # Of q and k times their gradients, of every 16 tokens and 64 channels.
+      saved["along"] = plgpu.SMEM(
+        (C // BLOCK * tiles, BLOCK, 2, WARPS), jnp.float32
+      )
       saved["drates"] = plgpu.SMEM((4, K), jnp.float32)  # two of each half
     # For the sums over values, and what takes its place afterwards.
     unions = [
@@ -74,9 +68,10 @@ class Memory:
         },
         {
           # Blocks on the diagonal of the scores, masked for each level.
-          "diagonals": tiled((len(LEVELS) * 4 * 2 * C, BLOCK), dtype, BLOCK),
+          "diagonals": tiled((len(LEVELS) * 4 * C, BLOCK), dtype, BLOCK),
+          # b and f before the gates.
+          **(dict.fromkeys(RAW, wide) if is_projected else {}),
         },
-        *([dict.fromkeys(RAW + DQ, wide)] if is_projected else []),
       ),
       (
         {

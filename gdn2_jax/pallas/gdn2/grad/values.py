@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gdn2_jax.pallas import blocks, projected
+from gdn2_jax.pallas import blocks, inline, projected
 from gdn2_jax.pallas.blocks import ROWS, TILE, C
 from gdn2_jax.pallas.gdn2.grad.columns import HALF, PART
 from gdn2_jax.pallas.gdn2.grad.memory import DO
@@ -65,8 +65,8 @@ def _value_tile(chunk, j, sums):
   plgpu.barrier_wait(s["values_loaded"])
   pl.when(chunk.half == 0)(lambda: _recompute_R(chunk))
   pl.when(chunk.half == 1)(lambda: _compute_dX(chunk))
-  # All warpgroups read R and dX; v and w, which the second half overwrites,
-  # have been read by the first.
+  # wgmma of all warpgroups reads R and dX; v and w, which the second half
+  # overwrites, have been read by the first.
   chunk.meet()
   pl.when(chunk.half == 1)(lambda: _write_values(chunk, j))
   chunk = chunk.recomputed()
@@ -156,13 +156,14 @@ def _recompute_R(chunk):
   for part in column_halves(chunk):
     R = [_of_part(s["R"], part, low) for low in range(2)]
     S = Operand(_of_state(s["S"], part, chunk.K), PART)
-    X = dot(blocks.zeros(C, PART), (E_neg, S))
-    X += _load(chunk, "v", part) * _load_w(chunk, part)
-    blocks.store_split(X, *R)  # X, until R replaces it
+    # While the other half of the warpgroups multiplies.
+    Z = blocks.in_rows(_load(chunk, "v", part) * _load_w(chunk, part))
+    # X, until R replaces it
+    blocks.store_split(dot(Z, (E_neg, S)), *R)
     plgpu.commit_smem()  # wgmma reads X
-    pairs = [(A, Operand(x, PART)) for x in R]
-    blocks.store_split(dot(blocks.zeros(C, PART), *pairs), *R)
-  plgpu.commit_smem()  # wgmma reads R
+    product = dot(blocks.zeros(C, PART), *[(A, Operand(x, PART)) for x in R])
+    inline.sync_warps()  # the products of all four warps have read X
+    blocks.store_split(product, *R)
 
 
 def _compute_dX(chunk):
@@ -179,9 +180,9 @@ def _compute_dX(chunk):
     dR = dot(blocks.zeros(C, PART), *pairs)
     blocks.store_split(dR, *dX)  # dR, until dX replaces it
     plgpu.commit_smem()  # wgmma reads dR
-    pairs = [(A.T, Operand(x, PART)) for x in dX]
-    blocks.store_split(dot(blocks.zeros(C, PART), *pairs), *dX)
-  plgpu.commit_smem()  # wgmma reads dX
+    product = dot(blocks.zeros(C, PART), *[(A.T, Operand(x, PART)) for x in dX])
+    inline.sync_warps()  # the products of all four warps have read dR
+    blocks.store_split(product, *dX)
 
 
 def _write_values(chunk, j):
@@ -194,12 +195,12 @@ def _write_values(chunk, j):
     )
     dX = high + low
     dw = _load(chunk, "v", part) * dX
+    w = _load(chunk, "w", part)
     if chunk.is_projected:
-      w = _load_w(chunk, part)
-      dw *= w * (1.0 - w)
+      w, slope = projected.sigmoid_and_slope(w)
+      dw *= slope
     over_v[...] = dw.astype(over_v.dtype)
-    dv = _load_w(chunk, part) * dX
-    over_w[...] = dv.astype(over_w.dtype)
+    over_w[...] = (w * dX).astype(over_w.dtype)
     plgpu.commit_smem()  # the TMA stores read dv and dw
     values = pl.ds(j * TILE + part * PART, PART)
     for n, ref in ((4, over_w), (5, over_v)):
