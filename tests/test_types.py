@@ -2,7 +2,6 @@
 
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 
@@ -35,11 +34,10 @@ def test_the_wheel_has_the_marker():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("mypy") is None, reason="needs mypy")
 def test_a_users_script_has_types(tmp_path):
   done = subprocess.run(
     [
-      "mypy",
+      *(sys.executable, "-m", "mypy"),
       f"--python-executable={sys.executable}",
       f"--cache-dir={tmp_path}",
       "--follow-imports=silent",
