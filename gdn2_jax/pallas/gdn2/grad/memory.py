@@ -1,4 +1,31 @@
-"""Shared memory and barriers of intra_grad.py."""
+"""Shared memory and barriers of intra_grad.py.
+
+Who stores a buffer > who reads it: what is between the two. A thread reads what
+it stored itself without a barrier.
+
+  kinds, rates, q, k, b      TMA > all: keys_loaded
+  q, k, b, a, changed        a channel's thread > itself; after the first meet,
+                             because squares are read before it
+  totals, squares            one warpgroup > all: the first meet
+  E_neg, Kd                  a channel's thread > wgmma of all: the second meet
+  A, Aqk                     TMA > all: A_loaded
+  S, dS, v, w, dO            TMA > all: values_loaded; of the next tile after
+                             wait_smem_to_gmem and the meet that ends a tile
+  X in R, dR in dX           a warpgroup > its wgmma: commit_smem; sync_warps
+                             before R and dX are stored there
+  R, dX                      a warpgroup > all: meet
+  dw, dv in v, w             a token's thread > TMA: commit_smem; all others
+                             have read v and w before meet
+  dgamma_C                   a channel's thread > the other half: meet
+  scores and diagonals       a warpgroup > all: meet; in memory of the values,
+                             free since the meet that ends a tile
+  X, Q, sums of level 32     a channel's thread > the other half: meet
+  saved, drates              a thread > itself, drates the other half: last meet
+  raw_b, raw_f               TMA, after the meet that ends a tile > all:
+                             raw_loaded
+  along                      a warp, 16 tokens each > all: arrive, wait
+  dq, dk, db in q, k, b      a channel's thread > TMA: last meet
+"""
 
 from typing import Any
 
