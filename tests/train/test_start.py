@@ -10,12 +10,15 @@ import pytest
 
 from gdn2_jax import load_model, save_model
 from gdn2_jax.configs import finetune
+from gdn2_jax.interop.convert import convert
 from gdn2_jax.interop.tree import cast_params, flatten_params
+from gdn2_jax.sharding import MeshConfig
 from gdn2_jax.train import start
 from gdn2_jax.train.checkpoint import load_run
 from gdn2_jax.train.checkpoint.meta import CheckpointError
 from gdn2_jax.train.loop import train
 from gdn2_jax.train.report.writer import read_rows
+from tests.interop.convert import checkpoints
 from tests.train.conftest import make_config
 
 
@@ -157,3 +160,31 @@ def test_a_fresh_optimizer(source, cache_dir, dataset, tmp_path):
     if leaf.dtype == jnp.int32 and leaf.ndim == 0
   ]
   assert counts and all(int(count) == 1 for count in counts)
+
+
+def test_gates_of_a_converted_kda_untie(cache_dir, dataset, tmp_path):
+  """At the start b = w = beta of the head; training tells them apart."""
+  tensors, config = checkpoints.kda(2, 2, 2)
+  rng, width = np.random.default_rng(0), checkpoints.WIDTH
+  for name in ("model.embeddings.weight", "lm_head.weight"):
+    tensors[name] = rng.normal(0, 0.3, (260, width)).astype(np.float32)
+  src = checkpoints.write(
+    tmp_path / "kda", (tensors, config | {"vocab_size": 260})
+  )
+  convert(src, tmp_path / "gdn2", source="fla", target="gdn2_jax")
+  model = load_model(tmp_path / "gdn2")
+  fine = make_fine(cache_dir, tmp_path / "gdn2")
+  fine.model = dataclasses.replace(model.config, dtype="float32", loss_chunk=16)
+  fine.mesh = MeshConfig(data=4, fsdp=2)
+  fine.num_steps, fine.optimizer.lr, fine.grad_accum = 2, 1e-2, 1
+  trained = train(
+    fine, tmp_path / "run", dataset=dataset, say=lambda line: None
+  )
+
+  def spread(params, name):
+    kernel = flatten_params(params, fine.model)[f"layers.0.mixer.{name}.kernel"]
+    return np.ptp(kernel, axis=-1).max()  # over the channels of a head
+
+  for name in ("b_proj", "w_proj"):
+    assert spread(model.params, name) == 0
+    assert spread(trained.state.params, name) > 1e-4
