@@ -56,7 +56,7 @@ def one_line(error):
 def test_the_walk_sees_the_whole_tree():
   found = {cls.__name__ for cls in classes(TrainConfig)}
   assert {"TrainConfig", "DataConfig", "EvalConfig", "GDN2Config"} <= found
-  assert len(found) == 11
+  assert len(found) == 12
 
 
 @pytest.mark.parametrize("cls", [*classes(TrainConfig)])
