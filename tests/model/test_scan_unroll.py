@@ -78,6 +78,7 @@ def test_a_cache_goes_through_unrolled_groups():
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_parameters_without_stacks_are_those_of_the_same_model():
   config, tokens = config_of(0), tokens_of(1, 1)
   params, alone = without_stacks(params_of(0), config)

@@ -66,8 +66,16 @@ def test_a_run_starts_from_the_parameters(
   last = read_rows(source / "run" / "metrics.jsonl")
   assert first["loss"] < next(r["loss"] for r in last if r["kind"] == "train")
   assert load_run(tmp_path).config.init_from == str(source / kind)
+  # The optimizer is fresh: its counters have seen one step.
+  counts = [
+    leaf
+    for leaf in jax.tree.leaves(result.state.opt_state)
+    if leaf.dtype == jnp.int32 and leaf.ndim == 0
+  ]
+  assert counts and all(int(count) == 1 for count in counts)
 
 
+@pytest.mark.slow
 def test_a_started_run_resumes_without_its_source(
   source, cache_dir, dataset, tmp_path
 ):
@@ -98,6 +106,7 @@ def test_rounded_parameters_and_another_layout(source, tmp_path, cache_dir):
     np.testing.assert_array_equal(np.asarray(value), rounded[name])
 
 
+@pytest.mark.slow
 def test_changes_of_the_function_are_told(source, cache_dir, dataset, tmp_path):
   config = make_fine(cache_dir, source / "run")
   config.model.gdn2.output_gate = "sigmoid"
@@ -151,17 +160,7 @@ def test_the_finetune_config_takes_model_and_tokenizer(kind, source):
     finetune.get_config()
 
 
-def test_a_fresh_optimizer(source, cache_dir, dataset, tmp_path):
-  config = make_fine(cache_dir, source / "run")
-  result = train(config, tmp_path, dataset=dataset, say=lambda line: None)
-  counts = [
-    leaf
-    for leaf in jax.tree.leaves(result.state.opt_state)
-    if leaf.dtype == jnp.int32 and leaf.ndim == 0
-  ]
-  assert counts and all(int(count) == 1 for count in counts)
-
-
+@pytest.mark.slow
 def test_gates_of_a_converted_kda_untie(cache_dir, dataset, tmp_path):
   """At the start b = w = beta of the head; training tells them apart."""
   tensors, config = checkpoints.kda(2, 2, 2)

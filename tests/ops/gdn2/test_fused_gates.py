@@ -111,6 +111,7 @@ def test_what_differs_in_dtype_is_left_to_arrays(hopper, monkeypatch, rng):
   assert not rates_reach(monkeypatch, p)
 
 
+@pytest.mark.slow
 def test_none_of_it_is_chosen_unless_it_proves_right(checks, monkeypatch):
   def without_rates(q, k, v, g, b, w, rates, *rest, **options):
     gradients = kernel_stand_in.backward(
