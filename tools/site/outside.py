@@ -104,3 +104,21 @@ def on_files(files: Any, *, config: Any) -> Any:
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
   """Leads the links of a page."""
   return lead_links(markdown, page.file.src_uri)
+
+
+def on_page_content(html: str, *, page: Any, **_: Any) -> str:
+  """Makes links of the pages that docstrings name, as in docs/scale.md."""
+  name = page.file.src_uri
+  return link_pages(html, name) if name.startswith("api/") else html
+
+
+def link_pages(html: str, page: str) -> str:
+  """Links docs/NAME.md in the text of a page, where there is such a page."""
+
+  def link(match: re.Match[str]) -> str:
+    if not (ROOT / match[0]).exists():
+      return match[0]
+    address = posixpath.relpath(f"{match[1]}.html", posixpath.dirname(page))
+    return f'<a href="{address}">{match[0]}</a>'
+
+  return re.sub(r"(?<![\w/])docs/(\w+)\.md", link, html)

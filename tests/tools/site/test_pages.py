@@ -127,6 +127,13 @@ def test_only_links_are_changed():
   assert led == expected.format(code)
 
 
+def test_docstrings_link_pages():
+  text = "see docs/scale.md, docs/missing.md and x/docs/scale.md"
+  link = '<a href="../scale.html">docs/scale.md</a>'
+  expected = text.replace("see docs/scale.md", f"see {link}")
+  assert outside.link_pages(text, "api/train.md") == expected
+
+
 def test_tables_show_the_records():
   filled = tables.fill(pages()["performance.md"])
   assert "<!-- table" not in filled
