@@ -18,7 +18,7 @@ NVDISASM ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train generate plan test test-slow hf lint format notebooks \
-  faults bench bench-serve replicate gpu aot aot-all model clean
+  docs docs-serve faults bench bench-serve replicate gpu aot aot-all model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' \
@@ -79,6 +79,23 @@ format: $(READY) ## apply style and formatting
 
 notebooks: $(READY) ## run the notebooks top to bottom
 	$(BIN)/python -m pytest -q tests/test_notebooks.py $(ARGS)
+
+# Not --quiet: it would hide warnings from --strict.
+docs: .venv-docs/.ready ## build the documentation site into site/ (strict)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict $(ARGS)
+	@echo "site/index.html is the start page"
+
+docs-serve: .venv-docs/.ready ## show the site at localhost:8000, rebuilt on changes
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs serve --watch gdn2_jax \
+	  --watch benchmarks $(ARGS)
+
+# The reference is read from the source: the package is not installed here.
+.venv-docs/.ready: tools/site/requirements.txt tools/find_python.sh
+	@python=$$(PYTHON="$(PYTHON)" tools/find_python.sh) && \
+	"$$python" -m venv .venv-docs
+	@.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --requirement tools/site/requirements.txt
+	@touch $@
 
 faults: $(READY) ## kill, damage and starve real training runs (~15 minutes)
 	$(BIN)/python -m tests.faults --json=benchmarks/results/faults.json \
@@ -145,5 +162,5 @@ model: $(AOT_VENV)/.ready ## model the kernels' times on an H100; no GPU needed
 	@touch $@
 
 clean: ## remove .venv and caches (runs/ stays)
-	rm -rf $(VENV) .venv-aot-* .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .venv-aot-* .venv-docs site .pytest_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

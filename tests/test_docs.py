@@ -11,6 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = [
   "README.md",
+  "docs/index.md",
   "docs/inference.md",
   "docs/layer.md",
   "docs/research.md",

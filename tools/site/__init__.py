@@ -1,0 +1,1 @@
+"""Documentation site: hooks of MkDocs and pinned requirements."""
