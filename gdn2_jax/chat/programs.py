@@ -1,12 +1,13 @@
 """Compiled programs of a conversation, kept on disk between starts."""
 
 import contextlib
-import io
 import os
 import pathlib
 import threading
 
 import jax
+
+from gdn2_jax.inference.command.printer import Output
 
 _EVENT = "/jax/compilation_cache/"
 
@@ -66,7 +67,7 @@ class CompilingNote(contextlib.AbstractContextManager):
       cache arrives sooner.
   """
 
-  def __init__(self, err: io.TextIOBase, delay: float = 0.3):
+  def __init__(self, err: Output, delay: float = 0.3):
     self._err, self._delay = err, delay
     self._timer: threading.Timer | None = None
     self._shown = False

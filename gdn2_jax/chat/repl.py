@@ -3,16 +3,16 @@
 import contextlib
 import dataclasses
 import functools
-import io
 import os
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from gdn2_jax import cli
 from gdn2_jax.chat.talk import MAX_UNDO, Talk, tokens_read
 from gdn2_jax.inference.checks import NonFiniteError
 from gdn2_jax.inference.command.flags import check_file, check_seed
 from gdn2_jax.inference.command.interrupt import Interrupt
-from gdn2_jax.inference.command.printer import Printer
+from gdn2_jax.inference.command.printer import Output, Printer
 from gdn2_jax.inference.command.turn import Turn
 from gdn2_jax.inference.files.session import load_session, save_session
 from gdn2_jax.inference.identity import Identity, identify
@@ -56,8 +56,8 @@ class Repl:
   def __init__(
     self,
     talk: Talk,
-    out: io.TextIOBase,
-    err: io.TextIOBase,
+    out: Output,
+    err: Output,
     *,
     file: str | None = None,
     identity: Identity | None = None,
@@ -172,7 +172,8 @@ class Repl:
     self._print(f"branch {name}, {self.talk.tokens_read:,} tokens read")
 
   def _save(self, name: str) -> None:
-    file = self._path("save", name)
+    file = _require_file("save", name)
+    check_file(f"/save {name}", file)
     if os.path.exists(file):
       # Replaces sessions of this model only, nothing else by mistake.
       load_session(file, self._identity)
@@ -180,15 +181,10 @@ class Repl:
     self._print(f"{file}: {os.path.getsize(file):,} bytes")
 
   def _load(self, name: str) -> None:
-    file = self._path("load", name)
+    file = _require_file("load", name)
     self.talk.replace(load_session(file, self._identity, room=self.talk.room))
     self._keep()
     self._print(f"{file}: {self.talk.tokens_read:,} tokens read")
-
-  def _path(self, command: str, name: str) -> str:
-    file = os.path.expanduser(name)
-    check_file(f"/{command} {name}", file)
-    return file
 
   def _state(self, argument: str) -> None:
     _refuse("state", argument)
@@ -205,43 +201,46 @@ class Repl:
       self._print(f"branch     {name}, {read:,} tokens read{mark}")
 
   def _set(self, argument: str) -> None:
-    for setting in argument.split():
-      self._set_one(setting)
+    # All are checked before any is changed.
+    changes = dict(self._parse(setting) for setting in argument.split())
+    seed = changes.pop("seed", None)
+    max_new_tokens = changes.pop("max_new_tokens", self.talk.max_new_tokens)
+    sampler = dataclasses.replace(self.talk.sampler, **changes)
+    self.talk.use_sampler(sampler)
+    self.talk.max_new_tokens = max_new_tokens
+    if seed is not None:
+      self.talk.use_seed(seed)
+      self._keep()
     for name, value in self._settings().items():
       self._print(f"{name}={value}")
 
-  def _settings(self) -> dict[str, float]:
+  def _settings(self) -> dict[str, float | int]:
     talk = self.talk
     return {
-      "temperature": talk.sampler.temperature,
+      "temperature": float(talk.sampler.temperature),
       "top_k": talk.sampler.top_k,
-      "top_p": talk.sampler.top_p,
+      "top_p": float(talk.sampler.top_p),
       "seed": talk.session.seed,
       "max_new_tokens": talk.max_new_tokens,
     }
 
-  def _set_one(self, setting: str) -> None:
+  def _parse(self, setting: str) -> tuple[str, Any]:
+    """Name and value of a setting."""
     name, _, text = setting.partition("=")
     settings = self._settings()
     if name not in settings:
       raise ValueError(f"/set {name}: {cli.suggest(name, settings)}")
-    kind = float if name in ("temperature", "top_p") else int
+    kind: Any = type(settings[name])
     try:
       value = kind(text)
     except ValueError:
       expected = "a number" if kind is float else "an integer"
       raise ValueError(f"/set {setting}: expected {expected}") from None
     if name == "seed":
-      check_seed(f"/set {setting}", int(value))
-      self.talk.use_seed(int(value))
-      self._keep()
-    elif name == "max_new_tokens":
-      if value < 1:
-        raise ValueError(f"/set {setting}: expected >= 1")
-      self.talk.max_new_tokens = int(value)
-    else:
-      sampler = dataclasses.replace(self.talk.sampler, **{name: value})
-      self.talk.use_sampler(sampler)
+      check_seed(f"/set {setting}", value)
+    if name == "max_new_tokens" and value < 1:
+      raise ValueError(f"/set {setting}: expected >= 1")
+    return name, value
 
   def _help(self, argument: str) -> None:
     _refuse("help", argument)
@@ -265,3 +264,9 @@ def _require_word(command: str, argument: str) -> str:
   if len(argument.split()) != 1:
     raise ValueError(f"/{command}: expected a name, got {argument!r}")
   return argument
+
+
+def _require_file(command: str, argument: str) -> str:
+  if not argument:
+    raise ValueError(f"/{command}: expected a file")
+  return os.path.expanduser(argument)

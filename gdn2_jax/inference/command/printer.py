@@ -1,11 +1,22 @@
 """Printing of text as it is generated, and its speed."""
 
-import io
 import time
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from gdn2_jax.inference.command.turn import TAIL, TOKENS_PER_DISPATCH
 from gdn2_jax.inference.text import TextStream
+
+
+@runtime_checkable
+class Output(Protocol):
+  """A stream of text to write to."""
+
+  def write(self, text: str, /) -> Any:
+    """Adds text."""
+
+  def flush(self) -> Any:
+    """Passes on what was written."""
 
 
 class Printer:
@@ -24,7 +35,7 @@ class Printer:
     self,
     decode: Callable[[list[int]], str],
     tail: Sequence[int],
-    out: io.TextIOBase,
+    out: Output,
   ):
     self._decode, self._out = decode, out
     self._text = _stream_after(decode, tail)
