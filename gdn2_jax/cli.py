@@ -43,10 +43,14 @@ def take_command(
   if default and (not first or first.startswith("-")):
     return default
   if first not in names:
-    near = difflib.get_close_matches(first, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(names)}"
-    fail(f"{first}: no such command; {hint}")
+    fail(f"{first}: no such command; {suggest(first, names)}")
   return sys.argv.pop(1)
+
+
+def suggest(name: str, names: Collection[str]) -> str:
+  """The nearest of the right names as a question, or all of them."""
+  near = difflib.get_close_matches(name, names, n=1)
+  return f"did you mean {near[0]}?" if near else f"one of {', '.join(names)}"
 
 
 def define_self_check() -> flags.FlagHolder:

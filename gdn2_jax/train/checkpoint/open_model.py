@@ -87,9 +87,10 @@ def _open(mesh: Mesh | None) -> tuple[int | None, Model]:
         "model can neither read nor write text"
       )
     return None, model
-  run = load_run(_WORKDIR.value, _STEP.value, mesh=mesh)
-  # Compiles into the cache that training made, if it made one.
+  # Compiles into the cache that training made, if it made one. Set first: JAX
+  # looks for a cache once, when it compiles its first program.
   cache = pathlib.Path(_WORKDIR.value) / ".jax_cache"
   if cache.is_dir():
     jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))
+  run = load_run(_WORKDIR.value, _STEP.value, mesh=mesh)
   return run.step, Model(run.config.model, run.params, run.tokenizer)

@@ -1,0 +1,1 @@
+"""Conversations with a model: line by line, undone, forked, saved."""

@@ -1,0 +1,1 @@
+"""Parts of programs that write text: flags, Ctrl-C, printing, sessions."""
