@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from gdn2_jax.data.pipeline import open_dataset
 from gdn2_jax.sharding import MeshConfig
@@ -57,28 +58,40 @@ def batch(dataset):
   return batch | {"loss_mask": mask, "segment_ids": segment_ids}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiled_programs(tmp_path_factory):
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+  """Folder of programs, and functions of the loop that keep their results."""
+  kept = [
+    (module, name, once_per_input(getattr(module, name)))
+    for module, name in (
+      (loop, "plan_state"),
+      (loop, "make_train_step"),
+      (start, "init_state"),
+    )
+  ]
+  return tmp_path_factory.mktemp("programs"), kept
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs(programs):
   """Several tests need the same programs: trace and compile each once."""
+  # Not for the session: tests of other folders that the same worker runs later
+  # must not write their programs there.
+  folder, kept = programs
   changed = {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+    "jax_compilation_cache_dir": str(folder),
     "jax_persistent_cache_min_compile_time_secs": 0.05,
   }
   old = {name: getattr(jax.config, name) for name in changed}
   for name, value in changed.items():
     jax.config.update(name, value)
+  compilation_cache.reset_cache()
   with pytest.MonkeyPatch.context() as patch:
-    for module, name in (
-      (loop, "plan_state"),
-      (loop, "make_train_step"),
-      (start, "init_state"),
-    ):
-      patch.setattr(module, name, once_per_input(getattr(module, name)))
+    for module, name, function in kept:
+      patch.setattr(module, name, function)
     yield
   for name, value in old.items():
     jax.config.update(name, value)
-  from jax.experimental.compilation_cache import compilation_cache
-
   compilation_cache.reset_cache()
 
 
