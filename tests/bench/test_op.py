@@ -79,7 +79,7 @@ def test_calls_of_a_chain_continue_from_its_state():
 @pytest.mark.parametrize(
   ("arguments", "says"),
   [
-    (["ops"], "expected a subcommand"),
+    (["ops"], "no such command; did you mean op?"),
     (["op", "spec=small"], "unexpected argument 'spec=small'"),
     (["op", "--spec=gigantic"], "gigantic"),
   ],
