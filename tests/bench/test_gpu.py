@@ -28,7 +28,7 @@ README = ROOT / "benchmarks" / "README.md"
 @pytest.mark.slow
 def test_rehearsal_runs_every_part():
   before = README.read_text()
-  done = run_module("gdn2_jax.bench", "gpu", "--rehearse", "--seconds=280")
+  done = run_module("gdn2_jax.bench", "gpu", "--rehearse", "--seconds=480")
   assert done.returncode == 0, done.stdout + done.stderr
   assert "REHEARSAL" in done.stdout and "times mean nothing" in done.stdout
   assert README.read_text() == before
