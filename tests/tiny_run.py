@@ -86,7 +86,7 @@ def run_module(module: str, *argv: str) -> subprocess.CompletedProcess:
     capture_output=True,
     text=True,
     encoding="utf-8",
-    timeout=300,
+    timeout=600,
     check=False,
   )
 
