@@ -38,7 +38,10 @@ def take_command(
   """
   first = sys.argv[1] if len(sys.argv) > 1 else ""
   if first in _HELP or not (first or default):
-    print(index.strip())
+    try:
+      print(index.strip(), flush=True)
+    except BrokenPipeError:  # as in `gdn2 --help | head`
+      sys.stdout = None
     sys.exit(0)
   if default and (not first or first.startswith("-")):
     return default
