@@ -13,9 +13,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 
-from gdn2_jax.analysis.gates import layers_with, sown_values
+from gdn2_jax.analysis.gates import layers_with, sow, sown_values
 from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.lm import LM
 
 _GATES = ("g", "b", "w")
 
@@ -51,13 +50,7 @@ def gate_means(
 
 @functools.partial(jax.jit, static_argnames="config")
 def _means(params, tokens, segment_ids, *, config):
-  _, seen = LM(config).apply(
-    {"params": params},
-    tokens,
-    segment_ids,
-    method="hidden",
-    mutable=["intermediates"],
-  )
+  seen = sow(config, params, tokens, segment_ids)
   real = (segment_ids != 0)[..., None, None]
 
   def over_tokens(gate):
@@ -66,7 +59,7 @@ def _means(params, tokens, segment_ids, *, config):
 
   means = {}
   for layer, group, place in layers_with(config, _GATES):
-    sown = sown_values(seen["intermediates"], config, group, place, _GATES)
+    sown = sown_values(seen, config, group, place, _GATES)
     g, b, w = (over_tokens(sown[name]) for name in _GATES)
     means[layer] = {
       "half_life": jnp.exp(jnp.mean(jnp.log(math.log(2) / -g))),

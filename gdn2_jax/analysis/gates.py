@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 import math
 from collections.abc import Collection
 from typing import Any
@@ -106,8 +105,8 @@ def sown_values(
   return arrays
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _intermediates(config, params, tokens, segment_ids):
+def sow(config: ModelConfig, params: Any, tokens: Any, segment_ids: Any) -> Any:
+  """Everything that the layers sow when the model reads tokens [B, T]."""
   _, seen = LM(config).apply(
     {"params": params},
     tokens,
@@ -116,6 +115,9 @@ def _intermediates(config, params, tokens, segment_ids):
     mutable=["intermediates"],
   )
   return seen["intermediates"]
+
+
+_intermediates = jax.jit(sow, static_argnums=0)
 
 
 def half_life(g: Num[Array | np.ndarray, "*any"]) -> np.ndarray:

@@ -1,36 +1,13 @@
 """A tiny byte-level model, and conversations with it."""
 
-import functools
 import io
 
 from gdn2_jax.chat.repl import Repl
 from gdn2_jax.chat.talk import Talk
-from gdn2_jax.data.tokenizer.api import BytesTokenizer
 from gdn2_jax.inference.sampling import Sampler
-from gdn2_jax.interop.folder import Model
-from gdn2_jax.model.config import ModelConfig
-from gdn2_jax.model.mixers.attention import AttentionConfig
-from gdn2_jax.model.mixers.gdn2 import GDN2Config
-from tests.random_params import random_params
+from tests.eval.plain import make_model
 
 SAMPLER = Sampler(temperature=0.8, top_p=0.95)
-
-
-@functools.cache
-def make_model(pattern: str = "G") -> Model:
-  config = ModelConfig(
-    vocab_size=259,
-    model_dim=16,
-    num_layers=1,
-    pattern=pattern,
-    gdn2=GDN2Config(
-      num_heads=1, key_dim=16, value_dim=16, implementation="reference"
-    ),
-    attention=AttentionConfig(num_heads=1, head_dim=16, window=8),
-    mlp_dim=24,
-    dtype="float32",
-  )
-  return Model(config, random_params(config), BytesTokenizer())
 
 
 class Chat:

@@ -19,7 +19,7 @@ LENGTH = 112  # tokens of the longest sequence any test scores
 
 
 @functools.cache
-def make_model(pattern: str) -> Model:
+def make_model(pattern: str = "G") -> Model:
   config = ModelConfig(
     vocab_size=VOCAB,
     model_dim=16,
