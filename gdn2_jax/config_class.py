@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import functools
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 
@@ -42,6 +42,13 @@ def config_class[T](cls: type[T]) -> type[T]:
   cls.__init__ = __init__
   cls.__setattr__ = __setattr__
   return cls
+
+
+def one_of(name: str, known: Sequence[str]) -> str:
+  """Text "one of a, b" for an unknown name, with the one spelt most alike."""
+  near = difflib.get_close_matches(name, known, n=1)
+  hint = f"; did you mean {near[0]!r}?" if near else ""
+  return f"one of {', '.join(known) or 'none'}{hint}"
 
 
 def unknown_field(cls: type, name: str, path: str = "") -> str:

@@ -17,9 +17,8 @@ the name differ in nothing else.
 """
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -27,6 +26,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from gdn2_jax.config_class import one_of
 from gdn2_jax.model.mixers.registry import Option, option_names, read_options
 
 # A parameter with only these axes is one vector per head, not a matrix. In a
@@ -116,7 +116,7 @@ def register_optimizer(
 def kind_of(name: str) -> OptimizerKind:
   """The kind of a name; ValueError with the nearest name if unknown."""
   if name not in _KINDS:
-    raise ValueError(f"expected {_choice(name, tuple(_KINDS))}")
+    raise ValueError(f"expected {one_of(name, tuple(_KINDS))}")
   return _KINDS[name]
 
 
@@ -129,20 +129,13 @@ def options_of(config: Any) -> dict[str, Option]:
   kind = kind_of(config.name)
   for name in option_names(config):
     if name not in kind.options:
-      expected = _choice(name, tuple(kind.options))
+      expected = one_of(name, tuple(kind.options))
       raise ValueError(
         f"{name!r} is no setting of {config.name}; expected {expected}"
       )
   values = read_options(config, kind.options)
   kind.check(values)
   return values
-
-
-def _choice(name: str, known: Sequence[str]) -> str:
-  """The names there are, and the one that is spelt most like `name`."""
-  near = difflib.get_close_matches(name, known, n=1)
-  hint = f"; did you mean {near[0]!r}?" if near else ""
-  return f"one of {', '.join(known) or 'none'}{hint}"
 
 
 def muon_dimensions(boxed_params: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import importlib.util
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 import jax
 
-from gdn2_jax.config_class import config_class
+from gdn2_jax.config_class import config_class, one_of
 from gdn2_jax.config_json import to_json
 from gdn2_jax.train.report.writers.jsonl import JsonlWriter
 from gdn2_jax.train.report.writers.protocol import Writer
@@ -39,9 +38,7 @@ def validate(config: ReportConfig) -> None:
   flag = f"--config.report.writers={config.writers!r}"
   for name in config.writers:
     if name not in ("jsonl", *_NAMES):
-      near = difflib.get_close_matches(name, _NAMES, n=1)
-      hint = f"; did you mean {near[0]!r}?" if near else ""
-      raise ValueError(f"{flag}: expected names among {_NAMES}{hint}")
+      raise ValueError(f"{flag}: {name!r}: expected {one_of(name, _NAMES)}")
 
 
 def check_writers(config: ReportConfig) -> None:
