@@ -70,7 +70,7 @@ class TrainConfig:
     num_steps: optimizer steps, one global batch each.
     grad_accum: microbatches per batch; more of them need less memory.
     seed: seed of the initial parameters.
-    log_every: steps between rows of metrics.jsonl.
+    log_every: steps between rows of metrics.jsonl, which are their means.
     max_skipped: batches in a row without an update that end the run.
     watchdog_seconds: seconds that a step may take, data included; after that
       the process prints its stacks and ends with exit code 75. 0 = no limit.

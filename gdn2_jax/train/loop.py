@@ -14,7 +14,11 @@ from gdn2_jax.model.accounting import count_parameters
 from gdn2_jax.model.lm import LM
 from gdn2_jax.sharding import batch_sharding, make_mesh, use_mesh
 from gdn2_jax.train.checkpoint.manager import Checkpointer
-from gdn2_jax.train.checkpoint.meta import committed_steps, make_meta
+from gdn2_jax.train.checkpoint.meta import (
+  committed_steps,
+  make_meta,
+  read_meta,
+)
 from gdn2_jax.train.checkpoint.resume import resume
 from gdn2_jax.train.config import TrainConfig, preflight, validate
 from gdn2_jax.train.device_put import part_to_read, put_batch
@@ -23,6 +27,7 @@ from gdn2_jax.train.processes.join import leaving_if_a_peer_is_lost
 from gdn2_jax.train.processes.lock import WorkdirLock
 from gdn2_jax.train.processes.watchdog import Watchdog
 from gdn2_jax.train.report import writer as writer_lib
+from gdn2_jax.train.report.interval import Interval
 from gdn2_jax.train.report.report import Report
 from gdn2_jax.train.report.result import Result
 from gdn2_jax.train.report.writers import Writer, check_writers
@@ -95,8 +100,12 @@ def train(
     meta = make_meta(config, dataset.fingerprint, versions, blueprint.abstract)
     resumed = resume(checkpointer, blueprint.abstract, meta)
     # Written only now: a refused run must not change the workdir.
+    interval = Interval()
     if resumed is None:
       resumed = first_state(config, model, blueprint, source, say), 0
+    else:
+      saved = read_meta(root / "checkpoints", resumed[1])
+      interval = Interval.of_checkpoint(saved)
     state, step = resumed
     del resumed, source  # the state is donated to the first step
     if first:
@@ -104,7 +113,7 @@ def train(
       writer_lib.write_json(root / "config.json", dataclasses.asdict(config))
       dataset.tokenizer.save(root / "tokenizer.json")
 
-    report = Report(config, root, dataset, step, say, writers)
+    report = Report(config, root, dataset, step, say, writers, interval)
     stack.callback(report.close)
     watchdog = stack.enter_context(Watchdog(config.watchdog_seconds))
     guard = Guard(lock, watchdog, checkpointer.reached_preemption)
@@ -146,6 +155,7 @@ def train(
           # drops later rows, and finds no gap.
           report.pause()
           with watchdog.saving():
+            meta["interval"] = dataclasses.asdict(report.interval)
             checkpointer.save(step, state, meta)
     # Ends the threads and workers of the data before the evaluation.
     del batches

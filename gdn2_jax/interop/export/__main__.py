@@ -43,6 +43,7 @@ from gdn2_jax.interop.export.program import (
 from gdn2_jax.interop.folder import check_target
 from gdn2_jax.interop.tree import cast_params
 from gdn2_jax.train.checkpoint import load_run
+from gdn2_jax.train.report.evaluation import card_facts
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
 _STEP = flags.DEFINE_integer(
@@ -149,6 +150,7 @@ def _load() -> tuple[Model, dict[str, str]]:
     "training steps": f"{run.step:,}",
     "training tokens": f"{tokens:,} in rows of {data.seq_len:,}",
     "training data": data.source,
+    **card_facts(_WORKDIR.value, run.step),
   }
 
 

@@ -72,11 +72,11 @@ def _draw_losses(axes, rows: Sequence[Mapping[str, Any]]) -> None:
   train = _points(rows, ("train",), "loss")
   if len(train):
     steps, losses = train.T
-    # Each row is the loss of one batch: several of them average the noise out.
+    # A row may be the loss of one batch: several of them average the noise out.
     window = max(5, len(train) // 50)
     mean = trailing_mean(losses, window)
     style = {"color": _TRAIN, "linewidth": 0.8, "alpha": 0.3}
-    axes.plot(steps, losses, label="training, logged steps", **style)
+    axes.plot(steps, losses, label="training, logged means", **style)
     label = f"mean of the last {window} of them ({mean[-1]:.3f} at the end)"
     axes.plot(steps, mean, color=_TRAIN, linewidth=1.8, label=label)
   validation = _points(rows, ("eval", "final"), "loss_1x")

@@ -16,6 +16,7 @@ from gdn2_jax.eval.loss.report import LossReport, format_table
 from gdn2_jax.model.accounting import train_flops_per_token
 from gdn2_jax.train.config import TrainConfig
 from gdn2_jax.train.report.gates import layer_gates
+from gdn2_jax.train.report.interval import Interval
 from gdn2_jax.train.report.plot import plot_loss
 from gdn2_jax.train.report.skipped import SkippedBatches
 from gdn2_jax.train.report.throughput import Throughput
@@ -77,7 +78,11 @@ class Progress:
 
 
 class Report:
-  """Metrics files, progress and evaluations of a run from `first_step` on."""
+  """Metrics files, progress and evaluations of a run from `first_step` on.
+
+  Attributes:
+    interval: sums since the last row, to be stored with a checkpoint.
+  """
 
   def __init__(
     self,
@@ -87,7 +92,9 @@ class Report:
     first_step: int,
     say: Callable[[str], None],
     writers: Sequence[Writer] = (),
+    interval: Interval | None = None,
   ):
+    self.interval = interval or Interval()
     self._config = config
     self._workdir = workdir
     self._dataset = dataset
@@ -126,8 +133,10 @@ class Report:
         f"{values['grad_norm']}: update skipped ({in_a_row} in a row), "
         f"{records}"
       )
+    else:
+      self.interval.add(values)
     if step % self._config.log_every == 0:
-      values |= self._throughput.read(step)
+      values = self.interval.take(values) | self._throughput.read(step)
       self._write(step, "train", values)
       self._progress.row(step, values)
     if in_a_row >= self._config.max_skipped:
