@@ -70,6 +70,21 @@ def pytest_collection_modifyitems(config, items):
   items[:] = keep
 
 
+# Linux allows a process 65,530 mappings (vm.max_map_count). A compiled program
+# takes several, and LLVM crashes without a message where it gets no more.
+MAPS = pathlib.Path("/proc/self/maps")
+MOST_MAPS = 20_000  # a module may add as many
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+  """Drops compiled programs after a module if the process holds many."""
+  yield
+  if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+    jax.clear_caches()
+    gc.collect()
+
+
 @pytest.fixture
 def rng():
   """A NumPy generator with a fixed seed."""
