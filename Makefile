@@ -17,7 +17,7 @@ AOT_VENV := .venv-aot-$(AOT_JAX)
 NVDISASM ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train generate plan test test-slow hf lint format notebooks \
+.PHONY: help setup train generate plan test test-slow test-deep hf lint format notebooks \
   docs docs-serve faults bench bench-serve replicate gpu aot aot-all model clean
 
 help: ## list the targets
@@ -51,11 +51,15 @@ plan: $(READY) ## parameters, memory and FLOPs of CONFIG, nothing allocated
 	$(BIN)/python -m gdn2_jax.plan --config=$(CONFIG) $(ARGS)
 
 test: $(READY) ## run the test suite, but for the slow tests
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m 'not slow' \
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m 'not slow and not deep' \
 	  --durations=10 $(ARGS)
 
 test-slow: $(READY) ## run rehearsals, kill loops and long interpreter cases
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m slow \
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m 'slow and not deep' \
+	  --durations=10 $(ARGS)
+
+test-deep: $(READY) ## run the longest tests, which CI leaves out (~15 minutes)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m deep \
 	  --durations=10 $(ARGS)
 
 hf: .venv-hf/.ready ## test folders for transformers, with torch on the CPU

@@ -25,6 +25,7 @@ from tests.tiny_run import ROOT, run_module
 README = ROOT / "benchmarks" / "README.md"
 
 
+@pytest.mark.deep
 @pytest.mark.slow
 def test_rehearsal_runs_every_part():
   before = README.read_text()

@@ -43,6 +43,7 @@ def test_killed_runs_lose_nothing(lab):
   assert "bit-identical" in outcome.notes["state after the last kill"]
 
 
+@pytest.mark.deep
 def test_killed_half_way_through_removing_a_step(lab):
   passed(signals.kill_in_retention, lab, 1, faults=("die_in_trash",))
 
@@ -56,6 +57,7 @@ def test_the_last_save_fails(lab):
   passed(damage.failed_last_save, lab, 1)
 
 
+@pytest.mark.deep
 def test_second_sigterm_during_the_save(lab):
   passed(signals.second_signal, lab, 1)
 
@@ -65,6 +67,7 @@ def test_flipped_bits(lab):
   assert outcome.notes["fell back"] > 0
 
 
+@pytest.mark.deep
 def test_flips_would_be_noticed_if_nobody_looked(lab, monkeypatch):
   """The same flips, restored as orbax alone would: some go unseen."""
   monkeypatch.setattr(

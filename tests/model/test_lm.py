@@ -144,6 +144,7 @@ def test_scan_equals_unrolled(pattern):
   jax.tree.map(close, got_cache, want_cache)
 
 
+@pytest.mark.deep
 @pytest.mark.slow
 def test_remat_changes_no_gradient():
   _, params, _ = small_model("GS")

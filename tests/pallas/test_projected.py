@@ -93,7 +93,7 @@ def run(implementation, p, case, erase_scale):
   [
     (150, 64, 64, 1.0, BFLOAT16),
     (64, 128, 64, 2.0, BFLOAT16),
-    (64, 64, 64, 1.0, FLOAT16),
+    pytest.param(64, 64, 64, 1.0, FLOAT16, marks=pytest.mark.deep),
   ],
 )
 def test_outputs_and_gradients(T, K, V, erase_scale, dtype, rng):
@@ -121,6 +121,7 @@ def test_outputs_and_gradients(T, K, V, erase_scale, dtype, rng):
   assert max(ratios.values()) <= CONTRACT, ratios
 
 
+@pytest.mark.deep
 def test_in_sections(rng, cut):
   # Against the uncut kernels: the gradient of A_log is one number here, whose
   # error is a matter of luck in every implementation.
@@ -140,7 +141,13 @@ def test_in_sections(rng, cut):
   assert max(ratios.values()) <= 1.25, ratios
 
 
-@pytest.mark.parametrize("settings", [{"gates": "tied"}, {"decay": "scalar"}])
+@pytest.mark.parametrize(
+  "settings",
+  [
+    pytest.param({"gates": "tied"}, marks=pytest.mark.deep),
+    {"decay": "scalar"},
+  ],
+)
 def test_gates_with_one_channel_per_head(settings, monkeypatch):
   # They are broadcast before the kernels.
   def mixer(implementation, dtype="bfloat16"):

@@ -167,6 +167,7 @@ def test_a_killed_command_loses_and_repeats_nothing(tmp_path, env):
   assert (tmp_path / "claims.md").exists()
 
 
+@pytest.mark.deep
 @pytest.mark.slow
 def test_rehearsal_of_the_gpu_budget(tmp_path, env):
   flags = ["--budget=gpu15", "--rehearse", "--workers=2", "--minutes=20"]

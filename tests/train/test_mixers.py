@@ -72,7 +72,10 @@ def assert_writes_and_publishes(config, params, folder):
 
 @pytest.mark.slow
 # Mixers share a run; only one with A has a cache that grows with the tokens.
-@pytest.mark.parametrize("pattern", ["KDES", "MNS", "A"])
+@pytest.mark.parametrize(
+  "pattern",
+  [*(pytest.param(p, marks=pytest.mark.deep) for p in ("KDES", "MNS")), "A"],
+)
 def test_a_run_trains_resumes_writes_and_is_published(
   pattern, cache_dir, dataset, tmp_path, monkeypatch
 ):

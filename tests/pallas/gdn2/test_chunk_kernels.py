@@ -130,6 +130,7 @@ def test_vectors(name, bound):
   check(load_vector(name) | {"scale": SCALE}, bound)
 
 
+@pytest.mark.deep
 def test_tokens_and_channels_that_fill_no_tile():
   # Two heads: few numbers make up db of one, whose error is a matter of luck.
   check(load_vector("gdn2_ragged_kv", heads=2))
@@ -151,6 +152,7 @@ def test_tied_gates(name):
   check(case | {"scale": SCALE})
 
 
+@pytest.mark.deep
 def test_two_warpgroups_and_every_slot_used_again(rng):
   # Four chunks: two stages of loads wrap around twice.
   case = numerics.make_case(
@@ -184,6 +186,7 @@ def test_value_tiles_of_a_block_change_no_bit(rng, monkeypatch):
     np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.deep
 def test_float16(rng):
   case = numerics.make_case(
     rng, T=128, H=4, K=64, V=64, dtype=jnp.float16, g=(-0.5, 0.0)

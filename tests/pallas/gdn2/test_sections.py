@@ -210,7 +210,11 @@ def test_sections_are_as_accurate_as_the_whole(g, rng):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("T", "K", "V", "count"), [(256, 128, 128, 4), (300, 64, 128, 3)]
+  ("T", "K", "V", "count"),
+  [
+    pytest.param(256, 128, 128, 4, marks=pytest.mark.deep),
+    (300, 64, 128, 3),
+  ],
 )
 def test_contract(T, K, V, count, rng, cut):
   case = numerics.make_case(
@@ -220,6 +224,7 @@ def test_contract(T, K, V, count, rng, cut):
   test_chunk_kernels.check(case)
 
 
+@pytest.mark.deep
 @pytest.mark.slow
 def test_float16(rng, cut):
   case = numerics.make_case(
@@ -250,6 +255,7 @@ def test_documents_and_padding(rng, cut):
   assert max(ratios.values()) <= test_chunk_kernels.CONTRACT, ratios
 
 
+@pytest.mark.deep
 @pytest.mark.slow
 def test_the_future_changes_no_bit(rng, cut):
   # A loss on the tokens before p, in the second of three sections. The same
