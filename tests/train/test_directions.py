@@ -200,14 +200,14 @@ def no_report(monkeypatch):
 @pytest.mark.parametrize(
   ("name", "options"),
   [
-    ("muon", ()),
+    pytest.param("muon", (), marks=pytest.mark.slow),
     pytest.param(
       "adafactor",
       ("min_dim_size_to_factor=16", "momentum=0.5"),
       marks=pytest.mark.slow,
     ),
     pytest.param("lion", (), marks=pytest.mark.slow),
-    pytest.param("sgd", (), marks=pytest.mark.slow),
+    ("sgd", ()),
     pytest.param("nadamw", (), marks=pytest.mark.slow),
   ],
 )

@@ -47,6 +47,7 @@ def digests(workdir):
   return {s: read_meta(folder, s)["digests"] for s in (STEPS // 2, STEPS)}
 
 
+@pytest.mark.slow
 def test_stopped_at_the_start_in_the_middle_and_where_epochs_meet(
   small, tmp_path
 ):
