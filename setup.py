@@ -12,9 +12,15 @@ PROJECT = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
 
 def index_readme() -> str:
   """README.md, whose relative links would lead nowhere on an index."""
-  source = f"{PROJECT['urls']['Source']}/blob/v{PROJECT['version']}"
+  base, version = PROJECT["urls"]["Source"], PROJECT["version"]
+
+  def absolute(link: re.Match) -> str:
+    # A page about a picture is no picture.
+    view = "raw" if link[1].endswith((".png", ".svg")) else "blob"
+    return f"]({base}/{view}/v{version}/{link[1]})"
+
   relative = r"\]\((?!https?://|#)([^)]+)\)"
-  return re.sub(relative, rf"]({source}/\1)", (HERE / "README.md").read_text())
+  return re.sub(relative, absolute, (HERE / "README.md").read_text())
 
 
 setup(
