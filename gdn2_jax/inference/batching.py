@@ -1,7 +1,9 @@
 """Continuous batching: requests that come and go are decoded together."""
 
 import collections
+import contextlib
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +20,10 @@ from gdn2_jax.inference.decode import (
   for_loop,
   pad_stops,
 )
-from gdn2_jax.inference.request import Request
+from gdn2_jax.inference.request import Reading, Request
 from gdn2_jax.inference.rows import put, take
 from gdn2_jax.inference.sampling import GREEDY, Sampler, row_samplers
-from gdn2_jax.inference.state import State, init_state
+from gdn2_jax.inference.state import CHUNK_SIZE, State, init_state
 from gdn2_jax.model.config import ModelConfig
 
 _put_in_place = jax.jit(put, donate_argnums=0)
@@ -41,6 +43,7 @@ class Completion:
     pending: with `state`: the last token chosen, with which a continuation
       begins. None if no token was chosen.
     index: with `state`: tokens chosen, a stop id included.
+    begun: `time.monotonic()` at which it got a slot; None while it waits.
   """
 
   request: Request = dataclasses.field(repr=False)
@@ -52,6 +55,7 @@ class Completion:
   state: State | None = dataclasses.field(default=None, repr=False)
   pending: int | None = None
   index: int = 0
+  begun: float | None = None
   cancelled: bool = False
 
   def cancel(self) -> None:
@@ -73,8 +77,11 @@ class Batcher:
     batcher.run()  # or batcher.step(), as often as it returns True
     completion.tokens
 
-  One thread calls `step` or `run`; any may submit and cancel meanwhile. While a
-  prompt is read the others wait: read a long one elsewhere, submit its state.
+  Prompts are read in pieces between decoding steps, so that a long one does not
+  hold up the others: a step reads about `prefill_piece` tokens of the prompts,
+  which take turns, and then decodes.
+
+  One thread calls `step` or `run`; any may submit and cancel meanwhile.
 
   Args:
     params: unboxed parameters of LM(config). With scan_layers and
@@ -85,6 +92,9 @@ class Batcher:
     max_length: tokens of a request, prompt and new ones together; needed by
       models with full attention alone.
     tokens_per_dispatch: >= 1; does not change the tokens.
+    prefill_piece: tokens of a prompt read at a time, >= 1. A smaller one holds
+      up others for less long, and takes longer in all. The default reads as
+      `generate` does, bit for bit; others differ by rounding.
   """
 
   def __init__(
@@ -95,13 +105,18 @@ class Batcher:
     *,
     max_length: int | None = None,
     tokens_per_dispatch: int = TOKENS_PER_DISPATCH,
+    prefill_piece: int = CHUNK_SIZE,
   ):
     require_count("num_slots", num_slots)
     require_count("tokens_per_dispatch", tokens_per_dispatch)
+    require_count("prefill_piece", prefill_piece)
     self._params = params
     self._loop_params = for_loop(params, config)
     self._state = init_state(config, num_slots, max_length)
     self._size = tokens_per_dispatch
+    self._piece = prefill_piece
+    # Prompts that are being read, by slot, in the order of their turns.
+    self._readings: dict[int, Reading] = {}
     self._waiting = collections.deque()
     self._deliveries = collections.deque()
     self._slots: list[Completion | None] = [None] * num_slots
@@ -119,7 +134,7 @@ class Batcher:
 
   @property
   def active(self) -> int:
-    """Requests in slots."""
+    """Requests in slots, those whose prompt is being read included."""
     return sum(completion is not None for completion in self._slots)
 
   @property
@@ -188,7 +203,7 @@ class Batcher:
       pass
 
   def step(self) -> bool:
-    """Fills free slots, chooses some tokens for all, calls `on_tokens`.
+    """Reads pieces of prompts, chooses tokens for all, calls `on_tokens`.
 
     Ends early when a request does, so that its slot is soon taken again.
     Raises nothing for a request without finite logits: see its `error`.
@@ -197,8 +212,9 @@ class Batcher:
       True while a request is active or waiting.
     """
     self._release()
-    admitted = self._admit()
-    if self.active:
+    self._admit()
+    filled = self._read()
+    if self.active > len(self._readings):
       taken = [used and used.request for used in self._slots]
       # A free slot is a row that is done, and greedy: drawing costs more.
       samplers = [r.sampler if r else GREEDY for r in taken]
@@ -211,7 +227,7 @@ class Batcher:
         self._state,
         self._rows,
         # The first token of a request comes alone, as soon as can be.
-        count=1 if admitted else self._size,
+        count=1 if filled else self._size,
         size=self._size,
         pause=True,
         loop_params=self._loop_params,
@@ -230,42 +246,65 @@ class Batcher:
         completion.cancel()
     return bool(self.active or self._waiting)
 
-  def _admit(self) -> bool:
-    """Reads waiting requests into free slots; True if there was one."""
-    free = [i for i, used in enumerate(self._slots) if used is None]
-    admitted = False
-    while free and self._waiting:
-      completion = self._waiting.popleft()
-      if completion.cancelled:
-        completion.done = True
-        continue
-      try:
-        self._fill(free[0], completion)
-      except BaseException as error:
-        completion.error = error
-        completion.done = True  # or its caller would wait for ever
-        raise
-      free.pop(0)
-      admitted = True
-    return admitted
+  def _admit(self) -> None:
+    """Gives free slots to waiting requests, in the order of their arrival."""
+    for completion in [c for c in self._waiting.copy() if c.cancelled]:
+      self._waiting.remove(completion)
+      completion.done = True
+    for slot, used in enumerate(self._slots):
+      if used is None and self._waiting:
+        completion = self._waiting.popleft()
+        with self._ends_if_it_fails(slot, completion):
+          self._readings[slot] = Reading(completion.request, self._piece)
+          self._slots[slot] = completion
+          completion.begun = time.monotonic()
 
-  def _fill(self, slot, completion):
-    state, rows = completion.request.begin(self._params)
+  def _read(self) -> bool:
+    """Reads about one piece of prompts in turns; True if one was completed."""
+    room, filled = self._piece, False
+    while self._readings and room > 0:
+      slot, reading = next(iter(self._readings.items()))
+      with self._ends_if_it_fails(slot, self._slots[slot]):
+        # A prompt of one token takes time as well: its row is written.
+        room -= max(1, reading.advance(self._params))
+        del self._readings[slot]
+        if reading.left:
+          self._readings[slot] = reading  # behind the others
+        else:
+          self._fill(slot, *reading.end())
+          filled = True
+    return filled
+
+  @contextlib.contextmanager
+  def _ends_if_it_fails(self, slot, completion):
+    try:
+      yield
+    except BaseException as error:
+      completion.error = error
+      completion.done = True  # or its caller would wait for ever
+      self._readings.pop(slot, None)
+      self._slots[slot] = None
+      raise
+
+  def _fill(self, slot, state, rows):
     self._state = _put_in_place(self._state, np.asarray([slot]), state)
-    self._slots[slot] = completion
     self._keys[slot] = rows.key
     for name in ("token", "index", "limit", "done"):
       getattr(self._rows, name)[slot] = getattr(rows, name)[0]
     self._rows = self._rows.replace(key=jnp.concatenate(self._keys))
 
-  def _release(self):
+  def _release(self) -> None:
     """Frees the slots of requests that ended or were cancelled."""
     for slot, completion in enumerate(self._slots):
       if completion is None:
         continue
-      if not (self._rows.done[slot] or completion.cancelled):
+      reads = slot in self._readings
+      ended = self._rows.done[slot] and not reads
+      if not (ended or completion.cancelled):
         continue
-      if completion.keep_state and completion.error is None:
+      if reads:
+        del self._readings[slot]  # cancelled: it has no state to keep
+      elif completion.keep_state and completion.error is None:
         completion.state = take(self._state, [slot])
         completion.pending = int(self._rows.token[slot])
         completion.index = int(self._rows.index[slot])

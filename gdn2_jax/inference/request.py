@@ -1,4 +1,4 @@
-"""Validates a generation request and starts it."""
+"""Validates a generation request and reads its prompts."""
 
 import dataclasses
 from typing import Any
@@ -77,22 +77,28 @@ class Request:
 
   def begin(self, params) -> tuple[State, Rows]:
     """Reads the prompts but for their last tokens."""
+    state = self.empty()
+    tokens, lengths = self._block()
+    _, state = read(params, tokens, lengths - 1, state)
+    return state, self.rows()
+
+  def empty(self) -> State:
+    """The state that the prompts continue."""
     # Again: a request may have waited.
     require_alive(self.state)
-    lengths = self._lengths()
+    if self.state is not None:
+      return self.state
+    longest = int(self._lengths().max()) + self.max_new_tokens
+    # A power of two: few shapes, few programs.
+    max_length = self.max_length or bucket(longest, MAX_POSITION)
+    return init_state(self.config, len(self.prompts), max_length)
+
+  def rows(self) -> Rows:
+    """Inputs of the first tokens, once the prompts have been read."""
+    tokens, lengths = self._block()
     batch_size = len(lengths)
-    state = self.state
-    if state is None:
-      longest = int(lengths.max()) + self.max_new_tokens
-      # A power of two: few shapes, few programs.
-      max_length = self.max_length or bucket(longest, MAX_POSITION)
-      state = init_state(self.config, batch_size, max_length)
-    tokens = np.zeros((batch_size, lengths.max()), np.int32)
-    for row, prompt in zip(tokens, self.prompts, strict=True):
-      row[: prompt.size] = prompt
-    _, state = read(params, tokens, lengths.astype(np.int32) - 1, state)
     key = jax.vmap(jax.random.fold_in, (None, 0))
-    return state, Rows(
+    return Rows(
       token=tokens[np.arange(batch_size), lengths - 1],
       index=self.index,
       limit=self.index + self.max_new_tokens,
@@ -101,3 +107,49 @@ class Request:
       stops=pad_stops([self.stop_ids] * batch_size),
       sampler=self.sampler,
     )
+
+  def _block(self):
+    """The prompts as one padded block [B, T], and their lengths [B]."""
+    lengths = self._lengths().astype(np.int32)
+    tokens = np.zeros((len(lengths), lengths.max()), np.int32)
+    for row, prompt in zip(tokens, self.prompts, strict=True):
+      row[: prompt.size] = prompt
+    return tokens, lengths
+
+
+class Reading:
+  """Prompt of a request of one sequence, read piece by piece.
+
+  Pieces of CHUNK_SIZE tokens give, bit for bit, the state of `Request.begin`;
+  others the same up to rounding. How a prompt is cut depends on it alone.
+
+  Args:
+    request: request of one prompt, whose state is donated.
+    piece: tokens of a piece, >= 1; the last one has the rest.
+  """
+
+  def __init__(self, request: Request, piece: int):
+    self._request, self._piece = request, piece
+    self._tokens = request.prompts[0][None, :-1]
+    self._read = 0
+    self._state = request.empty()
+
+  @property
+  def left(self) -> int:
+    """Tokens that are still to be read."""
+    return self._tokens.shape[1] - self._read
+
+  def advance(self, params: Any) -> int:
+    """Reads the next piece; returns its tokens, 0 if nothing is left."""
+    size = min(self._piece, self.left)
+    if size:
+      tokens = self._tokens[:, self._read : self._read + size]
+      lengths = np.asarray([size], np.int32)
+      _, self._state = read(params, tokens, lengths, self._state, self._piece)
+      self._read += size
+    return size
+
+  def end(self) -> tuple[State, Rows]:
+    """State after the whole prompt but its last token, and the row's inputs."""
+    assert not self.left
+    return self._state, self._request.rows()

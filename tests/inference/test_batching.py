@@ -1,11 +1,13 @@
 """Continuous batching: each request gets the tokens it gets alone."""
 
 import jax
+import numpy as np
 import pytest
 
 from gdn2_jax.inference.batching import Batcher
 from gdn2_jax.inference.checks import NonFiniteError
 from gdn2_jax.inference.generate import generate
+from gdn2_jax.inference.request import Reading, Request
 from gdn2_jax.inference.sampling import GREEDY, Sampler
 from gdn2_jax.inference.state import init_state
 from tests.inference.conftest import damage_params, damage_state, make_tiny
@@ -212,3 +214,78 @@ def test_a_request_that_cannot_begin_ends(attention):
   assert lost.done and lost.tokens == []
   assert "state: was donated" in str(lost.error)
   assert (batch.active, batch.waiting) == (0, 0)
+
+
+LONG = [(7 * i + 3) % 61 for i in range(90)]
+
+
+def test_a_long_prompt_is_read_between_the_steps_of_others(hybrid, alone):
+  """In pieces of 20, of which each step reads one; no other request waits."""
+  batch = Batcher(
+    hybrid.params, hybrid.config, 3, tokens_per_dispatch=2, prefill_piece=20
+  )
+  first = submit(batch, 0)
+  batch.step()
+  long = batch.submit(LONG, 4, rng=jax.random.key(9), sampler=GREEDY)
+  counts = []
+  while not long.tokens:
+    batch.step()
+    counts.append(len(first.tokens))
+    if len(counts) == 1:
+      short = submit(batch, 1)  # its prompt takes its turn
+  assert len(counts) == 5  # pieces: 20 * 4, with one token of `short`, and 9
+  assert counts[:4] == [3, 5, 6, 8]  # a first token comes alone
+  assert short.done
+  batch.run()
+  assert (first.tokens, short.tokens) == (alone[0], alone[1])
+  want = generate(
+    hybrid.params,
+    hybrid.config,
+    [LONG],
+    4,
+    rng=jax.random.key(9),
+    sampler=GREEDY,
+  )
+  assert [long.tokens] == want
+
+
+def test_pieces_give_the_state_of_one_prefill(hybrid):
+  """Every bit with the default piece, else up to rounding."""
+
+  def request():
+    one = jax.random.key(0)
+    return Request(
+      hybrid.config, [LONG], 1, one, GREEDY, (), state=None, index=0
+    )
+
+  want, _ = request().begin(hybrid.params)
+  for piece, tolerance in ((20, 1e-5), (512, 0.0)):
+    reading, sizes = Reading(request(), piece), []
+    while reading.left:
+      sizes.append(reading.advance(hybrid.params))
+    assert sizes == ([20] * 4 + [9] if piece == 20 else [89])
+    state, rows = reading.end()
+    assert state.position.tolist() == [89] and rows.token.tolist() == LONG[-1:]
+    for x, y in zip(
+      jax.tree.leaves(state.cache), jax.tree.leaves(want.cache), strict=True
+    ):
+      assert np.abs(x - y).max() <= tolerance
+
+
+def test_a_prompt_may_be_cancelled_while_it_is_read(hybrid, alone):
+  batch = Batcher(hybrid.params, hybrid.config, 1, prefill_piece=20)
+  long = batch.submit(LONG, 4, rng=jax.random.key(9), keep_state=True)
+  waits, gone = submit(batch, 1), submit(batch, 2)
+  gone.cancel()
+  batch.step()
+  assert (batch.active, batch.waiting) == (1, 1)
+  assert gone.done and long.begun is not None and waits.begun is None
+  long.cancel()
+  batch.run()
+  assert long.done and long.tokens == [] and long.state is None
+  assert waits.tokens == alone[1] and (batch.active, batch.waiting) == (0, 0)
+
+
+def test_the_piece_is_a_count(attention):
+  with pytest.raises(ValueError, match="prefill_piece: expected >= 1, got 0"):
+    Batcher(attention.params, attention.config, 2, prefill_piece=0)
