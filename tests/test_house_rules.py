@@ -37,6 +37,7 @@ ALLOWED = {
   "interop": "typing files config_json sharding model data",
   "inference": "typing files config_json sharding ops model interop",
   "analysis": "typing ops model",
+  "explorer": "typing files data interop model analysis train",
   "eval": "typing files config_class sharding ops model data interop inference "
   "analysis",
   "train": "typing files config_class config_json sharding model data interop "
