@@ -51,7 +51,14 @@ ALLOWED = {
   "aot": "typing kernels sharding pallas triton ops model data train inference",
 }
 # Entry points stand above all layers and are imported by nobody.
-ENTRY_POINTS = {"convert", "export", "generate", "launch", "plan"}
+ENTRY_POINTS = {
+  "convert",
+  "explore",
+  "export",
+  "generate",
+  "launch",
+  "plan",
+}
 
 
 def layer_of(module: str) -> str:

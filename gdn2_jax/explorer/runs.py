@@ -54,6 +54,10 @@ class Head:
   w: Float[np.ndarray, "T V"]
   o: Float[np.ndarray, "T V"]
 
+  def first(self, tokens: int) -> "Head":
+    """The same arrays of the first tokens."""
+    return Head(**{name: getattr(self, name)[:tokens] for name in _NAMES})
+
 
 def layers_to_explore(config: ModelConfig) -> list[int]:
   """Layers whose gates can be changed: Gated DeltaNet-2 and its relatives.
