@@ -4,6 +4,7 @@
   gdn2 generate    continue a prompt with a trained model
   gdn2 chat        talk with a trained model, line by line
   gdn2 eval        loss on held-out text, needles, recall, lm-eval's tasks
+  gdn2 explore     page of gates, states and changed gates over a text
   gdn2 plan        parameters, memory and FLOPs of a config, before it runs
   gdn2 data        pack text or FineWeb-Edu into rows for training
   gdn2 export      publish a run as one folder, with programs if wanted

@@ -1,0 +1,5 @@
+"""Interactive explorer of the gates and states of a model over a text."""
+
+from gdn2_jax.explorer.page import save_page
+
+__all__ = ["save_page"]

@@ -1,0 +1,1 @@
+"""Bokeh figures, layout and scripts of the explorer."""
