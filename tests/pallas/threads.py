@@ -185,6 +185,8 @@ class Warpgroup:
       return np.where(flag.reshape(flag.shape + (1,) * (x[1].ndim - 1)), *x[1:])
     if name == "arith.truncf":
       return x[0].astype(_numpy(op))
+    if name == "math.rsqrt":
+      return (1 / np.sqrt(x[0].astype(np.float64))).astype(np.float32)
     if name == "math.fma":
       a, b, c = (y.astype(np.float64) for y in x)
       return (a * b + c).astype(np.float32)

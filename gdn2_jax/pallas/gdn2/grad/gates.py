@@ -24,11 +24,11 @@ _EXPONENT, _ONE = 0x7F800000, 0x3F800000  # bits of a float32
 def log_decay(chunk, f):
   """g of this warpgroup's channels and tokens, not masked."""
   x = f + chunk.load_vector("rates", 1)
-  return chunk.load_vector("rates", 0) * projected.softplus(x)
+  return chunk.load_vector("rates", 0) * projected.softplus_to_5_digits(x)
 
 
 def take_inputs(chunk):
-  """Replaces b by its gate, and sums the squares of q and of k."""
+  """Replaces b by its gate, and stores the norms of q and of k."""
   chunk = chunk.recomputed()
   for n, name in enumerate("qk"):
 
@@ -38,7 +38,7 @@ def take_inputs(chunk):
       # with padding, which may be NaN, are off the diagonal.
       x = Operand(chunk.s[name], PART)
       square = dot(blocks.zeros(C, C), (x, x.T))
-      columns.store_diagonal(chunk.s["squares"].at[n], square, chunk.s["kinds"])
+      columns.store_norms(chunk.s["norms"].at[n], square, chunk.s["kinds"])
 
   b = chunk.erase_scale * projected.sigmoid(chunk.load("b"))
   columns.store(chunk.key("b"), b)  # masked later
@@ -50,9 +50,8 @@ def _norm(chunk, n, tokens, axis=0):
   The first, a power of two for the range of float16, is on the numbers in
   shared memory. It is None otherwise.
   """
-  ref = chunk.s["squares"].at[n, tokens]
-  squares = plgpu.load(ref, layout=ROWS.reduce(axis))
-  norm = lax.rsqrt(squares + projected.EPS)
+  ref = chunk.s["norms"].at[n, tokens]
+  norm = plgpu.load(ref, layout=ROWS.reduce(axis))
   if not chunk.is_scaled:
     return None, norm
   bits = lax.bitcast_convert_type(norm, jnp.int32)
@@ -118,7 +117,7 @@ def begin(chunk):
 def through_gate(chunk, rows, db):
   """Gradient before the sigmoid of b, from that of b."""
   # In float32: 1 - b of a gate rounded to 16 bits may be 0.
-  _, slope = projected.sigmoid_and_slope(chunk.load("raw_b", rows))
+  slope = projected.slope_of_sigmoid(chunk.load("raw_b", rows))
   return db * (chunk.erase_scale * slope)
 
 
@@ -126,8 +125,9 @@ def through_decay(chunk, rows, dg):
   """Gradient of f, from that of g; adds to the gradients of the rates."""
   rate, bias = (chunk.load_vector("rates", m, BLOCK) for m in range(2))
   f = chunk.load("raw_f", rows) + bias
-  df = dg * rate * projected.sigmoid(f)
-  for m, x in enumerate((dg * projected.softplus(f), df)):
+  plus, slope = projected.softplus_and_slope(f)
+  df = dg * rate * slope
+  for m, x in enumerate((dg * plus, df)):
     ref = chunk.vector("drates", 2 * chunk.half + m)
     ref[...] = plgpu.load(ref, layout=ROWS.reduce(1)) + x.sum(axis=1)
   return df
