@@ -38,6 +38,7 @@ _UNSIGNED = {
   "arith.divui": operator.floordiv,
   "arith.remui": operator.mod,
   "arith.shrui": operator.rshift,
+  "arith.shli": operator.lshift,
   "llvm.mul": operator.mul,
   "llvm.add": operator.add,
 }
@@ -186,7 +187,8 @@ class Warpgroup:
     if name == "arith.truncf":
       return x[0].astype(_numpy(op))
     if name == "math.rsqrt":
-      return (1 / np.sqrt(x[0].astype(np.float64))).astype(np.float32)
+      with np.errstate(invalid="ignore"):
+        return (1 / np.sqrt(x[0].astype(np.float64))).astype(np.float32)
     if name == "math.fma":
       a, b, c = (y.astype(np.float64) for y in x)
       return (a * b + c).astype(np.float32)

@@ -199,7 +199,7 @@ class _Chunk:
 
   def load(self, name, rows=None):
     """Loads q, k or b as an array [channels, tokens]."""
-    return columns.load(self.key(name, rows)).astype(jnp.float32)
+    return inline.widen(columns.load(self.key(name, rows)))
 
   def run(self):
     self.load_keys()

@@ -152,7 +152,7 @@ def _add_dgamma_C(chunk):
   product = 1.0
   for name in ("S", "dS"):
     ref = _of_state(chunk.s[name], chunk.half, chunk.K).at[chunk.channels]
-    product *= blocks.load(ref).astype(jnp.float32)
+    product *= inline.widen(blocks.load(ref))
   sum_before = plgpu.load(dgamma_C, layout=ROWS.reduce(1))
   dgamma_C[...] = sum_before + product.sum(axis=1)
 
@@ -218,7 +218,7 @@ def _write_values(chunk, j, gradients):
 
 def _load(chunk, name, part):
   """Loads 32 value channels of v or w."""
-  return blocks.load(_of_part(chunk.s[name], part)).astype(jnp.float32)
+  return inline.widen(blocks.load(_of_part(chunk.s[name], part)))
 
 
 def _load_w(chunk, part):
