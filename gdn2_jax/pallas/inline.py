@@ -267,6 +267,33 @@ def widen(x: Any, layout: Any = plgpu.Layout.WGMMA) -> Any:
   return run(x)
 
 
+def reciprocal(x: Any, layout: Any = plgpu.Layout.WGMMA) -> Any:
+  """1 / x of float32, with an error of one unit in the last place; 0 of inf."""
+  if target.is_interpreted():
+    return 1.0 / x
+
+  @plgpu.inline_mgpu(
+    arg_types=(layout,),
+    return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout),
+  )
+  def run(ctx, x):
+    del ctx
+    f32 = ir.F32Type.get()
+    registers = np.empty_like(x.registers)
+    for index, numbers in np.ndenumerate(x.registers):
+      (count,) = ir.VectorType(numbers.type).shape
+      results = [
+        llvm.inline_asm(f32, [_entry(numbers, n)], RECIPROCAL, "=f,f")
+        for n in range(count)
+      ]
+      registers[index] = vector.from_elements(numbers.type, results)
+    return fa.FragmentedArray(
+      _registers=registers, _layout=x.layout, _is_signed=None
+    )
+
+  return run(x)
+
+
 def join(parts: Sequence[Any]) -> Any:
   """Concatenates [64, n] arrays in the layout of wgmma results by columns."""
   if target.is_interpreted():
@@ -293,6 +320,7 @@ VOTE_ANY = (
   "{ .reg .pred p; setp.ne.u32 p, $1, 0; "
   "vote.sync.any.pred p, p, -1; selp.u32 $0, 1, 0, p; }"
 )
+RECIPROCAL = "rcp.approx.ftz.f32 $0, $1;"
 
 
 def _asm(text, operand):

@@ -10,8 +10,12 @@ with rate = -exp(A_log), so they need no pass over memory of their own.
 Gradients are those of the kernel's arguments.
 """
 
+import math
+
 import jax.numpy as jnp
 from jax import lax
+
+from gdn2_jax.pallas import inline
 
 EPS = 1e-6  # as in gdn2_jax.ops.norm.l2_norm
 
@@ -21,39 +25,50 @@ _LOG1P = (
   *(0.99999982, -0.49997404, 0.33275479, -0.2449545),
   *(0.17745204, -0.10768117, 0.04408924, -0.0085390965),
 )
-# The same with errors of 8.5e-6 and 5.7e-5, for gradients.
-_SIX_TERMS = (
-  *(0.9999916, -0.49936137, 0.32520668),
-  *(-0.21004869, 0.10122228, -0.023869152),
+# log2(1 + e) / e with errors of 8.5e-6 and 5.7e-5.
+_LOG2_1P_SIX = (
+  *(1.4426829, -0.72042616, 0.46917406),
+  *(-0.3030362, 0.14603289, -0.034435907),
 )
-_FIVE_TERMS = (
-  *(0.9999433, -0.4969778, 0.30630094),
-  *(-0.1574272, 0.0413473),
+_LOG2_1P_FIVE = (
+  *(1.4426132, -0.7169874, 0.44189885),
+  *(-0.22711945, 0.05965154),
 )
+_LOG2_E = math.log2(math.e)
+LN_2 = math.log(2)
 _MOST = 80.0  # exp of it is finite
 
 
-def sigmoid(x):
-  """1 / (1 + exp(-x)), and exactly 0 where exp(-x) is infinite."""
-  # By rsqrt: one instruction, of which a division takes ten.
-  root = lax.rsqrt(1.0 + jnp.exp(-x))
-  return root * root
+def sigmoid(x, layout=None):
+  """1 / (1 + exp(-x)), and exactly 0 where exp(-x) is infinite.
+
+  Args:
+    x: float32.
+    layout: See _reciprocal.
+  """
+  return _reciprocal(1.0 + jnp.exp(-x), layout)
 
 
-def slope_of_sigmoid(x):
-  """Derivative of sigmoid(x), which does not cancel as 1 - sigmoid(x)."""
-  e = jnp.exp(-jnp.abs(x))
-  root = lax.rsqrt(1.0 + e)
-  most = root * root
-  return e * most * most
-
-
-def sigmoid_and_slope(x):
+def sigmoid_and_slope(x, layout=None):
   """sigmoid(x) and its derivative, which does not cancel as 1 - sigmoid(x)."""
   e = jnp.exp(-jnp.maximum(x, -_MOST))
-  root = lax.rsqrt(1.0 + e)
-  s = root * root
+  s = _reciprocal(1.0 + e, layout)
   return s, e * s * s
+
+
+def slope_of_sigmoid(x, layout=None):
+  """The same without sigmoid(x)."""
+  e = jnp.exp(-jnp.abs(x))
+  s = _reciprocal(1.0 + e, layout)
+  return e * s * s
+
+
+def _reciprocal(x, layout):
+  """1 / x for x >= 1: one instruction for arrays in a layout of registers."""
+  if layout is not None:
+    return inline.reciprocal(x, layout)
+  root = lax.rsqrt(x)  # a division takes ten instructions
+  return root * root
 
 
 def sigmoids(x):
@@ -66,24 +81,38 @@ def sigmoids(x):
 
 def softplus(x):
   """log(1 + exp(x))."""
-  return _softplus(x, jnp.exp(-jnp.abs(x)), _LOG1P)
-
-
-def softplus_to_5_digits(x):
-  """log(1 + exp(x)), with a relative error of 8.5e-6."""
-  return _softplus(x, jnp.exp(-jnp.abs(x)), _SIX_TERMS)
-
-
-def softplus_and_slope(x):
-  """log(1 + exp(x)) with a relative error of 5.7e-5, and its derivative."""
   e = jnp.exp(-jnp.abs(x))
-  root = lax.rsqrt(1.0 + e)
-  slope = jnp.where(x < 0, e, 1.0) * root * root
-  return _softplus(x, e, _FIVE_TERMS), slope
+  return jnp.maximum(x, 0.0) + e * _series(e, _LOG1P)
 
 
-def _softplus(x, e, terms):
-  series = jnp.full_like(e, terms[-1])
-  for coefficient in reversed(terms[:-1]):
+def log2_decay(f, rate, bias):
+  """log2 of exp(g) for g = rate softplus(f + bias), rate <= 0.
+
+  The absolute error of softplus is 3e-7: little for the decays of a chunk, of
+  which no more than 64 are multiplied, and too much for those of a sequence.
+  """
+  x = f * _LOG2_E + bias * _LOG2_E
+  return rate * _log2_1p_exp2(x, _LOG2_1P_SIX)
+
+
+def softplus_and_slope(f, bias):
+  """log2(1 + exp(x)) of x = f + bias, and the derivative of softplus.
+
+  The relative error is 5.7e-5, for gradients. Times `LN_2` the first is
+  softplus.
+  """
+  x = f * _LOG2_E + bias * _LOG2_E
+  plus = _log2_1p_exp2(x, _LOG2_1P_FIVE)
+  return plus, jnp.exp2(x - plus)
+
+
+def _log2_1p_exp2(x, terms):
+  e = jnp.exp2(jnp.minimum(x, -x))  # one instruction less than by abs
+  return jnp.maximum(x, 0.0) + e * _series(e, terms)
+
+
+def _series(e, terms):
+  *terms, series = terms
+  for coefficient in reversed(terms):
     series = series * e + coefficient
-  return jnp.maximum(x, 0.0) + e * series
+  return series

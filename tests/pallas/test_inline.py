@@ -78,7 +78,8 @@ def lowered(K):
     parts = [y[:, n : n + 8] for n in range(0, 32, 8)]
     joined = call("join", inline.join, parts)
     y = joined.astype(jnp.bfloat16)
-    tile[...] = call("widen", inline.widen, y)
+    y = call("widen", inline.widen, y)
+    tile[...] = call("reciprocal", inline.reciprocal, y)
     pl.when(differs)(lambda: blocks.meet(met, 4))
     plgpu.copy_smem_to_gmem(x_ref, o_gm)
 
@@ -165,6 +166,16 @@ def test_widened_numbers_are_the_same(rng):
   actual, _ = device("widen", x)
   assert actual.dtype == np.float32
   np.testing.assert_array_equal(actual, x.astype(np.float32))
+
+
+def test_reciprocals(rng):
+  x = rng.uniform(1, 9, (C, 32)).astype(np.float32)
+  x[0, 0] = np.inf
+  actual, _ = device("reciprocal", x)
+  np.testing.assert_allclose(actual, 1 / x, rtol=1e-6)
+  np.testing.assert_allclose(
+    in_numpy(inline.reciprocal, jnp.asarray(x)), actual, rtol=1e-6
+  )
 
 
 def map_to_jax(rows):

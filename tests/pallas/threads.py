@@ -310,6 +310,8 @@ class Warpgroup:
       self._write(spans, x.view(np.uint8).reshape(THREADS, 4))
 
   def _asm(self, text, x):
+    if text == inline.RECIPROCAL:
+      return (1 / x.astype(np.float64)).astype(np.float32)
     x = np.broadcast_to(x, THREADS).reshape(WARPS, LANES)
     if text == inline.VOTE_ANY:
       x = (x != 0).any(axis=1)

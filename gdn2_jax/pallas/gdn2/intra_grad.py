@@ -236,14 +236,16 @@ class _Chunk:
     self.fetch()
     g = self.load_global(3)
     plgpu.barrier_wait(s["keys_loaded"])
+    exp = jnp.exp
     if self.is_projected:
-      g = gates.log_decay(self, g)
+      gates.store_norms(self)
+      g, exp = gates.log2_decay(self, g), jnp.exp2
     kinds = self.kinds()
     special = jnp.where(kinds == blocks.RESTART, blocks.LOG_ZERO, 0.0)
-    a = jnp.exp(jnp.where(kinds == blocks.TOKEN, g, special))
+    a = exp(jnp.where(kinds == blocks.TOKEN, g, special))
     s["a"].at[self.channels, self.rows][...] = a
     if self.is_projected:
-      gates.take_inputs(self)
+      gates.take_gate(self)  # beside the exchanges of the next lines
     decays = columns.Decays(a).climb(BLOCK)
     totals = []
     for n in range(HALF // BLOCK):

@@ -21,14 +21,14 @@ _Q, _K = 0, 1
 _EXPONENT, _ONE = 0x7F800000, 0x3F800000  # bits of a float32
 
 
-def log_decay(chunk, f):
-  """g of this warpgroup's channels and tokens, not masked."""
-  x = f + chunk.load_vector("rates", 1)
-  return chunk.load_vector("rates", 0) * projected.softplus_to_5_digits(x)
+def log2_decay(chunk, f):
+  """Binary logarithm of the decays of this warpgroup's tokens, not masked."""
+  rate, bias = (chunk.load_vector("rates", m) for m in range(2))
+  return projected.log2_decay(f, rate, bias)
 
 
-def take_inputs(chunk):
-  """Replaces b by its gate, and stores the norms of q and of k."""
+def store_norms(chunk):
+  """Stores 1 / |q| and 1 / |k| of all tokens."""
   chunk = chunk.recomputed()
   for n, name in enumerate("qk"):
 
@@ -40,8 +40,11 @@ def take_inputs(chunk):
       square = dot(blocks.zeros(C, C), (x, x.T))
       columns.store_norms(chunk.s["norms"].at[n], square, chunk.s["kinds"])
 
-  b = chunk.erase_scale * projected.sigmoid(chunk.load("b"))
-  columns.store(chunk.key("b"), b)  # masked later
+
+def take_gate(chunk):
+  """Replaces b of this warpgroup's tokens by its gate, to be masked later."""
+  b = chunk.erase_scale * projected.sigmoid(chunk.load("b"), ROWS)
+  columns.store(chunk.key("b"), b)
 
 
 def _norm(chunk, n, tokens, axis=0):
@@ -117,19 +120,19 @@ def begin(chunk):
 def through_gate(chunk, rows, db):
   """Gradient before the sigmoid of b, from that of b."""
   # In float32: 1 - b of a gate rounded to 16 bits may be 0.
-  slope = projected.slope_of_sigmoid(chunk.load("raw_b", rows))
+  slope = projected.slope_of_sigmoid(chunk.load("raw_b", rows), ROWS)
   return db * (chunk.erase_scale * slope)
 
 
 def through_decay(chunk, rows, dg):
   """Gradient of f, from that of g; adds to the gradients of the rates."""
   rate, bias = (chunk.load_vector("rates", m, BLOCK) for m in range(2))
-  f = chunk.load("raw_f", rows) + bias
-  plus, slope = projected.softplus_and_slope(f)
+  plus, slope = projected.softplus_and_slope(chunk.load("raw_f", rows), bias)
   df = dg * rate * slope
-  for m, x in enumerate((dg * plus, df)):
+  sums = (dg * plus).sum(axis=1) * projected.LN_2, df.sum(axis=1)
+  for m, x in enumerate(sums):
     ref = chunk.vector("drates", 2 * chunk.half + m)
-    ref[...] = plgpu.load(ref, layout=ROWS.reduce(1)) + x.sum(axis=1)
+    ref[...] = plgpu.load(ref, layout=ROWS.reduce(1)) + x
   return df
 
 

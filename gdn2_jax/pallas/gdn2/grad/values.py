@@ -198,7 +198,7 @@ def _compute_dX(chunk):
     w = _load(chunk, "w", part)
     dw = _load(chunk, "v", part) * product
     if chunk.is_projected:
-      w, slope = projected.sigmoid_and_slope(w)
+      w, slope = projected.sigmoid_and_slope(w, ROWS)
       dw *= slope
     gradients.append([x.astype(s["v"].dtype) for x in (w * product, dw)])
   return gradients
@@ -224,4 +224,4 @@ def _load(chunk, name, part):
 def _load_w(chunk, part):
   """Loads the write gate of 32 value channels."""
   w = _load(chunk, "w", part)
-  return projected.sigmoid(w) if chunk.is_projected else w
+  return projected.sigmoid(w, ROWS) if chunk.is_projected else w
