@@ -271,6 +271,18 @@ def reciprocal(x: Any, layout: Any = plgpu.Layout.WGMMA) -> Any:
   """1 / x of float32, with an error of one unit in the last place; 0 of inf."""
   if target.is_interpreted():
     return 1.0 / x
+  return _pointwise(RECIPROCAL, x, layout)
+
+
+def exp2_of_minus_abs(x: Any, layout: Any = plgpu.Layout.WGMMA) -> Any:
+  """2^-|x| of float32, in one instruction."""
+  if target.is_interpreted():
+    return jnp.exp2(-jnp.abs(x))
+  return _pointwise(EXP2_OF_MINUS_ABS, x, layout)
+
+
+def _pointwise(text, x, layout):
+  """Assembly of one number, for all numbers of x, float32."""
 
   @plgpu.inline_mgpu(
     arg_types=(layout,),
@@ -283,7 +295,7 @@ def reciprocal(x: Any, layout: Any = plgpu.Layout.WGMMA) -> Any:
     for index, numbers in np.ndenumerate(x.registers):
       (count,) = ir.VectorType(numbers.type).shape
       results = [
-        llvm.inline_asm(f32, [_entry(numbers, n)], RECIPROCAL, "=f,f")
+        llvm.inline_asm(f32, [_entry(numbers, n)], text, "=f,f")
         for n in range(count)
       ]
       registers[index] = vector.from_elements(numbers.type, results)
@@ -321,6 +333,9 @@ VOTE_ANY = (
   "vote.sync.any.pred p, p, -1; selp.u32 $0, 1, 0, p; }"
 )
 RECIPROCAL = "rcp.approx.ftz.f32 $0, $1;"
+EXP2_OF_MINUS_ABS = (
+  "{ .reg .f32 x; abs.f32 x, $1; neg.f32 x, x; ex2.approx.ftz.f32 $0, x; }"
+)
 
 
 def _asm(text, operand):

@@ -38,7 +38,6 @@ _UNSIGNED = {
   "arith.divui": operator.floordiv,
   "arith.remui": operator.mod,
   "arith.shrui": operator.rshift,
-  "arith.shli": operator.lshift,
   "llvm.mul": operator.mul,
   "llvm.add": operator.add,
 }
@@ -169,6 +168,8 @@ class Warpgroup:
     if name in _UNSIGNED:
       assert np.all(x[0] >= 0) and np.all(x[1] >= 0), name
       return _UNSIGNED[name](*x)
+    if name == "arith.shli":
+      return (np.asarray(x[0], np.int64) << x[1]).astype(np.int32)
     if name == "arith.subi":
       return np.asarray(x[0], np.int64) - x[1]
     if name in _PLAIN:
@@ -312,6 +313,8 @@ class Warpgroup:
   def _asm(self, text, x):
     if text == inline.RECIPROCAL:
       return (1 / x.astype(np.float64)).astype(np.float32)
+    if text == inline.EXP2_OF_MINUS_ABS:
+      return np.exp2(-np.abs(x.astype(np.float64))).astype(np.float32)
     x = np.broadcast_to(x, THREADS).reshape(WARPS, LANES)
     if text == inline.VOTE_ANY:
       x = (x != 0).any(axis=1)

@@ -213,7 +213,8 @@ class _Chunk:
 
     @pl.when(self.first)
     def _():
-      for n, name in enumerate("qkb"):
+      names = [*"qkb", *(["raw_f"] * self.is_projected)]
+      for n, name in enumerate(names):
         out = self.outputs[n].at[(*self.tokens, self.h)]
         plgpu.copy_smem_to_gmem(self.s[name], out)
 
@@ -327,7 +328,7 @@ class _Chunk:
 
   def write(self, n, q, k, dq, dk, db, dg):
     """Writes gradients of block n [channels, 16], over q, k and b."""
-    rows, out = self.block(n), self.outputs[3]
+    rows = self.block(n)
     dg = jnp.where(self.kinds(n) == blocks.PADDING, 0.0, dg)
     if self.is_projected:
       # The other warpgroups' sums arrive while this one computes db and dg.
@@ -335,9 +336,11 @@ class _Chunk:
       db = gates.through_gate(self, rows, db)
       dg = gates.through_decay(self, rows, dg)
     columns.store(self.key("b", rows), db)
-    columns.store_global(self._in_global(out, n), dg.astype(out.dtype))
     if self.is_projected:
+      columns.store(self.key("raw_f", rows), dg)
       dq, dk = gates.through_norms(self, n, (q, k), (dq, dk))
+    else:
+      columns.store_global(self._in_global(self.outputs[3], n), dg)
     columns.store(self.key("q", rows), dq)
     columns.store(self.key("k", rows), dk)
 

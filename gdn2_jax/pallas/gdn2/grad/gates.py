@@ -24,7 +24,7 @@ _EXPONENT, _ONE = 0x7F800000, 0x3F800000  # bits of a float32
 def log2_decay(chunk, f):
   """Binary logarithm of the decays of this warpgroup's tokens, not masked."""
   rate, bias = (chunk.load_vector("rates", m) for m in range(2))
-  return projected.log2_decay(f, rate, bias)
+  return projected.log2_decay(f, rate, bias, ROWS)
 
 
 def store_norms(chunk):
@@ -127,7 +127,9 @@ def through_gate(chunk, rows, db):
 def through_decay(chunk, rows, dg):
   """Gradient of f, from that of g; adds to the gradients of the rates."""
   rate, bias = (chunk.load_vector("rates", m, BLOCK) for m in range(2))
-  plus, slope = projected.softplus_and_slope(chunk.load("raw_f", rows), bias)
+  plus, slope = projected.softplus_and_slope(
+    chunk.load("raw_f", rows), bias, ROWS
+  )
   df = dg * rate * slope
   sums = (dg * plus).sum(axis=1) * projected.LN_2, df.sum(axis=1)
   for m, x in enumerate(sums):

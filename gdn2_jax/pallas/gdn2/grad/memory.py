@@ -24,7 +24,8 @@ it stored itself without a barrier.
   raw_b, raw_f               TMA, after the meet that ends a tile > all:
                              raw_loaded
   along                      a warp, 16 tokens each > all: arrive, wait
-  dq, dk, db in q, k, b      a channel's thread > TMA: last meet
+  dq, dk, db in q, k, b,     a channel's thread > TMA: last meet
+  df in raw_f
 """
 
 from typing import Any
