@@ -228,6 +228,84 @@ def any_differs(ref: Any, first: Any, count: int, value: int) -> Any:
   return run(ref, first) != 0
 
 
+def widen(x: Any, layout: Any = plgpu.Layout.WGMMA) -> Any:
+  """Converts x to float32, from 16-bit numbers in a layout of even vectors.
+
+  Of bfloat16 LLVM makes three instructions for a pair; here it is two.
+  """
+  if target.is_interpreted() or x.dtype != jnp.bfloat16:
+    return x.astype(jnp.float32)
+
+  @plgpu.inline_mgpu(
+    arg_types=(layout,),
+    return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout),
+  )
+  def run(ctx, x):
+    del ctx
+    f32 = ir.F32Type.get()
+    registers = np.empty_like(x.registers)
+    for index, narrow in np.ndenumerate(x.registers):
+      (count,) = ir.VectorType(narrow.type).shape
+      pairs = vector.bitcast(
+        ir.VectorType.get((count // 2,), _i32(0).type), narrow
+      )
+      numbers = []
+      for n in range(count // 2):
+        pair = _entry(pairs, n)
+        high = arith.andi(pair, _i32(-(2**16)))
+        numbers += [
+          arith.bitcast(f32, bits)
+          for bits in (arith.shli(pair, _i32(16)), high)
+        ]
+      registers[index] = vector.from_elements(
+        ir.VectorType.get((count,), f32), numbers
+      )
+    return fa.FragmentedArray(
+      _registers=registers, _layout=x.layout, _is_signed=None
+    )
+
+  return run(x)
+
+
+def reciprocal(x: Any, layout: Any = plgpu.Layout.WGMMA) -> Any:
+  """1 / x of float32, with an error of one unit in the last place; 0 of inf."""
+  if target.is_interpreted():
+    return 1.0 / x
+  return _pointwise(RECIPROCAL, x, layout)
+
+
+def exp2_of_minus_abs(x: Any, layout: Any = plgpu.Layout.WGMMA) -> Any:
+  """2^-|x| of float32, in one instruction."""
+  if target.is_interpreted():
+    return jnp.exp2(-jnp.abs(x))
+  return _pointwise(EXP2_OF_MINUS_ABS, x, layout)
+
+
+def _pointwise(text, x, layout):
+  """Assembly of one number, for all numbers of x, float32."""
+
+  @plgpu.inline_mgpu(
+    arg_types=(layout,),
+    return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout),
+  )
+  def run(ctx, x):
+    del ctx
+    f32 = ir.F32Type.get()
+    registers = np.empty_like(x.registers)
+    for index, numbers in np.ndenumerate(x.registers):
+      (count,) = ir.VectorType(numbers.type).shape
+      results = [
+        llvm.inline_asm(f32, [_entry(numbers, n)], text, "=f,f")
+        for n in range(count)
+      ]
+      registers[index] = vector.from_elements(numbers.type, results)
+    return fa.FragmentedArray(
+      _registers=registers, _layout=x.layout, _is_signed=None
+    )
+
+  return run(x)
+
+
 def join(parts: Sequence[Any]) -> Any:
   """Concatenates [64, n] arrays in the layout of wgmma results by columns."""
   if target.is_interpreted():
@@ -253,6 +331,10 @@ def join(parts: Sequence[Any]) -> Any:
 VOTE_ANY = (
   "{ .reg .pred p; setp.ne.u32 p, $1, 0; "
   "vote.sync.any.pred p, p, -1; selp.u32 $0, 1, 0, p; }"
+)
+RECIPROCAL = "rcp.approx.ftz.f32 $0, $1;"
+EXP2_OF_MINUS_ABS = (
+  "{ .reg .f32 x; abs.f32 x, $1; neg.f32 x, x; ex2.approx.ftz.f32 $0, x; }"
 )
 
 

@@ -77,7 +77,10 @@ def lowered(K):
     y = blocks.load(tile)
     parts = [y[:, n : n + 8] for n in range(0, 32, 8)]
     joined = call("join", inline.join, parts)
-    tile[...] = joined
+    y = joined.astype(jnp.bfloat16)
+    y = call("widen", inline.widen, y)
+    y = call("reciprocal", inline.reciprocal, y)
+    tile[...] = call("exp2_of_minus_abs", inline.exp2_of_minus_abs, y)
     pl.when(differs)(lambda: blocks.meet(met, 4))
     plgpu.copy_smem_to_gmem(x_ref, o_gm)
 
@@ -156,6 +159,31 @@ def test_stores_into_tiles(K, columns, dtype, rng):
     for spans in warpgroup.stores:
       for some in spans.reshape(-1, 8 * 16):
         assert len(set(some // 4 % 32)) == 32
+
+
+def test_widened_numbers_are_the_same(rng):
+  x = rng.standard_normal((C, 32)).astype(ml_dtypes.bfloat16)
+  x[0, :4] = 0, np.inf, -np.inf, 1e-39
+  actual, _ = device("widen", x)
+  assert actual.dtype == np.float32
+  np.testing.assert_array_equal(actual, x.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ["reciprocal", "exp2_of_minus_abs"])
+def test_functions_of_one_number(name, rng):
+  x = rng.uniform(1, 9, (C, 32)).astype(np.float32)
+  x[0, 0] = np.inf
+  if name == "reciprocal":
+    want = 1 / x
+  else:
+    x *= rng.choice([-1, 1], x.shape)
+    want = np.exp2(-np.abs(x))
+  actual, _ = device(name, x)
+  np.testing.assert_allclose(actual, want, rtol=1e-6)
+  function = getattr(inline, name)
+  np.testing.assert_allclose(
+    in_numpy(function, jnp.asarray(x)), want, rtol=1e-6
+  )
 
 
 def map_to_jax(rows):

@@ -168,6 +168,8 @@ class Warpgroup:
     if name in _UNSIGNED:
       assert np.all(x[0] >= 0) and np.all(x[1] >= 0), name
       return _UNSIGNED[name](*x)
+    if name == "arith.shli":
+      return (np.asarray(x[0], np.int64) << x[1]).astype(np.int32)
     if name == "arith.subi":
       return np.asarray(x[0], np.int64) - x[1]
     if name in _PLAIN:
@@ -185,6 +187,9 @@ class Warpgroup:
       return np.where(flag.reshape(flag.shape + (1,) * (x[1].ndim - 1)), *x[1:])
     if name == "arith.truncf":
       return x[0].astype(_numpy(op))
+    if name == "math.rsqrt":
+      with np.errstate(invalid="ignore"):
+        return (1 / np.sqrt(x[0].astype(np.float64))).astype(np.float32)
     if name == "math.fma":
       a, b, c = (y.astype(np.float64) for y in x)
       return (a * b + c).astype(np.float32)
@@ -306,6 +311,10 @@ class Warpgroup:
       self._write(spans, x.view(np.uint8).reshape(THREADS, 4))
 
   def _asm(self, text, x):
+    if text == inline.RECIPROCAL:
+      return (1 / x.astype(np.float64)).astype(np.float32)
+    if text == inline.EXP2_OF_MINUS_ABS:
+      return np.exp2(-np.abs(x.astype(np.float64))).astype(np.float32)
     x = np.broadcast_to(x, THREADS).reshape(WARPS, LANES)
     if text == inline.VOTE_ANY:
       x = (x != 0).any(axis=1)

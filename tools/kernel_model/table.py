@@ -24,6 +24,11 @@ SUMS = {
     *("intra", "scan, states saved"),
     *("intra, A given", "scan_grad", "intra_grad"),
   ),
+  "forward, gates": ("intra, gates", "scan, gates"),
+  "forward and backward, gates": (
+    *("intra, gates", "scan, gates, states saved"),
+    *("intra, gates, A given", "scan_grad", "intra_grad, gates"),
+  ),
   "forward, 1 x 16384": (
     *("intra", "section transitions", "section ends", "section chain"),
     "scan T=16384, sections",

@@ -199,7 +199,7 @@ class _Chunk:
 
   def load(self, name, rows=None):
     """Loads q, k or b as an array [channels, tokens]."""
-    return columns.load(self.key(name, rows)).astype(jnp.float32)
+    return inline.widen(columns.load(self.key(name, rows)))
 
   def run(self):
     self.load_keys()
@@ -213,7 +213,8 @@ class _Chunk:
 
     @pl.when(self.first)
     def _():
-      for n, name in enumerate("qkb"):
+      names = [*"qkb", *(["raw_f"] * self.is_projected)]
+      for n, name in enumerate(names):
         out = self.outputs[n].at[(*self.tokens, self.h)]
         plgpu.copy_smem_to_gmem(self.s[name], out)
 
@@ -236,14 +237,16 @@ class _Chunk:
     self.fetch()
     g = self.load_global(3)
     plgpu.barrier_wait(s["keys_loaded"])
+    exp = jnp.exp
     if self.is_projected:
-      g = gates.log_decay(self, g)
+      gates.store_norms(self)
+      g, exp = gates.log2_decay(self, g), jnp.exp2
     kinds = self.kinds()
     special = jnp.where(kinds == blocks.RESTART, blocks.LOG_ZERO, 0.0)
-    a = jnp.exp(jnp.where(kinds == blocks.TOKEN, g, special))
+    a = exp(jnp.where(kinds == blocks.TOKEN, g, special))
     s["a"].at[self.channels, self.rows][...] = a
     if self.is_projected:
-      gates.take_inputs(self)
+      gates.take_gate(self)  # beside the exchanges of the next lines
     decays = columns.Decays(a).climb(BLOCK)
     totals = []
     for n in range(HALF // BLOCK):
@@ -325,7 +328,7 @@ class _Chunk:
 
   def write(self, n, q, k, dq, dk, db, dg):
     """Writes gradients of block n [channels, 16], over q, k and b."""
-    rows, out = self.block(n), self.outputs[3]
+    rows = self.block(n)
     dg = jnp.where(self.kinds(n) == blocks.PADDING, 0.0, dg)
     if self.is_projected:
       # The other warpgroups' sums arrive while this one computes db and dg.
@@ -333,9 +336,11 @@ class _Chunk:
       db = gates.through_gate(self, rows, db)
       dg = gates.through_decay(self, rows, dg)
     columns.store(self.key("b", rows), db)
-    columns.store_global(self._in_global(out, n), dg.astype(out.dtype))
     if self.is_projected:
+      columns.store(self.key("raw_f", rows), dg)
       dq, dk = gates.through_norms(self, n, (q, k), (dq, dk))
+    else:
+      columns.store_global(self._in_global(self.outputs[3], n), dg)
     columns.store(self.key("q", rows), dq)
     columns.store(self.key("k", rows), dk)
 

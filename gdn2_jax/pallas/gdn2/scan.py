@@ -355,5 +355,10 @@ def aot_cases() -> list[tuple[str, Callable, list[Any], dict[str, int]]]:
     case("scan T=16384, sections", 1, 16384, 16, 128, 128, sections=8),
     case("scan K=64 V=64", 8, 2048, 16, 64, 64, save=True),
     case("scan float16", 8, 2048, 16, 128, 128, "float16", save=True),
-    case("scan, gates", 8, 2048, 16, 128, 128, save=True, is_projected=True),
+    case("scan, gates", 8, 2048, 16, 128, 128, is_projected=True),
+    case(
+      *("scan, gates, states saved", 8, 2048, 16, 128, 128),
+      save=True,
+      is_projected=True,
+    ),
   ]

@@ -84,7 +84,7 @@ def take_projections(s: Any, wg: Any, erase: float) -> None:
     x = _load(s[name], wg)
     norm = lax.rsqrt((x * x).sum(axis=1) + projected.EPS)
     _store(s[name], wg, x * lax.broadcast_in_dim(norm, x.shape, (0,)))
-  _store(s["b"], wg, erase * projected.sigmoid(_load(s["b"], wg)))
+  _store(s["b"], wg, erase * projected.sigmoid(_load(s["b"], wg), _vectors()))
   f = _load(s["f"], wg)
 
   def rate(n):
@@ -165,7 +165,7 @@ def _load_narrow(ref, wg):
 
 
 def _load(ref, wg):
-  return _load_narrow(ref, wg).astype(jnp.float32)
+  return inline.widen(_load_narrow(ref, wg), _vectors())
 
 
 def _store(ref, wg, x):

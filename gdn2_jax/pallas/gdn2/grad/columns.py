@@ -9,13 +9,15 @@ interpreter lacks. It gets the same in jax.numpy.
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import math as math_dialect
 
 from gdn2_jax.kernels import target
-from gdn2_jax.pallas import blocks
+from gdn2_jax.pallas import blocks, projected
 from gdn2_jax.pallas.blocks import ROWS, TILE, C
 
 HALF = C // 2  # tokens of a warpgroup
@@ -90,8 +92,10 @@ def store(ref, x):
     ref[...] = x
 
 
-def store_diagonal(ref, x, kinds):
-  """Stores the diagonal of x [64, 64] in ref [64], zero at padding.
+def store_norms(ref, x, kinds):
+  """Stores 1 / |y| of 64 rows y, from x = y y^T [64, 64], in ref [64].
+
+  y is taken as zero at padding, where x may be NaN.
 
   Args:
     ref: float32, untiled, in shared memory.
@@ -99,7 +103,8 @@ def store_diagonal(ref, x, kinds):
     kinds: [64], int32, in shared memory.
   """
   if target.is_interpreted():
-    ref[...] = jnp.where(kinds[...] == blocks.PADDING, 0.0, jnp.diagonal(x))
+    squares = jnp.where(kinds[...] == blocks.PADDING, 0.0, jnp.diagonal(x))
+    ref[...] = lax.rsqrt(squares + projected.EPS)
     return
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ROWS, plgpu.RefType()))
@@ -123,7 +128,7 @@ def store_diagonal(ref, x, kinds):
     # [column tile of 8, half of the 16 rows of a warp]
     tiles = x.registers.reshape(8, 2)
     base = arith.addi(arith.muli(warp, constant(16)), of_eight)
-    zero = utils.c(0.0, ir.F32Type.get())
+    zero, eps = (utils.c(x, ir.F32Type.get()) for x in (0.0, projected.EPS))
     for half in range(2):
       value = tiles[half, half]
       for n in range(1, 4):
@@ -140,6 +145,7 @@ def store_diagonal(ref, x, kinds):
 
       kind = llvm.load(i32, at(kinds, i32))
       value = arith.select(equal(kind, blocks.PADDING), zero, value)
+      value = math_dialect.rsqrt(arith.addf(value, eps))
       with utils.when(equal(distance, 0)):
         llvm.store(value, at(ref, ir.F32Type.get()))
     return ()

@@ -21,14 +21,14 @@ _Q, _K = 0, 1
 _EXPONENT, _ONE = 0x7F800000, 0x3F800000  # bits of a float32
 
 
-def log_decay(chunk, f):
-  """g of this warpgroup's channels and tokens, not masked."""
-  x = f + chunk.load_vector("rates", 1)
-  return chunk.load_vector("rates", 0) * projected.softplus(x)
+def log2_decay(chunk, f):
+  """Binary logarithm of the decays of this warpgroup's tokens, not masked."""
+  rate, bias = (chunk.load_vector("rates", m) for m in range(2))
+  return projected.log2_decay(f, rate, bias, ROWS)
 
 
-def take_inputs(chunk):
-  """Replaces b by its gate, and sums the squares of q and of k."""
+def store_norms(chunk):
+  """Stores 1 / |q| and 1 / |k| of all tokens."""
   chunk = chunk.recomputed()
   for n, name in enumerate("qk"):
 
@@ -38,10 +38,13 @@ def take_inputs(chunk):
       # with padding, which may be NaN, are off the diagonal.
       x = Operand(chunk.s[name], PART)
       square = dot(blocks.zeros(C, C), (x, x.T))
-      columns.store_diagonal(chunk.s["squares"].at[n], square, chunk.s["kinds"])
+      columns.store_norms(chunk.s["norms"].at[n], square, chunk.s["kinds"])
 
-  b = chunk.erase_scale * projected.sigmoid(chunk.load("b"))
-  columns.store(chunk.key("b"), b)  # masked later
+
+def take_gate(chunk):
+  """Replaces b of this warpgroup's tokens by its gate, to be masked later."""
+  b = chunk.erase_scale * projected.sigmoid(chunk.load("b"), ROWS)
+  columns.store(chunk.key("b"), b)
 
 
 def _norm(chunk, n, tokens, axis=0):
@@ -50,9 +53,8 @@ def _norm(chunk, n, tokens, axis=0):
   The first, a power of two for the range of float16, is on the numbers in
   shared memory. It is None otherwise.
   """
-  ref = chunk.s["squares"].at[n, tokens]
-  squares = plgpu.load(ref, layout=ROWS.reduce(axis))
-  norm = lax.rsqrt(squares + projected.EPS)
+  ref = chunk.s["norms"].at[n, tokens]
+  norm = plgpu.load(ref, layout=ROWS.reduce(axis))
   if not chunk.is_scaled:
     return None, norm
   bits = lax.bitcast_convert_type(norm, jnp.int32)
@@ -118,18 +120,21 @@ def begin(chunk):
 def through_gate(chunk, rows, db):
   """Gradient before the sigmoid of b, from that of b."""
   # In float32: 1 - b of a gate rounded to 16 bits may be 0.
-  _, slope = projected.sigmoid_and_slope(chunk.load("raw_b", rows))
+  slope = projected.slope_of_sigmoid(chunk.load("raw_b", rows), ROWS)
   return db * (chunk.erase_scale * slope)
 
 
 def through_decay(chunk, rows, dg):
   """Gradient of f, from that of g; adds to the gradients of the rates."""
   rate, bias = (chunk.load_vector("rates", m, BLOCK) for m in range(2))
-  f = chunk.load("raw_f", rows) + bias
-  df = dg * rate * projected.sigmoid(f)
-  for m, x in enumerate((dg * projected.softplus(f), df)):
+  plus, slope = projected.softplus_and_slope(
+    chunk.load("raw_f", rows), bias, ROWS
+  )
+  df = dg * rate * slope
+  sums = (dg * plus).sum(axis=1) * projected.LN_2, df.sum(axis=1)
+  for m, x in enumerate(sums):
     ref = chunk.vector("drates", 2 * chunk.half + m)
-    ref[...] = plgpu.load(ref, layout=ROWS.reduce(1)) + x.sum(axis=1)
+    ref[...] = plgpu.load(ref, layout=ROWS.reduce(1)) + x
   return df
 
 

@@ -5,8 +5,8 @@ it stored itself without a barrier.
 
   kinds, rates, q, k, b      TMA > all: keys_loaded
   q, k, b, a, changed        a channel's thread > itself; after the first meet,
-                             because squares are read before it
-  totals, squares            one warpgroup > all: the first meet
+                             because norms are computed before it
+  totals, norms              one warpgroup > all: the first meet
   E_neg, Kd                  a channel's thread > wgmma of all: the second meet
   A, Aqk                     TMA > all: A_loaded
   S, dS, v, w, dO            TMA > all: values_loaded; of the next tile after
@@ -24,7 +24,8 @@ it stored itself without a barrier.
   raw_b, raw_f               TMA, after the meet that ends a tile > all:
                              raw_loaded
   along                      a warp, 16 tokens each > all: arrive, wait
-  dq, dk, db in q, k, b      a channel's thread > TMA: last meet
+  dq, dk, db in q, k, b,     a channel's thread > TMA: last meet
+  df in raw_f
 """
 
 from typing import Any
@@ -77,7 +78,7 @@ class Memory:
     if is_projected:
       named["rates"] = plgpu.SMEM((2, K), jnp.float32)
       named["raw_loaded"] = plgpu.Barrier(num_arrivals=2)
-      named["squares"] = plgpu.SMEM((2, C), jnp.float32)  # of q and k
+      named["norms"] = plgpu.SMEM((2, C), jnp.float32)  # 1 / |q|, 1 / |k|
       # Of q and k times their gradients, of every 16 tokens and 64 channels.
       saved["along"] = plgpu.SMEM(
         (C // BLOCK * tiles, BLOCK, 2, WARPS), jnp.float32

@@ -63,12 +63,20 @@ def _value_tile(chunk, j, sums):
   """Adds one value tile to the sums of over_values."""
   chunk, s = chunk.recomputed(), chunk.s
   plgpu.barrier_wait(s["values_loaded"])
-  pl.when(chunk.half == 0)(lambda: _recompute_R(chunk))
-  pl.when(chunk.half == 1)(lambda: _compute_dX(chunk))
-  # wgmma of all warpgroups reads R and dX; v and w, which the second half
-  # overwrites, have been read by the first.
-  chunk.meet()
-  pl.when(chunk.half == 1)(lambda: _write_values(chunk, j))
+
+  # wgmma of all warpgroups reads R and dX after `meet`. v and w, which the
+  # second half overwrites, have then been read by the first.
+  @pl.when(chunk.half == 0)
+  def _():
+    _recompute_R(chunk)
+    chunk.meet()
+
+  @pl.when(chunk.half == 1)
+  def _():
+    gradients = _compute_dX(chunk)
+    chunk.meet()
+    _write_values(chunk, j, gradients)
+
   chunk = chunk.recomputed()
   sums = _add_products(chunk, *sums)
   _add_dgamma_C(chunk)
@@ -144,7 +152,7 @@ def _add_dgamma_C(chunk):
   product = 1.0
   for name in ("S", "dS"):
     ref = _of_state(chunk.s[name], chunk.half, chunk.K).at[chunk.channels]
-    product *= blocks.load(ref).astype(jnp.float32)
+    product *= inline.widen(blocks.load(ref))
   sum_before = plgpu.load(dgamma_C, layout=ROWS.reduce(1))
   dgamma_C[...] = sum_before + product.sum(axis=1)
 
@@ -167,8 +175,12 @@ def _recompute_R(chunk):
 
 
 def _compute_dX(chunk):
-  """Computes dX = A^T (Aqk^T dO + Kd dS) into the buffer of dX."""
-  s = chunk.s
+  """Computes dX = A^T (Aqk^T dO + Kd dS) into the buffer of dX.
+
+  Returns:
+    For each of `column_halves`, dv = w*dX and dw = v*dX, 16-bit [C, 32].
+  """
+  s, gradients = chunk.s, []
   A, Aqk, Kd = (Operand(s[name], PART) for name in ("A", "Aqk", "Kd"))
   for part in column_halves(chunk):
     dX = [_of_part(s["dX"], part, low) for low in range(2)]
@@ -183,24 +195,20 @@ def _compute_dX(chunk):
     product = dot(blocks.zeros(C, PART), *[(A.T, Operand(x, PART)) for x in dX])
     inline.sync_warps()  # the products of all four warps have read dR
     blocks.store_split(product, *dX)
-
-
-def _write_values(chunk, j):
-  """Writes dv = w*dX and dw = v*dX through the buffers of w and v."""
-  for part in column_halves(chunk):
-    over_v, over_w = (_of_part(chunk.s[name], part) for name in "vw")
-    high, low = (
-      blocks.load(_of_part(chunk.s["dX"], part, n)).astype(jnp.float32)
-      for n in range(2)
-    )
-    dX = high + low
-    dw = _load(chunk, "v", part) * dX
     w = _load(chunk, "w", part)
+    dw = _load(chunk, "v", part) * product
     if chunk.is_projected:
-      w, slope = projected.sigmoid_and_slope(w)
+      w, slope = projected.sigmoid_and_slope(w, ROWS)
       dw *= slope
-    over_v[...] = dw.astype(over_v.dtype)
-    over_w[...] = (w * dX).astype(over_w.dtype)
+    gradients.append([x.astype(s["v"].dtype) for x in (w * product, dw)])
+  return gradients
+
+
+def _write_values(chunk, j, gradients):
+  """Writes dv and dw through the buffers of w and v."""
+  for part, (dv, dw) in zip(column_halves(chunk), gradients, strict=True):
+    over_v, over_w = (_of_part(chunk.s[name], part) for name in "vw")
+    over_v[...], over_w[...] = dw, dv
     plgpu.commit_smem()  # the TMA stores read dv and dw
     values = pl.ds(j * TILE + part * PART, PART)
     for n, ref in ((4, over_w), (5, over_v)):
@@ -210,10 +218,10 @@ def _write_values(chunk, j):
 
 def _load(chunk, name, part):
   """Loads 32 value channels of v or w."""
-  return blocks.load(_of_part(chunk.s[name], part)).astype(jnp.float32)
+  return inline.widen(blocks.load(_of_part(chunk.s[name], part)))
 
 
 def _load_w(chunk, part):
   """Loads the write gate of 32 value channels."""
   w = _load(chunk, "w", part)
-  return projected.sigmoid(w) if chunk.is_projected else w
+  return projected.sigmoid(w, ROWS) if chunk.is_projected else w

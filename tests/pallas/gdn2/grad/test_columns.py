@@ -46,9 +46,7 @@ def lowered():
       x = jnp.where(second, x, -x)
     call("keep", columns.keep, saved, x)
     x += call("kept", columns.kept, saved, (C, N))
-    call(
-      "diagonal", columns.store_diagonal, diagonal, blocks.load(square), kinds
-    )
+    call("norms", columns.store_norms, diagonal, blocks.load(square), kinds)
     wg = lax.axis_index("wg")
     y = call("load", columns.load_global, o_gm.at[wg])
     tile[...] = x + y
@@ -102,14 +100,18 @@ def test_second_halves(half):
   np.testing.assert_array_equal(device(f"second {half}") != 0, want)
 
 
-def test_diagonal(rng):
+def test_norms(rng):
   x = rng.standard_normal((C, C)).astype(np.float32)
+  np.fill_diagonal(x, rng.uniform(0, 2, C))
   kinds = rng.integers(0, 3, C).astype(np.int32)
   want, actual = np.full((2, C), np.nan, np.float32)
-  in_numpy(columns.store_diagonal, Ref(want), jnp.asarray(x), Ref(kinds))
-  np.testing.assert_array_equal(want, np.where(kinds == 0, 0, x.diagonal()))
-  device("diagonal", actual, x, kinds)
-  np.testing.assert_array_equal(actual, want)
+  x[:, kinds == 0] = np.nan
+  exact = np.where(kinds == 0, 0, x.diagonal().astype(np.float64))
+  exact = 1 / np.sqrt(exact + 1e-6)
+  in_numpy(columns.store_norms, Ref(want), jnp.asarray(x), Ref(kinds))
+  np.testing.assert_allclose(want, exact, rtol=1e-6)
+  device("norms", actual, x, kinds)
+  np.testing.assert_allclose(actual, exact, rtol=1e-6)
 
 
 def test_every_thread_finds_what_it_kept(rng):
