@@ -120,7 +120,7 @@ def save_page(
   return f"{line}; {cut}" if cut else line
 
 
-def too_large(size: float, max_bytes: int) -> str:
+def too_large(size: int, max_bytes: int) -> str:
   """Message about a page that is too large, and what makes it smaller."""
   return (
     f"the page would have {size / 1e6:.1f} MB, expected at most "
@@ -150,7 +150,7 @@ class _Store:
     if len(self.views) % len(CHANGES) == 0:
       size = self._bytes * self._total / len(self.views)
       if size > self._max_bytes:
-        raise ValueError(too_large(size, self._max_bytes))
+        raise ValueError(too_large(int(size), self._max_bytes))
 
   def _put(self, x: np.ndarray) -> int:
     data = np.ascontiguousarray(x).tobytes()

@@ -51,7 +51,7 @@ def read_text(tokenizer: Any, text: str, max_tokens: int) -> Text:
       f"text={text!r}: {len(ids)} tokens, expected at least {MIN_TOKENS}"
     )
   kept = ids[:max_tokens]
-  pieces = tuple(label(tokenizer, token) for token in kept)
+  pieces = tuple(label(tokenizer, token) for token in kept.tolist())
   return Text(kept, pieces, len(ids))
 
 
@@ -60,7 +60,6 @@ def label(tokenizer: Any, token: int) -> str:
 
   A part of a character is shown as U+FFFD, an id without text as its number.
   """
-  token = int(token)
   if token == tokenizer.eos_id:
     return "<end>"
   known = token < tokenizer.vocab_size

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from bokeh.models import LinearColorMapper, LogColorMapper, Span
-from bokeh.palettes import RdBu11, all_palettes
+from bokeh.palettes import RdBu11, all_palettes, interp_palette
 from bokeh.transform import dodge
 
 from gdn2_jax.analysis import style
@@ -181,7 +181,14 @@ class Panels(Plots):
       x_axis_label="earlier token s",
       y_axis_label="a_ts |w_s * v_s|",
     )
-    plot.vbar("s", top="size", width=0.8, color="color", source=source)
+    plot.vbar(
+      "s",
+      top="size",
+      width=0.8,
+      fill_color="color",
+      line_color=None,
+      source=source,
+    )
     self.hover(
       plot, [("token", "@token"), ("read", "@size{0.0000}")], mode="vline"
     )
@@ -191,7 +198,9 @@ class Panels(Plots):
       "sizes, with the sign of a<sub>ts</sub>: blue positive, orange negative."
     )
     self.panels.append(Panel("What this token reads", text, plot))
-    mapper = LinearColorMapper(RdBu11[::-1], low=-1, high=1)
+    mapper = LinearColorMapper(
+      interp_palette(RdBu11[::-1], 255), low=-1, high=1
+    )
     plot = self.image(
       "reads",
       "Signed size of what every token reads from every earlier token",
@@ -262,7 +271,8 @@ class Panels(Plots):
       "t",
       top="kl",
       width=0.8,
-      color=style.BLUE,
+      fill_color=style.BLUE,
+      line_color=None,
       source=self.parts["line_source"],
     )
     self.hover(plot, [("token", "@token"), ("KL", "@kl{0.0000}")], mode="vline")

@@ -15,16 +15,17 @@ const image = (source, values) => {
     image: [values], x: [-0.5], y: [-0.5], dw: [T], dh: [values.length / T],
   }
 }
+// Before the image: a glyph colours its image when its data come.
+const mapper = is_rate ? parts.rate_mapper : parts.span_mapper
+parts.decay_image.glyph.color_mapper = mapper
+parts.decay_bar.color_mapper = mapper
+parts.decay_bar.title = unit.value
 // An array of Bokeh knows its shape.
 const decay = is_rate ? new spans.constructor(rates, spans.shape) : spans
 image(parts.decay_source, decay)
 image(parts.erase_source, get(shown.now, "erase"))
 image(parts.write_source, get(shown.now, "write"))
 image(parts.reads_source, get(shown.now, "reads"))
-const mapper = is_rate ? parts.rate_mapper : parts.span_mapper
-parts.decay_image.glyph.color_mapper = mapper
-parts.decay_bar.color_mapper = mapper
-parts.decay_bar.title = unit.value
 for (const [range, name] of [["key", "erase"], ["value", "write"]])
   parts[`${range}_range`].end = now(name).length / T - 0.5
 

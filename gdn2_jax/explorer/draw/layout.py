@@ -18,6 +18,8 @@ from gdn2_jax.explorer.draw.figures import Panel, Panels
 HALF_LIFE, RATE = "half-life (tokens)", "e^g (kept per token)"
 _HERE = pathlib.Path(__file__).parent
 _INK = {"color": "#1f2328", "font-size": "15px", "line-height": "1.45"}
+# Indices do not push lines apart.
+_WORDS = "sub, sup { line-height: 0; } p { margin: 4px 0; }"
 _LABELS = ":host, :host * { font-size: 15px; }"
 # Grid items are as wide as the screen allows, three in a row at 1280 pixels.
 _GRID = """
@@ -36,7 +38,7 @@ _STICKY = """
 }
 """
 _TEXT = """
-:host { max-height: 9em; overflow: auto; }
+:host { min-height: 3em; }
 .bk-clearfix { font-family: monospace; white-space: pre-wrap;
   overflow-wrap: anywhere; }
 mark { background: #ffd33d; outline: 1px solid #1f2328; }
@@ -106,7 +108,14 @@ def select(title: str, options: Sequence[str], label: str) -> Select:
 
 def text_box(text: str, **options: Any) -> Div:
   """A paragraph over the width of the page."""
-  return Div(text=text, sizing_mode="stretch_width", styles=_INK, **options)
+  sheets = [_WORDS, *options.pop("stylesheets", [])]
+  return Div(
+    text=text,
+    sizing_mode="stretch_width",
+    styles=_INK,
+    stylesheets=sheets,
+    **options,
+  )
 
 
 def make_layout(

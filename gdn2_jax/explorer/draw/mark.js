@@ -27,11 +27,11 @@ parts.next_source.data = {name: names, before: row("before"), after: row("after"
 
 const escape = (x) =>
   x.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;")
-const from = Math.max(0, t - 60), to = Math.min(T, t + 40)
-const join = (a, b) => escape(pieces.slice(a, b).join(""))
+const before = pieces.slice(0, t).join(""), after = pieces.slice(t + 1).join("")
 around.text =
-  (from > 0 ? "... " : "") + join(from, t) + `<mark>${escape(pieces[t])}</mark>` +
-  join(t + 1, to) + (to < T ? " ..." : "")
+  (before.length > 110 ? "... " : "") + escape(before.slice(-110)) +
+  `<mark>${escape(pieces[t])}</mark>` +
+  escape(after.slice(0, 70)) + (after.length > 70 ? " ..." : "")
 const kl = now("kl")[t]
 status.text =
   `Token ${t} of 0 to ${T - 1}: <b>${escape(pieces[t])}</b>. Next token: ` +

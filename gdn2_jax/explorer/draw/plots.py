@@ -102,6 +102,7 @@ class Plots:
       title=unit,
       title_text_font_size=_FONT,
       title_text_font_style="normal",
+      title_standoff=8,
       formatter=numbers(),
       major_label_text_font_size=_FONT,
       label_standoff=6,
@@ -165,3 +166,4 @@ class Plots:
     plot.legend.label_text_font_size = _FONT
     plot.legend.border_line_color = None
     plot.legend.padding = plot.legend.margin = 0
+    plot.legend.spacing = 14

@@ -1,0 +1,1 @@
+"""Command `gdn2 explore`; the functions are in gdn2_jax.explorer."""
