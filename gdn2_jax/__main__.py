@@ -3,6 +3,7 @@
   gdn2 train       train a language model; the same command resumes it
   gdn2 generate    continue a prompt with a trained model
   gdn2 chat        talk with a trained model, line by line
+  gdn2 serve       answer requests over HTTP, as OpenAI's completions
   gdn2 eval        loss on held-out text, needles, recall, lm-eval's tasks
   gdn2 explore     page of gates, states and changed gates over a text
   gdn2 plan        parameters, memory and FLOPs of a config, before it runs

@@ -43,6 +43,7 @@ ALLOWED = {
   "train": "typing files config_class config_json sharding model data interop "
   "inference analysis eval",
   "chat": "cli interop inference",
+  "serve": "interop inference",
   "interop.convert": "files interop model data train",
   "interop.export": "kernels interop ops model inference",
   "bench": "typing kernels sharding pallas triton ops model data train "

@@ -1,0 +1,1 @@
+"""HTTP server for completions, on continuous batching (`docs/server.md`)."""

@@ -1,0 +1,1 @@
+"""HTTP side of the server: routes, fields, errors, signals."""
