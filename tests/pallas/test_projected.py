@@ -117,7 +117,7 @@ def test_outputs_and_gradients(T, K, V, erase_scale, dtype, rng):
     name: numerics.rel_rms(actual[name], x) / numerics.rel_rms(arrays[name], x)
     for name, x in exact.items()
   }
-  # Measured: at most 1.35.
+  # Measured: at most 1.57.
   assert max(ratios.values()) <= CONTRACT, ratios
 
 

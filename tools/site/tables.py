@@ -111,7 +111,12 @@ TABLES = {
   "prefill": functools.partial(serve, "prefill", 1, "tokens_per_s"),
   "kernels": kernels,
   "passes": functools.partial(
-    kernels, "forward", "forward and backward", "forward, 1 x 16384"
+    kernels,
+    "forward",
+    "forward and backward",
+    "forward, gates",
+    "forward and backward, gates",
+    "forward, 1 x 16384",
   ),
 }
 

@@ -13,6 +13,7 @@ or of Aqk from what all of them store (chunk/scores.py). The backward pass runs
 the same kernel with A given.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -101,8 +102,8 @@ def _scratch(K, dtype, *, with_T, with_rates):
   """Shared memory and barriers by name; what a buffer holds later."""
   f32, f16 = jnp.float32, jnp.float16
   # E, A, T and what is merged. Of keys that are not normalised they may exceed
-  # the range of float16, and then have that of the inputs.
-  narrow = f16 if with_rates else dtype
+  # the range of float16, and then have that of the inputs; so has a given A.
+  narrow = f16 if with_rates and with_T else dtype
   rows = plgpu.SMEM((C, K), dtype)  # without tiles: a warp reads a row
   scratch = {
     "q": rows,  # then Qg
@@ -159,14 +160,19 @@ def _body(inputs_gm, rates_gm, known_A_gm, outputs, s, scale, erase):
       plgpu.copy_gmem_to_smem(known_A_gm.at[here], s["A"], s["A_loaded"])
 
   plgpu.barrier_wait(s["loaded"])
+  masked, gates = inputs.needs_mask(s, wg), {}
   if rates_gm is not None:
-    inputs.take_projections(s, wg, erase)
+    inputs.mask(s, wg, masked, "qkb")
+    plgpu.commit_smem()  # other threads read what `mask` wrote
+    inputs.take_norms(s, wg)
+    gates["g"] = inputs.log_decays(s, wg, masked)
+    gates["gate"] = functools.partial(inputs.erase_gate, scale=erase)
   else:
-    inputs.mask(s, wg, inputs.needs_mask(s, wg))
+    inputs.mask(s, wg, masked)
     if "undo" in s:
       plgpu.commit_smem()  # other threads read what `mask` wrote
       inputs.scale_to_float16(s, wg)
-  rows = Rows(s, wg, with_T=with_T)
+  rows = Rows(s, wg, with_T=with_T, **gates)
   part = scores.part_of(wg, with_T=with_T)
 
   # 2. Levels. While tensor cores multiply a level, the rows go up to the next.

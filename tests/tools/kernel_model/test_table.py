@@ -54,6 +54,14 @@ def test_sums_add_the_kernels_of_a_pass():
   assert long["ms_low"] == pytest.approx(parts, abs=3e-4)  # four digits each
 
 
+def test_passes_with_gates_add_kernels_with_gates():
+  for name in ("forward", "forward and backward"):
+    plain, gates = (table.SUMS[name + more] for more in ("", ", gates"))
+    assert plain == tuple(x.replace(", gates", "") for x in gates)
+    # The gradient of the output does not pass through a gate.
+    assert [x for x in gates if "gates" not in x] in ([], ["scan_grad"])
+
+
 def test_a_sum_needs_all_its_kernels_and_floors():
   assert table.sums_of(ALL[:2]) == []
   assert table.sums_of(FORWARD) == []
@@ -80,7 +88,8 @@ def test_a_record_says_that_it_is_modelled():
   assert made["what"].startswith("modelled, not measured")
   assert "25%" in made["band"] and made["jax"] == "1" and made["date"]
   assert set(made["assumptions"]["latencies"]) == set(LEVELS)
-  assert [x["name"] for x in made["rows"]][-3:] == list(table.SUMS)
+  sums = [name for name in table.SUMS if "gates" not in name]
+  assert [x["name"] for x in made["rows"]][-3:] == sums
 
 
 def test_equal_kernels_pass_and_slower_ones_are_listed():

@@ -12,7 +12,9 @@ from gdn2_jax.pallas.blocks import C
 from gdn2_jax.pallas.gdn2.chunk.rows import (
   R,
   load_row,
+  load_rows,
   store_row,
+  store_rows,
 )
 
 _BIAS = 127  # of the exponent of a float32, as it is stored
@@ -75,27 +77,36 @@ def mask(s: Any, wg: Any, needed: Any, names: str = "qkbg") -> None:
     blocks.loop(R, row, jnp.int32(0))
 
 
-def take_projections(s: Any, wg: Any, erase: float) -> None:
-  """Computes norms and gates of a warpgroup's 16 rows (projected.py)."""
-  masked = needs_mask(s, wg)
-  mask(s, wg, masked, "qkb")
-  plgpu.commit_smem()  # other threads read what `mask` wrote
+def take_norms(s: Any, wg: Any) -> None:
+  """Normalises q and k of a warpgroup's 16 rows (projected.py)."""
   for name in "qk":
     x = _load(s[name], wg)
     norm = lax.rsqrt((x * x).sum(axis=1) + projected.EPS)
     _store(s[name], wg, x * lax.broadcast_in_dim(norm, x.shape, (0,)))
-  _store(s["b"], wg, erase * projected.sigmoid(_load(s["b"], wg), _vectors()))
-  f = _load(s["f"], wg)
-
-  def rate(n):
-    x = plgpu.load(
-      s["rates"].at[n], layout=_vectors().reduce(0), optimized=False
-    )
-    return lax.broadcast_in_dim(x, f.shape, (1,))
-
-  _store(s["g"], wg, rate(0) * projected.softplus(f + rate(1)))
   plgpu.commit_smem()  # other threads read these rows
-  mask(s, wg, masked, "g")
+
+
+def log_decays(s: Any, wg: Any, masked: Any) -> tuple[Any, ...]:
+  """g of a warpgroup's 16 rows from f, a channel a thread (projected.py)."""
+  f, g = (s[name].at[pl.ds(wg * R, R)] for name in "fg")
+  rate, bias = (load_row(s["rates"], n) for n in range(2))
+  layout = inline.channel_layout(rate.shape[0])
+  rows = tuple(
+    projected.log_decay(x, rate, bias, layout)
+    for x in load_rows(f, range(R)).values()
+  )
+
+  def of_special_tokens():
+    store_rows(g, rows)
+    mask(s, wg, masked, "g")
+    return tuple(load_rows(g, range(R)).values())
+
+  return lax.cond(masked, of_special_tokens, lambda: rows)
+
+
+def erase_gate(b: Any, scale: float) -> Any:
+  """The erase gate of a row b [K]."""
+  return scale * projected.sigmoid(b, inline.channel_layout(b.shape[0]))
 
 
 def scale_to_float16(s: Any, wg: Any) -> None:

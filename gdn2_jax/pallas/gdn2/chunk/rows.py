@@ -20,7 +20,7 @@ E, Qg and Kd. All factors are at most 1, and row r has only factors of the past
 in e*P and q*P: nothing overflows, and causality is exact.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -143,10 +143,28 @@ class Rows:
   free: there Q has q_s, and the product has q_s . k_s, the diagonal of Aqk.
   """
 
-  def __init__(self, s: Any, wg: Any, *, with_T: bool):
-    """Loads the rows; s are buffers by name. Without T, X only has k*S."""
+  def __init__(
+    self,
+    s: Any,
+    wg: Any,
+    *,
+    with_T: bool,
+    g: Sequence[Any] | None = None,
+    gate: Callable[[Any], Any] | None = None,
+  ):
+    """Loads the rows.
+
+    Args:
+      s: Buffers by name.
+      wg: The warpgroup.
+      with_T: Without T, X only has k*S.
+      g: Its rows; by default they are loaded, too.
+      gate: Makes a row of the erase gate of one of b; default: b is the gate.
+    """
     self.s, self.wg, self.first, self.with_T = s, wg, wg * R, with_T
-    g = list(self._load("g", range(R)).values())
+    self.gate = gate
+    if g is None:
+      g = list(self._load("g", range(R)).values())
     decays = [jnp.exp(x) for x in g]
     # gamma_C is exp of a sum: the state passes through many chunks.
     store_row(s["g_sums"], wg, _sum(g))
@@ -195,6 +213,8 @@ class Rows:
     first = [r for r in first if k[r] is None]
     if second:
       of_k, of_q, of_b = (self._load(name, second) for name in "kqb")
+      if self.gate is not None:
+        of_b = {r: self.gate(x) for r, x in of_b.items()}
       for r in second:
         decay = P.pop(r)
         e[r], q[r] = -of_b[r] * of_k[r] * decay, of_q[r] * decay
