@@ -101,6 +101,7 @@ def test_the_keyboard_reaches_content_and_search(opened):
   assert "md-skip" in opened.focused()
   page.keyboard.press("Enter")
   assert page.url.split("#")[-1] not in ("", page.url)
+  page.wait_for_timeout(1000)  # a jump within the page closes the search
   page.keyboard.press("/")
   search = page.get_by_role("textbox", name="Search")
   search.wait_for()

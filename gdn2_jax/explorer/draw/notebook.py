@@ -62,14 +62,18 @@ def make_controls(documents: Sequence[str], chosen: str, text: str) -> Controls:
     sizing_mode="stretch_width",
     stylesheets=[LABELS],
   )
-  read = Button(label="Read the text", width=150, stylesheets=[LABELS])
+  read = Button(
+    label="Read the text", width=150, align="end", stylesheets=[LABELS]
+  )
   factors = {
     field: Spinner(
       title=name, low=0, step=0.1, value=1.0, width=100, stylesheets=[LABELS]
     )
     for field, name in _NAMES.items()
   }
-  tie = Checkbox(label="tied first", active=False, stylesheets=[LABELS])
+  tie = Checkbox(
+    label="tied first", active=False, align="end", stylesheets=[LABELS]
+  )
   wrap = {"sizing_mode": "stretch_width", "stylesheets": [WRAP]}
   rows = [area, Row(document, read, *factors.values(), tie, **wrap)]
   return Controls(document, area, read, factors, tie, rows)
