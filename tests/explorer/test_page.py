@@ -37,12 +37,13 @@ def page(tmp_path_factory):
 def test_views_are_those_of_the_recurrence(study):
   place, change = Place(1, 0), CHANGES["double erase: 2 b"]
   _, (_, _, view) = study.views([(place, Change()), (place, change)])
-  _, (head, _) = study.runner.run(
+  # As many rows and tokens as the study has: one program for all.
+  _, heads = study.runner.run(
     np.pad(study.text.ids, (0, 32 - len(study.text.ids))),
-    [place] * 2,
-    [Change()] * 2,
+    [place] * 8,
+    [Change()] * 8,
   )
-  head = head.first(len(study.text.ids))
+  head = heads[0].first(len(study.text.ids))
   gates = changed(head.g, head.b, [head.w], 0, change)
   _, states = outputs(head.q, head.k, head.v, *gates)
   norm = np.linalg.norm(states, axis=(1, 2))
@@ -61,7 +62,7 @@ def test_next_tokens_are_the_likeliest_of_both(study):
   assert not before["kl"].any() and (after["kl"] > 0).all()
   np.testing.assert_array_equal(before["before"], before["after"])
   padded = np.pad(study.text.ids, (0, 32 - len(study.text.ids)))
-  logits, _ = study.runner.run(padded, [place] * 2, [c for _, c in wanted])
+  logits, _ = study.runner.run(padded, [place] * 8, 4 * [c for _, c in wanted])
   p = np.exp(logits.astype(np.float64))
   p /= p.sum(-1, keepdims=True)
   for t in (0, 7):

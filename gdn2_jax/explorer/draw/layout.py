@@ -20,7 +20,7 @@ _HERE = pathlib.Path(__file__).parent
 _INK = {"color": "#1f2328", "font-size": "15px", "line-height": "1.45"}
 # Indices do not push lines apart.
 _WORDS = "sub, sup { line-height: 0; } p { margin: 4px 0; }"
-_LABELS = ":host, :host * { font-size: 15px; }"
+LABELS = ":host, :host * { font-size: 15px; }"
 # Grid items are as wide as the screen allows, three in a row at 1280 pixels.
 _GRID = """
 :host {
@@ -29,7 +29,7 @@ _GRID = """
   gap: 8px 20px;
 }
 """
-_WRAP = ":host { flex-wrap: wrap; gap: 4px 16px; }"
+WRAP = ":host { flex-wrap: wrap; gap: 4px 16px; }"
 # The token stays in sight while the panels scroll, where there is room.
 _STICKY = """
 :host { background: #ffffff; }
@@ -101,7 +101,7 @@ def select(title: str, options: Sequence[str], label: str) -> Select:
     value=options[0],
     options=list(options),
     width=max(90, 40 + 8 * longest),
-    stylesheets=[_LABELS],
+    stylesheets=[LABELS],
     html_attributes={"aria-label": label},
   )
 
@@ -155,7 +155,7 @@ def make_layout(
     step=1,
     min_width=200,
     sizing_mode="stretch_width",
-    stylesheets=[_LABELS],
+    stylesheets=[LABELS],
     html_attributes={"aria-label": "Chosen token"},
   )
   messages = text_box("", html_attributes={"role": "alert"}, visible=False)
@@ -183,7 +183,7 @@ def make_layout(
       )
       panel.figure.js_on_event(Tap, CustomJS(args={"slider": token}, code=code))
   selections = Row(
-    layer, head, change, unit, sizing_mode="stretch_width", stylesheets=[_WRAP]
+    layer, head, change, unit, sizing_mode="stretch_width", stylesheets=[WRAP]
   )
   sticky = Column(
     token, status, sizing_mode="stretch_width", stylesheets=[_STICKY]
