@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from gdn2_jax.analysis import style
 from gdn2_jax.analysis.surgery import PrivateCost
@@ -32,6 +33,8 @@ def key_cosines(
     )
     axes.set_title(name, color=style.INK, fontsize=10, loc="left")
     axes.set_xlabel("written key", color=style.INK)
+    for axis in (axes.xaxis, axes.yaxis):
+      axis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     style.tidy(axes, "both")
     axes.grid(visible=False)
   grid[0].set_ylabel("key read", color=style.INK)

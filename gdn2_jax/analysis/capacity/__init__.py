@@ -1,0 +1,1 @@
+"""Recall of random associations: theory, measurement, figures."""

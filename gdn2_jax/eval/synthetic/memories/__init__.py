@@ -1,0 +1,1 @@
+"""Memories without a layer around them."""
