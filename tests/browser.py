@@ -78,7 +78,7 @@ class Opened:
 
 
 def find_browser() -> str:
-  """Path of Chromium or Chrome; skips the test, with the reason, without one."""
+  """Path of Chromium or Chrome; skips the test without one."""
   for name in _NAMES:
     if path := shutil.which(name):
       return path
