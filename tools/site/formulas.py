@@ -15,13 +15,18 @@ FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
 SCRIPT = re.compile(r"<script\b[^>]*mathjax.*?</script>", re.DOTALL)
 
 
+def prepare(formula: str) -> str:
+  """LaTeX of a formula from its HTML, in the words that the converter knows."""
+  return entities.unescape(formula).replace("{aligned}", "{align*}")
+
+
 def to_mathml(text: str) -> str:
   """Replaces every formula in a piece of HTML without code."""
   from latex2mathml.converter import convert  # tests run without it
 
   def replace(match: re.Match[str]) -> str:
     display = "block" if match[1] else "inline"
-    return convert(entities.unescape(match[1] or match[2]), display=display)
+    return convert(prepare(match[1] or match[2]), display=display)
 
   return FORMULA.sub(replace, text)
 

@@ -64,6 +64,11 @@ def test_the_nav_has_every_page_once():
   assert sorted(names_in(CONFIG["nav"])) == sorted([*pages(), *notebooks])
 
 
+def test_formulas_are_prepared_for_the_converter():
+  found = formulas.prepare(r"\begin{aligned} a &amp;= b \end{aligned}")
+  assert found == r"\begin{align*} a &= b \end{align*}"
+
+
 def test_formulas_are_drawn_outside_code_only():
   page = (
     '<script src="https://cdn/mathjax/latest.js"></script>'
