@@ -82,7 +82,8 @@ format: $(READY) ## apply style and formatting
 	$(BIN)/ruff format .
 
 notebooks: $(READY) ## run the notebooks top to bottom
-	$(BIN)/python -m pytest -q tests/test_notebooks.py $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal \
+	  --durations=10 tests/test_notebooks.py $(ARGS)
 
 # Not --quiet: it would hide warnings from --strict.
 docs: .venv-docs/.ready ## build the documentation site into site/ (strict)

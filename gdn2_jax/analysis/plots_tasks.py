@@ -22,7 +22,10 @@ def accuracy_bars(
     groups: Task -> names of its groups.
   """
   figure = style.new_figure(
-    8.6, 3.9, "Accuracy by kind of query (bar: mean, dot: seed)", style.FINE
+    1.2 + 3.7 * len(panels),
+    3.9,
+    "Accuracy by kind of query (bar: mean, dot: seed)",
+    style.FINE,
   )
   grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
   for axes, (task, models) in zip(grid, panels.items(), strict=True):

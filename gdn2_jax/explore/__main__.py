@@ -90,6 +90,8 @@ def _text() -> str:
       return pathlib.Path(_FILE.value).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
       raise ValueError(f"--file={_FILE.value}: not UTF-8: {error}") from None
+    except OSError as error:
+      raise ValueError(f"--file={_FILE.value}: {error.strerror}") from None
   if _TEXT.value is not None:
     if not _TEXT.value:
       raise ValueError('--text is empty, e.g. --text="def add(a, b):"')

@@ -153,6 +153,7 @@ class Session:
     self.draw()
 
   def _on_read(self, event: Any) -> None:
+    self.controls.document.value = OWN_TEXT
     self.read(self.controls.text.value)
 
   def _on_factor(self, attr: str, old: Any, new: Any) -> None:

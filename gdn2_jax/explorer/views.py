@@ -37,7 +37,8 @@ class Study:
   rows: int = 8
 
   def __post_init__(self):
-    self._before: dict[Place, tuple[Float[np.ndarray, "T VOCAB"], Head]] = {}
+    self._before: dict[Place, Head] = {}
+    self._log_p: Float[np.ndarray, "T VOCAB"] | None = None
 
   def views(
     self, wanted: Iterable[tuple[Place, Change]]
@@ -65,14 +66,23 @@ class Study:
     for batch in _batches(wanted, self.rows):
       new = [p for p, _ in batch if p not in self._before]
       for part in _batches(dict.fromkeys(new), self.rows):
-        for place, *seen in self._run([(p, Change()) for p in part]):
-          self._before[place] = tuple(seen)
-      runs = list(self._run(batch))
-      traces = _states([head for _, _, head in runs], self.rows)
-      for (place, change), run, trace in zip(batch, runs, traces, strict=True):
-        log_p, before = self._before[place]
-        _, log_q, head = run
-        view = _gates(head, before) | _next(log_p, log_q)
+        for place, log_p, head in self._run([(p, Change()) for p in part]):
+          self._before[place] = head
+          if self._log_p is None:  # without change, all places give the same
+            self._log_p = log_p
+      heads, views = [], []
+      for (place, change), (_, log_q, head) in zip(
+        batch, self._run(batch), strict=True
+      ):
+        if change == Change():
+          log_q = self._log_p  # rounding may differ between rows
+        gates = _gates(head, self._before[place])
+        views.append(gates | _next(self._log_p, log_q))
+        heads.append(head)
+      traces = _states(heads, self.rows)
+      for (place, change), view, trace in zip(
+        batch, views, traces, strict=True
+      ):
         view |= {"norm": state_norm(trace), "rank": effective_rank(trace)}
         yield place, change, {name: _short(x) for name, x in view.items()}
 

@@ -1,9 +1,13 @@
 """The page of the explorer in a browser: controls, keyboard, widths."""
 
+import collections
+import io
 import re
 
 import numpy as np
+import PIL.Image
 import pytest
+from bokeh.palettes import Blues256, Oranges256
 
 from gdn2_jax.explorer import save_page
 from gdn2_jax.explorer.changes import CHANGES
@@ -96,6 +100,29 @@ def test_every_selection_changes_the_pictures(opened, label):
     seen.append(pixels)
   choose(opened, label, values[0])
   assert opened.pixels() == seen[0]
+
+
+def colour_of(opened, label):
+  """The most frequent colour of a picture but for its ground, as #rrggbb."""
+  picture = opened.page.get_by_label(label)
+  image = PIL.Image.open(io.BytesIO(picture.screenshot())).convert("RGB")
+  counts = collections.Counter(image.get_flattened_data())
+  del counts[255, 255, 255]
+  return "#{:02x}{:02x}{:02x}".format(*counts.most_common(1)[0][0])
+
+
+def test_colours_are_those_of_the_values(opened):
+  decay = "Decay: image of key channels by tokens"
+  choose(opened, LABELS[2], "no decay: g = 0")
+  for unit in ("e^g (kept per token)", "half-life (tokens)"):
+    choose(opened, "Decay as", unit)
+    opened.pixels()
+    assert colour_of(opened, decay) == Blues256[0]
+  choose(opened, LABELS[2], "no erase: b = 0")
+  opened.pixels()
+  erase = "Erase gate b: image of key channels by tokens"
+  assert colour_of(opened, erase) == Oranges256[-1]
+  choose(opened, LABELS[2], "as is")
 
 
 def test_the_slider_moves_the_mark_by_arrow_keys(opened):

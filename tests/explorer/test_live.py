@@ -59,7 +59,8 @@ def test_any_factors_and_any_text(session):
   change = Change(tie=True, erase=1.3, decay=0.0)
   assert_shown(session, Place(0, 0), change)
   other = "Something else."
-  session.read(other)
+  session.controls.text.value = other
+  session._on_read(None)
   assert_shown(session, Place(0, 0), change, other)
   assert "".join(session.layout.shown.pieces) == other
 
@@ -79,6 +80,7 @@ def test_documents_are_held_out_ones_and_cut():
   session = Session(MODEL, None, max_tokens=20)
   session.controls.document.value = "topics/unary"
   assert "".join(session.layout.shown.pieces) == "Unary arithmetic and"
+  assert session.controls.text.value.startswith("Unary arithmetic and bitw")
   assert session.layout.messages.text == (
     "The text is cut to 20 of 844 tokens."
   )

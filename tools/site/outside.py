@@ -61,6 +61,8 @@ def lead(target: str, page: str) -> str:
     name = SITE_NAMES[path]
   elif path.startswith("docs/"):
     name = path.removeprefix("docs/")
+  elif pathlib.PurePath(path).suffix == ".ipynb":
+    name = path  # mounted by mkdocs-jupyter
   elif pathlib.PurePath(path).suffix in PICTURES:
     name = path
   else:

@@ -54,9 +54,7 @@ class Panels(Plots):
     def colors(name):
       return all_palettes[name][256][::-1]
 
-    self.parts["rate_mapper"] = LinearColorMapper(
-      colors("Blues"), low=0, high=1
-    )
+    rate = LinearColorMapper(colors("Blues"), low=0, high=1)
     span = LogColorMapper(colors("Blues"), low=_SHORTEST, high=_LONGEST)
     texts = {
       "decay": (
@@ -97,6 +95,10 @@ class Panels(Plots):
         y_range=self.parts[f"{kind}_range"],
         y_axis_label=f"{kind} channel, sorted",
       )
+      if name == "decay":
+        # Two images, of which a script shows one: an image does not notice
+        # that its mapper is replaced.
+        self.add_image(plot, "rate", rate, "e^g (kept per token)")
       tips = [("token", "$x{custom}"), ("channel", "$y{custom}")]
       self.hover(
         plot,
@@ -107,7 +109,6 @@ class Panels(Plots):
         },
       )
       self.panels.append(Panel(title, text, plot))
-    self.parts["span_mapper"] = span
 
   def _memory(self) -> None:
     source = self.source("span", "channel", "index", "base", "now")

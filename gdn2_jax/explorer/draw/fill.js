@@ -15,14 +15,13 @@ const image = (source, values) => {
     image: [values], x: [-0.5], y: [-0.5], dw: [T], dh: [values.length / T],
   }
 }
-// Before the image: a glyph colours its image when its data come.
-const mapper = is_rate ? parts.rate_mapper : parts.span_mapper
-parts.decay_image.glyph.color_mapper = mapper
-parts.decay_bar.color_mapper = mapper
-parts.decay_bar.title = unit.value
+image(parts.decay_source, spans)
 // An array of Bokeh knows its shape.
-const decay = is_rate ? new spans.constructor(rates, spans.shape) : spans
-image(parts.decay_source, decay)
+image(parts.rate_source, new spans.constructor(rates, spans.shape))
+for (const [name, is_shown] of [["decay", !is_rate], ["rate", is_rate]]) {
+  parts[`${name}_image`].visible = is_shown
+  parts[`${name}_bar`].visible = is_shown
+}
 image(parts.erase_source, get(shown.now, "erase"))
 image(parts.write_source, get(shown.now, "write"))
 image(parts.reads_source, get(shown.now, "reads"))

@@ -90,9 +90,14 @@ class Plots:
     self, name: str, label: str, mapper: Any, unit: str, **options: Any
   ):
     """A figure with an image over tokens and its colour bar."""
-    source = self.source(name, "image", "x", "y", "dw", "dh")
     plot = self.figure(label, **options)
     plot.grid.grid_line_color = None
+    self.add_image(plot, name, mapper, unit)
+    return plot
+
+  def add_image(self, plot: Any, name: str, mapper: Any, unit: str) -> None:
+    """Adds an image and its colour bar to a figure."""
+    source = self.source(name, "image", "x", "y", "dw", "dh")
     glyph = plot.image(
       "image", "x", "y", "dw", "dh", source=source, color_mapper=mapper
     )
@@ -111,7 +116,6 @@ class Plots:
     plot.add_layout(bar, "right")
     self.parts[f"{name}_image"], self.parts[f"{name}_bar"] = glyph, bar
     self.parts[f"{name}_mapper"] = mapper
-    return plot
 
   def hover(self, plot: Any, tooltips: Any, **options: Any) -> None:
     """Adds values that are shown under the pointer."""

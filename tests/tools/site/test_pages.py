@@ -10,7 +10,7 @@ import tomllib
 import pytest
 import yaml
 
-from tools.site import outside, tables
+from tools.site import formulas, outside, tables
 
 ROOT = pathlib.Path(__file__).parents[3]
 DOCS = ROOT / "docs"
@@ -58,7 +58,19 @@ def defined_in(module: str) -> set[str]:
 
 
 def test_the_nav_has_every_page_once():
-  assert sorted(names_in(CONFIG["nav"])) == sorted(pages())
+  notebooks = [
+    f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")
+  ]
+  assert sorted(names_in(CONFIG["nav"])) == sorted([*pages(), *notebooks])
+
+
+def test_formulas_are_drawn_outside_code_only():
+  page = (
+    '<script src="https://cdn/mathjax/latest.js"></script>'
+    "<p>$a$ and $$b$$ cost 1$</p><pre>$c$</pre><img src='$d$'>"
+  )
+  drawn = formulas.draw(page, lambda text: formulas.FORMULA.sub("[M]", text))
+  assert drawn == ("<p>[M] and [M] cost 1$</p><pre>$c$</pre><img src='$d$'>")
 
 
 @pytest.mark.parametrize("package", PUBLIC)
@@ -101,6 +113,11 @@ def test_links_of_pages_lead_somewhere():
       "results/serve_cpu_epyc.png",
       "benchmarks.md",
       "benchmarks/results/serve_cpu_epyc.png",
+    ),
+    (
+      "../notebooks/01_gate_dynamics.ipynb",
+      "notebook.md",
+      "notebooks/01_gate_dynamics.ipynb",
     ),
     ("missing.md", "data.md", "missing.md"),
     ("../../elsewhere", "data.md", "../../elsewhere"),

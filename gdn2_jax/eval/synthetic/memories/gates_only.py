@@ -50,7 +50,7 @@ class Schedule:
     scored: Sequences that score a model.
   """
 
-  steps: int = 200
+  steps: int = 250
   batch_size: int = 32
   lr: float = 3e-2
   scored: int = 256
