@@ -41,11 +41,10 @@ _LOG_1P = (
 )
 _LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
-_MOST = 80.0  # exp of it is finite
 
 
 def sigmoid(x, layout=None):
-  """1 / (1 + exp(-x)), and exactly 0 where exp(-x) is infinite.
+  """1 / (1 + exp(-x)); where exp(-x) is infinite, exactly 0, its limit.
 
   Args:
     x: float32.
@@ -56,16 +55,23 @@ def sigmoid(x, layout=None):
 
 def sigmoid_and_slope(x, layout=None):
   """sigmoid(x) and its derivative, which does not cancel as 1 - sigmoid(x)."""
-  e = jnp.exp(-jnp.maximum(x, -_MOST))
-  s = _reciprocal(1.0 + e, layout)
-  return s, e * s * s
+  e, r = _exp_and_reciprocal(x, layout)
+  return jnp.where(x < 0, e, 1.0) * r, e * r * r
 
 
 def slope_of_sigmoid(x, layout=None):
-  """The same without sigmoid(x)."""
-  e = jnp.exp(-jnp.abs(x))
-  s = _reciprocal(1.0 + e, layout)
-  return e * s * s
+  """The derivative alone."""
+  e, r = _exp_and_reciprocal(x, layout)
+  return e * r * r
+
+
+def _exp_and_reciprocal(x, layout):
+  """exp(-|x|) and 1 / (1 + exp(-|x|))."""
+  if layout is None:
+    e = jnp.exp(-jnp.abs(x))
+  else:
+    e = inline.exp2_of_minus_abs(x * _LOG2_E, layout)
+  return e, _reciprocal(1.0 + e, layout)
 
 
 def _reciprocal(x, layout):
