@@ -24,6 +24,7 @@ def one():
   return plan(tiny("S"), 1)
 
 
+@pytest.mark.slow
 def test_arguments_are_exact_and_sharded(one):
   config = tiny("S")
   count = one["parameters"]["total"]

@@ -148,10 +148,11 @@ def test_packed_documents_are_those_read_alone(x):
 @pytest.mark.parametrize(
   "cls",
   [
-    MixedIn,
-    SetUp,
     Inherited,
-    pytest.param(LearnedErase, marks=pytest.mark.slow),
+    *(
+      pytest.param(cls, marks=pytest.mark.slow)
+      for cls in (MixedIn, SetUp, LearnedErase)
+    ),
   ],
 )
 def test_every_way_to_override_is_seen(cls, x):

@@ -207,7 +207,7 @@ def no_report(monkeypatch):
       marks=pytest.mark.slow,
     ),
     pytest.param("lion", (), marks=pytest.mark.slow),
-    ("sgd", ()),
+    pytest.param("sgd", (), marks=pytest.mark.slow),
     pytest.param("nadamw", (), marks=pytest.mark.slow),
   ],
 )

@@ -43,6 +43,7 @@ def alone():
   return program, program.run([1], [1e-2])[0]
 
 
+@pytest.mark.slow
 def test_a_run_is_a_function_of_its_config_and_seed(alone):
   program, first = alone
   again, other = program.run([1], [1e-2])[0], program.run([2], [1e-2])[0]

@@ -80,9 +80,8 @@ def textbook(p, c, u):
   return jax.lax.scan(token, first, (z, x, B, C, dt, a, lam, angle))[1]
 
 
-@pytest.mark.parametrize(
-  "name", [pytest.param("N", marks=pytest.mark.slow), "N rank 3"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["N", "N rank 3"])
 def test_the_layer_and_its_gradients_equal_the_textbook(name):
   assert_equals_textbook(CONFIGS[name], textbook, length=7)
 

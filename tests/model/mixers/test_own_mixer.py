@@ -113,6 +113,7 @@ def test_training_resumes_bit_for_bit(run, tmp_path):
   assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 def test_saved_loaded_and_generated_with_and_without_a_cache(run, tmp_path):
   config, workdir = run
   params = load_run(workdir).params

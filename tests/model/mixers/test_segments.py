@@ -106,9 +106,7 @@ TOKENS = MeshConfig(fsdp=2, context=4)
 @pytest.mark.parametrize(
   ("name", "mesh"),
   [
-    ("M", HEADS),
-    pytest.param("N rank 3", HEADS, marks=pytest.mark.slow),
-    pytest.param("N", HEADS, marks=pytest.mark.slow),
+    *(pytest.param(n, HEADS, marks=pytest.mark.slow) for n in NAMES),
     *(pytest.param(n, TOKENS, marks=pytest.mark.slow) for n in NAMES),
   ],
 )

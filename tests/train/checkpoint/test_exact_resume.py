@@ -78,6 +78,7 @@ def unchecked(monkeypatch):
   monkeypatch.setattr("gdn2_jax.train.loop.check_batch", lambda *_: None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_skipped_batch_leaves_every_bit_and_names_its_rows(
   config, dataset, tmp_path
