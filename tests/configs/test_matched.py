@@ -74,7 +74,7 @@ def cases():
   for name in NAMES:
     for recipe in RECIPES:
       is_quick = name in quick and recipe == "30m"
-      marks = () if is_quick else pytest.mark.slow
+      marks = () if is_quick else pytest.mark.deep
       yield pytest.param(name, recipe, marks=marks)
 
 

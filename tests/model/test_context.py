@@ -63,7 +63,7 @@ def on_one_device():
   return compile_gradient(config, params, batch)(params, batch)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize(
   "mesh",
   [
@@ -133,7 +133,7 @@ def check_collectives(text, mesh):
       assert kinds.count(("all-to-all", f"(f32[{part},16,{width}]")) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_cache_is_filled_and_used_on_shards():
   """Prefill and one token; the attention's ring is left to XLA."""
   config, params, batch = model_and_batch()

@@ -92,7 +92,7 @@ def token_by_token(mixer, params, x):
   "implementation",
   [
     "reference",
-    *(pytest.param(x, marks=pytest.mark.slow) for x in ("", "xla")),
+    *(pytest.param(x, marks=pytest.mark.deep) for x in ("", "xla")),
   ],
 )
 def test_sequence_tokens_and_sown_values_agree(x, implementation):
@@ -115,7 +115,7 @@ def test_sequence_tokens_and_sown_values_agree(x, implementation):
   assert rel_rms(after["o"], o) < BOUND
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_gradients_of_a_sequence_are_those_of_its_tokens(x):
   mixer = SquaredErase(CONFIG)
   params = params_of(mixer, x)
@@ -132,7 +132,7 @@ def test_gradients_of_a_sequence_are_those_of_its_tokens(x):
   assert rel_rms(*kernels) > 1e-2
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_packed_documents_are_those_read_alone(x):
   mixer = SquaredErase(CONFIG)
   params = params_of(mixer, x)
@@ -150,7 +150,7 @@ def test_packed_documents_are_those_read_alone(x):
   [
     Inherited,
     *(
-      pytest.param(cls, marks=pytest.mark.slow)
+      pytest.param(cls, marks=pytest.mark.deep)
       for cls in (MixedIn, SetUp, LearnedErase)
     ),
   ],
@@ -247,7 +247,7 @@ def test_wrong_gates_are_named_in_one_line(change, says, is_token, x):
   assert "\n" not in str(error.value)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_gates_on_shards_of_tokens(x):
   mixer = SquaredErase(dataclasses.replace(CONFIG, implementation="reference"))
   params = params_of(mixer, x)
@@ -266,7 +266,7 @@ def test_gates_on_shards_of_tokens(x):
   assert rel_rms(got, want) < BOUND
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_collected_gates_are_those_of_the_subclass():
   config = small_config("GS")
   params, tokens = random_params(config), tokens_of(2, 8)

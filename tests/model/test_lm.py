@@ -29,13 +29,13 @@ ATOL = 1e-5
 MIXERS = (
   ("G", "xla"),
   *((pattern, "reference") for pattern in PATTERNS),
-  *(pytest.param(x, "xla", marks=pytest.mark.slow) for x in RELATIVES),
+  *(pytest.param(x, "xla", marks=pytest.mark.deep) for x in RELATIVES),
 )
-CHUNKS_SLOW = (pytest.param("G", "xla", marks=pytest.mark.slow), *MIXERS[1:])
+CHUNKS_SLOW = (pytest.param("G", "xla", marks=pytest.mark.deep), *MIXERS[1:])
 # Attention alone is tried by itself in tests/ops/attention, too.
 SLOW_ATTENTION = (
   "G",
-  *(pytest.param(pattern, marks=pytest.mark.slow) for pattern in "SA"),
+  *(pytest.param(pattern, marks=pytest.mark.deep) for pattern in "SA"),
 )
 
 
@@ -145,7 +145,7 @@ def test_scan_equals_unrolled(pattern):
 
 
 @pytest.mark.deep
-@pytest.mark.slow
+@pytest.mark.deep
 def test_remat_changes_no_gradient():
   _, params, _ = small_model("GS")
   tokens = tokens_of(2, 17)

@@ -95,14 +95,14 @@ def test_a_token_equals_the_steps_of_the_layer(rng):
 
 
 @pytest.mark.parametrize(
-  ("B", "layer"), [(2, 0), pytest.param(1, 2, marks=pytest.mark.slow)]
+  ("B", "layer"), [(2, 0), pytest.param(1, 2, marks=pytest.mark.deep)]
 )
 def test_one_layer_of_the_cache_changes(B, layer, rng):
   p = make_operands(rng, B=B, H=2, K=64, V=64, dtype=jnp.float32, layer=layer)
   assert_right(p)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(
   ("B", "K", "V", "layer"),
@@ -113,7 +113,7 @@ def test_every_shape_and_dtype(B, K, V, layer, dtype, rng):
   assert_right(p)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("taps", [2, 3])
 def test_other_options(taps, rng):
   p = make_operands(
@@ -123,7 +123,7 @@ def test_other_options(taps, rng):
   assert_right(p, options=options)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_tokens_in_a_row(rng):
   p = make_operands(rng, B=1, H=1, K=64, V=64, dtype=jnp.float32)
   by_xla = p
@@ -138,7 +138,7 @@ def test_tokens_in_a_row(rng):
     p, by_xla = p._replace(**actual), by_xla._replace(**cache)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_rows_of_vmap_are_rows(rng):
   p = make_operands(rng, B=2, H=1, K=64, V=64, dtype=jnp.float32)
   tokens = LayerStep._fields.index("taps_q")
@@ -253,7 +253,7 @@ def test_the_case_of_the_self_check_fits_both():
   assert layer_step.layer_step_unsupported_reason(p) is None
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_the_kernel_passes_its_self_check():
   case = cases.layer_step(jnp.dtype(jnp.bfloat16))
   actual = interpret(case.outputs_of, op._run_kernel, *case.inputs)

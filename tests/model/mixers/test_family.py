@@ -55,9 +55,9 @@ QUICK = ("kda", "gated_deltanet", "deltanet", "w_only")
 
 
 def some_quick(names, quick):
-  """Parameters of a test, slow but for some."""
+  """Parameters of a test, deep but for some."""
   return [
-    pytest.param(name, marks=() if name in quick else pytest.mark.slow)
+    pytest.param(name, marks=() if name in quick else pytest.mark.deep)
     for name in names
   ]
 
@@ -190,7 +190,7 @@ def test_prefill_and_decode_equal_the_sequence(letter):
   assert rel_rms(got, want[:, :18]) <= FLOAT32_BOUND
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("letter", "KDE")
 def test_packed_documents_are_those_read_alone(letter):
   _, _, apply = small_model(letter)
@@ -227,7 +227,7 @@ def on_one_device(letter):
   return jax.jit(fun)(params, batch)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize(
   "mesh",
   [MeshConfig(context=2), MeshConfig(fsdp=2, tensor=2)],

@@ -52,7 +52,7 @@ def textbook(p, c, u):
 
 @pytest.mark.parametrize(
   "implementation",
-  ["reference", pytest.param("xla", marks=pytest.mark.slow)],
+  ["reference", pytest.param("xla", marks=pytest.mark.deep)],
 )
 def test_the_layer_and_its_gradients_equal_the_textbook(implementation):
   config = dataclasses.replace(CONFIGS["M"], implementation=implementation)
@@ -67,7 +67,7 @@ BIG = {"inner_dim": 2048, "head_dim": 16, "state_dim": 64}
   [
     "paper",
     *(
-      pytest.param(x, marks=pytest.mark.slow) for x in ("long", "long_small_dt")
+      pytest.param(x, marks=pytest.mark.deep) for x in ("long", "long_small_dt")
     ),
   ],
 )
@@ -110,7 +110,7 @@ def test_initial_moments_of_every_parameter(decay_init):
     assert abs(value.std() - width / np.sqrt(12)) < 5 * error, name
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_convolutions_may_start_on_the_current_token():
   x = jnp.zeros((1, 4, D))
   starts = []

@@ -80,7 +80,7 @@ def textbook(p, c, u):
   return jax.lax.scan(token, first, (z, x, B, C, dt, a, lam, angle))[1]
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("name", ["N", "N rank 3"])
 def test_the_layer_and_its_gradients_equal_the_textbook(name):
   assert_equals_textbook(CONFIGS[name], textbook, length=7)
@@ -88,7 +88,7 @@ def test_the_layer_and_its_gradients_equal_the_textbook(name):
 
 # The gradient of the angles is a small rest of large terms: programs that XLA
 # does not optimize lose a digit of it, 1.7e-5 where users get below 2e-6.
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", ["N", "N rank 3"])
 def test_the_chunkwise_layer_equals_the_textbook(name):
@@ -96,7 +96,7 @@ def test_the_chunkwise_layer_equals_the_textbook(name):
   assert_equals_textbook(config, textbook)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_second_rank_that_neither_writes_nor_is_read_changes_nothing():
   siso, x = case("N"), inputs(2, 9)
   want, _ = siso.apply(siso.params, x)
@@ -133,8 +133,8 @@ BIG = {"inner_dim": 2048, "head_dim": 16, "state_dim": 64}
   ("decay_init", "rank"),
   [
     ("paper", 2),
-    pytest.param("paper", 1, marks=pytest.mark.slow),
-    pytest.param("long", 1, marks=pytest.mark.slow),
+    pytest.param("paper", 1, marks=pytest.mark.deep),
+    pytest.param("long", 1, marks=pytest.mark.deep),
   ],
 )
 def test_initial_moments_of_every_parameter(decay_init, rank):

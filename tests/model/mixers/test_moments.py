@@ -151,9 +151,9 @@ def check_uniform(name, u):
 
 
 def some_quick(letters, quick):
-  """Parameters of a test, slow but for some."""
+  """Parameters of a test, deep but for some."""
   return [
-    pytest.param(x, marks=() if x in quick else pytest.mark.slow)
+    pytest.param(x, marks=() if x in quick else pytest.mark.deep)
     for x in letters
   ]
 
@@ -168,7 +168,7 @@ def test_attention(letter):
   check(initial(letter), of_attention())
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("letter", "GKD")
 def test_long_memory_and_convolutions_on_the_current_token(letter):
   found = initial(letter, decay_init="long", conv_init="current")
@@ -180,7 +180,7 @@ def test_long_memory_and_convolutions_on_the_current_token(letter):
   assert 150 < half_life < 200
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_scalar_gates_of_their_own():
   found = initial("G", erase_gate="head", write_gate="head")
   check(

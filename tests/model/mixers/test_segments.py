@@ -15,7 +15,7 @@ from tests.numerics import assert_close
 ROWS, T = 3, 12
 NAMES = tuple(CONFIGS)
 # With three ranks everything of one rank is used.
-QUICK = ("M", pytest.param("N", marks=pytest.mark.slow), "N rank 3")
+QUICK = ("M", pytest.param("N", marks=pytest.mark.deep), "N rank 3")
 # float32 results that sum in another order; outputs are of order ten.
 close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
 
@@ -106,8 +106,8 @@ TOKENS = MeshConfig(fsdp=2, context=4)
 @pytest.mark.parametrize(
   ("name", "mesh"),
   [
-    *(pytest.param(n, HEADS, marks=pytest.mark.slow) for n in NAMES),
-    *(pytest.param(n, TOKENS, marks=pytest.mark.slow) for n in NAMES),
+    *(pytest.param(n, HEADS, marks=pytest.mark.deep) for n in NAMES),
+    *(pytest.param(n, TOKENS, marks=pytest.mark.deep) for n in NAMES),
   ],
 )
 def test_sharded_equals_one_device(name, mesh):

@@ -23,7 +23,7 @@ SIZES = {"num_heads": 2, "key_dim": 64, "value_dim": 64}
 
 
 def slow(options):
-  return pytest.param(options, marks=pytest.mark.slow)
+  return pytest.param(options, marks=pytest.mark.deep)
 
 
 def kernels_of_a_token(config, mixer=GDN2Mixer, mutable=False, **types):
@@ -121,7 +121,7 @@ def decode(config, params, tokens):
 
 @pytest.mark.parametrize(
   ("dtype", "layers"),
-  [("float32", 1), pytest.param("bfloat16", 2, marks=pytest.mark.slow)],
+  [("float32", 1), pytest.param("bfloat16", 2, marks=pytest.mark.deep)],
 )
 def test_a_model_decodes_the_same(dtype, layers):
   # Not in a scan: Flax does not take the interpreter's callbacks there.

@@ -206,6 +206,7 @@ def test_grouped_value_heads_and_a_rest_of_a_chunk(rng):
   check(case)
 
 
+@pytest.mark.deep
 def test_one_token(rng):
   # Four heads: the rounding error of a few numbers is a matter of luck.
   case = numerics.make_case(
@@ -267,6 +268,7 @@ def test_the_future_changes_no_bit(rng):
       assert not y[:, p:].any(), name
 
 
+@pytest.mark.deep
 def test_split_and_carry(rng):
   case = numerics.make_case(
     rng, T=140, H=1, K=64, V=64, dtype=BFLOAT16, g=(-0.2, 0.0)

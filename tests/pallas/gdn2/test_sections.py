@@ -177,7 +177,7 @@ def exact_scans(keys, values, states):
   return np.concatenate(o), S, dS
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("g", [0.0, (-0.1, 0.0), (-5.0, 0.0), (-200.0, 0.0)])
 def test_sections_are_as_accurate_as_the_whole(g, rng):
   case = numerics.make_case(rng, T=4 * C, H=1, K=64, V=64, g=g, dtype=BFLOAT16)
@@ -213,7 +213,7 @@ def test_sections_are_as_accurate_as_the_whole(g, rng):
   ("T", "K", "V", "count"),
   [
     pytest.param(256, 128, 128, 4, marks=pytest.mark.deep),
-    (300, 64, 128, 3),
+    pytest.param(300, 64, 128, 3, marks=pytest.mark.deep),
   ],
 )
 def test_contract(T, K, V, count, rng, cut):
