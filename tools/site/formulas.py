@@ -17,7 +17,9 @@ SCRIPT = re.compile(r"<script\b[^>]*mathjax.*?</script>", re.DOTALL)
 
 def prepare(formula: str) -> str:
   """LaTeX of a formula from its HTML, in the words that the converter knows."""
-  return entities.unescape(formula).replace("{aligned}", "{align*}")
+  latex = entities.unescape(formula).replace("{aligned}", "{align*}")
+  # It draws the two parentheses of \big( \big) in different sizes.
+  return re.sub(r"\\[bB]ig[glr]*(?![a-z])", "", latex)
 
 
 def to_mathml(text: str) -> str:

@@ -67,6 +67,8 @@ def test_the_nav_has_every_page_once():
 def test_formulas_are_prepared_for_the_converter():
   found = formulas.prepare(r"\begin{aligned} a &amp;= b \end{aligned}")
   assert found == r"\begin{align*} a &= b \end{align*}"
+  found = formulas.prepare(r"\big(\bigcup x\Bigr)")
+  assert found == r"(\bigcup x)"
 
 
 def test_formulas_are_drawn_outside_code_only():
