@@ -58,7 +58,7 @@ test-slow: $(READY) ## run rehearsals, kill loops and long interpreter cases
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m 'slow and not deep' \
 	  --durations=10 $(ARGS)
 
-test-deep: $(READY) ## run the longest tests, which CI leaves out (~25 minutes)
+test-deep: $(READY) ## run the longest tests, which CI leaves out (~35 minutes)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m deep \
 	  --durations=10 $(ARGS)
 

@@ -118,7 +118,7 @@ def test_shows_what_is_committed_and_names_an_untrained_model(path, tmp_path):
     assert kinds(ran) == kinds(kept), kept.source
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @each([path for path in NOTEBOOKS if uses_run(path)])
 def test_runs_on_the_model_of_a_workdir(path, stand_in):
   fresh = execute(path, stand_in)

@@ -17,7 +17,7 @@ from gdn2_jax.model.accounting import count_parameters
 from gdn2_jax.model.mixers.kv_cache import KVCache, RingCache
 from tests.random_params import random_params
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.deep
 
 # The presets' "tiny": two layers of width 32 and 2 heads of 16 channels.
 TINY = serve_models.PRESETS["tiny"]

@@ -32,7 +32,7 @@ def assert_close(got: list[Score], want: list[Score]):
 
 
 @pytest.mark.parametrize(
-  "pattern", ["G", pytest.param("A", marks=pytest.mark.slow)]
+  "pattern", ["G", pytest.param("A", marks=pytest.mark.deep)]
 )
 def test_scores_equal_the_full_forward_pass(pattern, rng, monkeypatch):
   # The head runs in two pieces per chunk.

@@ -7,7 +7,7 @@ from tests.faults.lab import GRID, Lab
 from tests.faults.outcome import Outcome, format_table, tries
 
 pytestmark = [
-  pytest.mark.slow,
+  pytest.mark.deep,
   pytest.mark.usefixtures("frozen_heap"),
   pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

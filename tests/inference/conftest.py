@@ -75,7 +75,7 @@ def damage_state(state, row: int):
 
 
 @pytest.fixture(
-  params=[*(pytest.param(p, marks=pytest.mark.slow) for p in "GS"), "GS"]
+  params=[*(pytest.param(p, marks=pytest.mark.deep) for p in "GS"), "GS"]
 )
 def tiny(request) -> Tiny:
   return make_tiny(request.param)

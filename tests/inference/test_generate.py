@@ -210,7 +210,7 @@ def test_callbacks_get_the_tokens_and_may_end_a_row(hybrid):
 
 
 @pytest.mark.parametrize(
-  "sampler", [pytest.param(GREEDY, marks=pytest.mark.slow), WARM]
+  "sampler", [pytest.param(GREEDY, marks=pytest.mark.deep), WARM]
 )
 def test_weights_with_nan_end_no_row_in_silence(hybrid, sampler):
   params = damage_params(hybrid.params, "final_norm/weight", 3)
@@ -264,7 +264,7 @@ def meet(token, prompt, row):
 
 
 @pytest.mark.parametrize(
-  "size", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 16))]
+  "size", [1, *(pytest.param(n, marks=pytest.mark.deep) for n in (5, 16))]
 )
 def test_nan_on_the_way_ends_a_row_there(hybrid, size):
   """At a token whose embedding is NaN; the tokens before it are not lost."""

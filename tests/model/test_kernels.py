@@ -23,7 +23,7 @@ ATTENTION = {"attention", "attention_grad_q", "attention_grad_kv"}
     (MeshConfig(fsdp=2, tensor=2), ALWAYS | ATTENTION),
     # Keys from the shard before are context, which the kernels do not take.
     pytest.param(
-      MeshConfig(tensor=2, context=2), ALWAYS, marks=pytest.mark.slow
+      MeshConfig(tensor=2, context=2), ALWAYS, marks=pytest.mark.deep
     ),
   ],
   ids=["heads", "tokens"],

@@ -41,7 +41,7 @@ def x():
 
 
 @pytest.mark.parametrize(
-  "mixer", [Squared, pytest.param(GDN2Mixer, marks=pytest.mark.slow)]
+  "mixer", [Squared, pytest.param(GDN2Mixer, marks=pytest.mark.deep)]
 )
 def test_numbers_are_those_of_linen(mixer):
   x = jax.random.normal(jax.random.key(0), (2, 6, 24))

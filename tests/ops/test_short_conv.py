@@ -89,11 +89,11 @@ def test_row_of_padding_returns_its_state():
 
 
 @pytest.mark.parametrize(
-  "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+  "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.deep)]
 )
 @pytest.mark.parametrize(
   "ids",
-  [pytest.param(None, marks=pytest.mark.slow), IDS],
+  [pytest.param(None, marks=pytest.mark.deep), IDS],
   ids=["whole", "packed"],
 )
 def test_split_and_carry_gives_the_same_bits(ids, dtype):

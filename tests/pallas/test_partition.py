@@ -204,8 +204,8 @@ def test_vmap_is_more_rows(rng):
   ("T", "K", "V"),
   [
     (1, 16, 16),
-    pytest.param(70, 48, 80, marks=pytest.mark.slow),
-    pytest.param(128, 96, 64, marks=pytest.mark.slow),
+    pytest.param(70, 48, 80, marks=pytest.mark.deep),
+    pytest.param(128, 96, 64, marks=pytest.mark.deep),
   ],
 )
 def test_padding_to_tiles_changes_nothing(T, K, V, rng):

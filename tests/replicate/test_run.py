@@ -131,8 +131,8 @@ def env(tmp_path_factory):
   ("flag", "message"),
   [
     ("--shard=3/2", "--shard=3/2: expected i/n"),
-    pytest.param("--mixers=x", "mixers='x': expected", marks=pytest.mark.slow),
-    pytest.param("--report", "none of 0 rows belongs", marks=pytest.mark.slow),
+    pytest.param("--mixers=x", "mixers='x': expected", marks=pytest.mark.deep),
+    pytest.param("--report", "none of 0 rows belongs", marks=pytest.mark.deep),
   ],
 )
 def test_bad_flags_are_refused(tmp_path, env, flag, message):

@@ -200,15 +200,15 @@ def no_report(monkeypatch):
 @pytest.mark.parametrize(
   ("name", "options"),
   [
-    pytest.param("muon", (), marks=pytest.mark.slow),
+    pytest.param("muon", (), marks=pytest.mark.deep),
     pytest.param(
       "adafactor",
       ("min_dim_size_to_factor=16", "momentum=0.5"),
-      marks=pytest.mark.slow,
+      marks=pytest.mark.deep,
     ),
-    pytest.param("lion", (), marks=pytest.mark.slow),
-    pytest.param("sgd", (), marks=pytest.mark.slow),
-    pytest.param("nadamw", (), marks=pytest.mark.slow),
+    pytest.param("lion", (), marks=pytest.mark.deep),
+    pytest.param("sgd", (), marks=pytest.mark.deep),
+    pytest.param("nadamw", (), marks=pytest.mark.deep),
   ],
 )
 def test_resume_is_exact_and_the_loss_falls(

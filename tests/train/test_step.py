@@ -139,10 +139,10 @@ def test_fsdp_equals_single_device(sharded, batch, expected):
   ("mesh", "devices", "microbatches"),
   [
     pytest.param(
-      MeshConfig(data=2, fsdp=2, tensor=2), 8, 2, marks=pytest.mark.slow
+      MeshConfig(data=2, fsdp=2, tensor=2), 8, 2, marks=pytest.mark.deep
     ),
-    pytest.param(MeshConfig(fsdp=2, context=4), 8, 2, marks=pytest.mark.slow),
-    pytest.param(ONE, 1, 4, marks=pytest.mark.slow),
+    pytest.param(MeshConfig(fsdp=2, context=4), 8, 2, marks=pytest.mark.deep),
+    pytest.param(ONE, 1, 4, marks=pytest.mark.deep),
   ],
 )
 def test_meshes_and_microbatches_change_nothing(

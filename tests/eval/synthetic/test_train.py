@@ -85,7 +85,12 @@ def test_decoding_cost_counts_the_state(alone):
 
 @pytest.mark.parametrize(
   "mixer",
-  ["kda", *(pytest.param(m, marks=slow) for m in ("deltanet", "no_erase"))],
+  [
+    "kda",
+    *(
+      pytest.param(m, marks=pytest.mark.deep) for m in ("deltanet", "no_erase")
+    ),
+  ],
 )
 def test_pairs_start_from_the_same_values(mixer):
   key = jax.random.key(3)
@@ -120,7 +125,12 @@ def test_pairs_see_the_same_data():
 
 @pytest.mark.parametrize(
   "mixer",
-  ["kda", *(pytest.param(m, marks=slow) for m in ("gdn", "no_erase", "GK"))],
+  [
+    "kda",
+    *(
+      pytest.param(m, marks=pytest.mark.deep) for m in ("gdn", "no_erase", "GK")
+    ),
+  ],
 )
 def test_models_have_as_many_parameters(mixer):
   sizes = Sizes(num_layers=2)

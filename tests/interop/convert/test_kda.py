@@ -137,7 +137,7 @@ NATIVE = Options(as_mixer="kda")
   [
     (2, 2, 2, False),
     (2, 4, 4, False),
-    pytest.param(2, 4, 2, True, marks=pytest.mark.slow),
+    pytest.param(2, 4, 2, True, marks=pytest.mark.deep),
   ],
 )
 def test_a_model_of_pattern_k_computes_it_too(
@@ -200,7 +200,7 @@ def test_there_and_back_gives_the_same_bits(tmp_path, target):
 
 @pytest.mark.parametrize(
   "pattern",
-  ["K", *(pytest.param(p, marks=pytest.mark.slow) for p in ("KS", "AK"))],
+  ["K", *(pytest.param(p, marks=pytest.mark.deep) for p in ("KS", "AK"))],
 )
 def test_own_models_are_written_and_read(tmp_path, pattern):
   config = small_config(pattern, norm_eps=1e-5)

@@ -123,7 +123,7 @@ def test_segments(window):
 
 
 @pytest.mark.parametrize(
-  "window", [40, pytest.param(None, marks=pytest.mark.slow)]
+  "window", [40, pytest.param(None, marks=pytest.mark.deep)]
 )
 def test_several_full_blocks(window):
   """Longer than the largest block, so that spans start inside the keys."""

@@ -86,8 +86,8 @@ def packed_case():
   ("devices", "scheme", "implementation"),
   [
     (2, None, "xla"),
-    pytest.param(4, "doubling", "reference", marks=pytest.mark.slow),
-    pytest.param(8, "all_to_all", "xla", marks=pytest.mark.slow),
+    pytest.param(4, "doubling", "reference", marks=pytest.mark.deep),
+    pytest.param(8, "all_to_all", "xla", marks=pytest.mark.deep),
     (8, "ring", "reference"),
   ],
 )

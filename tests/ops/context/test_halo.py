@@ -100,9 +100,9 @@ def test_convolution(rng, devices, packed):
   [
     (2, 7, True),
     (8, 5, False),
-    pytest.param(8, 12, True, marks=pytest.mark.slow),
+    pytest.param(8, 12, True, marks=pytest.mark.deep),
     (4, None, True),
-    pytest.param(4, None, False, marks=pytest.mark.slow),
+    pytest.param(4, None, False, marks=pytest.mark.deep),
     (2, 1, True),
   ],
 )

@@ -34,7 +34,7 @@ def test_decay_and_erase(g, b, implementation, rng):
   [
     1,
     2,
-    *(pytest.param(T, marks=pytest.mark.slow) for T in (63, 64, 1000)),
+    *(pytest.param(T, marks=pytest.mark.deep) for T in (63, 64, 1000)),
     65,
   ],
 )
@@ -46,7 +46,7 @@ def test_lengths(T, implementation, rng):
 
 @pytest.mark.parametrize(
   ("chunk_size", "packed"),
-  [(1, False), (32, True), pytest.param(64, False, marks=pytest.mark.slow)],
+  [(1, False), (32, True), pytest.param(64, False, marks=pytest.mark.deep)],
 )
 def test_chunk_size_does_not_matter(chunk_size, packed, rng):
   ids = np.ones((2, 130), np.int32)

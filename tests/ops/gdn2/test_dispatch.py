@@ -137,7 +137,7 @@ def test_nothing_of_pallas_is_loaded_without_a_gpu():
 
 
 @pytest.mark.parametrize(
-  "value_heads", [pytest.param(1, marks=pytest.mark.slow), 2]
+  "value_heads", [pytest.param(1, marks=pytest.mark.deep), 2]
 )
 def test_the_call_reaches_the_kernels(value_heads, hopper, rng):
   segments = np.array([[1] * 20 + [0] * 5 + [2] * 45, [3] * 70], np.int32)
@@ -217,7 +217,7 @@ def test_triton_is_chosen_for_a_step_only(triton):
 
 
 @pytest.mark.parametrize(
-  "value_heads", [pytest.param(1, marks=pytest.mark.slow), 2]
+  "value_heads", [pytest.param(1, marks=pytest.mark.deep), 2]
 )
 @pytest.mark.parametrize("segments", [None, np.array([[1, 1, 0, 2, 2]] * 2)])
 def test_the_call_reaches_triton(value_heads, segments, triton, rng):
@@ -294,7 +294,7 @@ def test_right_kernels_are_chosen_in_silence_and_checked_once(
     pytest.param(
       {"backward": kernel_stand_in.wrong_backward},
       r"dg differs .* by 2\.0e\+00",
-      marks=pytest.mark.slow,
+      marks=pytest.mark.deep,
     ),
     ({"forward": kernel_stand_in.broken_forward}, "RuntimeError: no such chip"),
   ],

@@ -22,7 +22,7 @@ def make(rng, **kwargs):
 
 
 @pytest.mark.parametrize(
-  "chunk_size", [16, pytest.param(64, marks=pytest.mark.slow)]
+  "chunk_size", [16, pytest.param(64, marks=pytest.mark.deep)]
 )
 @pytest.mark.parametrize("g", [(-5.0, -0.1), (-40.0, 0.0)], ids=str)
 def test_n01_masked_scores_leave_gradients_finite(g, chunk_size, rng):
@@ -160,7 +160,7 @@ def test_n09_a_thousand_steps_equal_the_chunks(rng):
 
 @pytest.mark.parametrize("spread", [0.0, 1e-3])
 @pytest.mark.parametrize(
-  "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+  "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.deep)]
 )
 def test_n10_no_decay_and_parallel_keys(dtype, spread, rng):
   case = make(rng, g=0.0, b=1.0, dtype=jnp.dtype(dtype))
@@ -266,7 +266,7 @@ def test_n15_sums_of_gate_gradients_keep_their_precision(rng):
 
 
 @pytest.mark.parametrize(
-  "value_heads", [2, pytest.param(4, marks=pytest.mark.slow)]
+  "value_heads", [2, pytest.param(4, marks=pytest.mark.deep)]
 )
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_n16_value_heads_read_their_key_head(implementation, value_heads, rng):

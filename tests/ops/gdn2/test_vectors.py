@@ -1,4 +1,4 @@
-"""The op's accuracy, compiled quickly and, among slow tests, as users compile.
+"""The op's accuracy, compiled quickly and, among deep tests, as users compile.
 
 Ground truth: the float64 vectors of tests/vectors and the float64 recurrence of
 tests/numerics.py. Every output and every gradient is compared by name.
@@ -20,7 +20,7 @@ IMPLEMENTATIONS = ("reference", "xla")
 @pytest.fixture(
   scope="module",
   autouse=True,
-  params=["quick", pytest.param("optimized", marks=pytest.mark.slow)],
+  params=["quick", pytest.param("optimized", marks=pytest.mark.deep)],
 )
 def programs(request):
   """Programs of the tests of this module, with fewer optimizations or all."""

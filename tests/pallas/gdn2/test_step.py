@@ -17,7 +17,7 @@ from tests import numerics
 DTYPES = (
   jnp.float32,
   jnp.bfloat16,
-  pytest.param(jnp.float16, marks=pytest.mark.slow),
+  pytest.param(jnp.float16, marks=pytest.mark.deep),
 )
 INPUTS = numerics.INPUTS
 
