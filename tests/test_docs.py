@@ -17,6 +17,8 @@ PAGES = [
   "docs/research.md",
   "docs/weights.md",
 ]
+# The blocks of research.md train models of many kinds.
+MARKS = {"README.md": (), "docs/research.md": pytest.mark.deep}
 
 
 def blocks_of(page: str) -> list[str]:
@@ -48,7 +50,7 @@ def programs(tmp_path_factory):
 @pytest.mark.parametrize(
   "page",
   [
-    pytest.param(page, marks=() if page == "README.md" else pytest.mark.slow)
+    pytest.param(page, marks=MARKS.get(page, pytest.mark.slow))
     for page in PAGES
   ],
 )

@@ -141,13 +141,8 @@ def test_in_sections(rng, cut):
   assert max(ratios.values()) <= 1.25, ratios
 
 
-@pytest.mark.parametrize(
-  "settings",
-  [
-    pytest.param({"gates": "tied"}, marks=pytest.mark.deep),
-    {"decay": "scalar"},
-  ],
-)
+@pytest.mark.deep
+@pytest.mark.parametrize("settings", [{"gates": "tied"}, {"decay": "scalar"}])
 def test_gates_with_one_channel_per_head(settings, monkeypatch):
   # They are broadcast before the kernels.
   def mixer(implementation, dtype="bfloat16"):

@@ -143,6 +143,7 @@ def test_bad_flags_are_refused(tmp_path, env, flag, message):
   assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.deep
 @pytest.mark.slow
 def test_a_killed_command_loses_and_repeats_nothing(tmp_path, env):
   flags = ["--workers=2"]

@@ -311,7 +311,8 @@ def test_the_end_has_a_deadline_and_a_second_signal(folder):
       headers=HEADERS,
       timeout=60,
     ) as response:
-      next(response.iter_lines())
+      lines = response.iter_lines()  # kept: without it the stream ends
+      next(lines)
       server.process.send_signal(signal.SIGTERM)
       server.wait_for(r"^\[stopping: 1 requests")
       server.process.send_signal(signal.SIGTERM)

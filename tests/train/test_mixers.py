@@ -49,7 +49,7 @@ def chain(config, params):
   return rows
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_cached_tokens_are_those_of_the_forward_and_models_are_published(
   cache_dir, tmp_path
 ):

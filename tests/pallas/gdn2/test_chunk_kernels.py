@@ -120,7 +120,7 @@ def check(case, bound=CONTRACT, *, run=kernels):
 @pytest.mark.parametrize(
   ("name", "bound"),
   [
-    ("gdn2_mild", CONTRACT),
+    pytest.param("gdn2_mild", CONTRACT, marks=pytest.mark.deep),
     ("gdn2_packed", CONTRACT),
     ("gdn2_strong_decay", CONTRACT),
     ("gdn2_negative_eigval", NEGATIVE_EIGENVALUES),
