@@ -282,7 +282,7 @@ def test_a_signal_under_load_loses_nothing(server):
   assert not any("def f" in line for line in server.lines)
 
 
-def test_the_end_has_a_deadline_and_a_second_signal(folder):
+def test_the_end_has_a_deadline_and_a_second_signal(server, folder):
   """The second start compiles nothing."""
   before = programs(folder)
   server = Server(folder, "--stop_timeout=0.5")
