@@ -14,7 +14,7 @@ from gdn2_jax.bench.op import run as op
 from gdn2_jax.bench.results import environment
 from gdn2_jax.ops.gdn2.arg_specs import ArgSpec
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.deep
 
 SPEC = ArgSpec(name="micro", B=1, T=32, H=1, K=16, V=16, tags=("train",))
 

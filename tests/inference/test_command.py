@@ -15,6 +15,8 @@ from gdn2_jax.train.checkpoint import load_run
 from tests.inference.conftest import damage_params, damage_state
 from tests.tiny_run import make_run, run_many, run_module
 
+pytestmark = pytest.mark.slow
+
 MODULE = "gdn2_jax.inference.__main__"
 
 

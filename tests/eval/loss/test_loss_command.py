@@ -12,6 +12,8 @@ from gdn2_jax.eval.loss.perplexity import evaluate_loss
 from gdn2_jax.train.checkpoint import load_run
 from tests.tiny_run import make_run, run_many, run_module
 
+pytestmark = pytest.mark.slow
+
 MODULE = "gdn2_jax.eval"
 
 

@@ -30,7 +30,6 @@ from gdn2_jax.eval.synthetic.steps import (
 from gdn2_jax.eval.synthetic.tasks import Overwrite, SetAdd
 from gdn2_jax.eval.synthetic.train import Cell, Program, Training
 
-slow = pytest.mark.slow
 SMALL = Sizes(model_dim=16, mlp_dim=16, implementation="reference")
 SHORT = Training(steps=8, batch_size=4, warmup=2, scored=16, points=2)
 TASK = Overwrite(hot=2, cold=2, writes=6)
@@ -43,7 +42,7 @@ def alone():
   return program, program.run([1], [1e-2])[0]
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_run_is_a_function_of_its_config_and_seed(alone):
   program, first = alone
   again, other = program.run([1], [1e-2])[0], program.run([2], [1e-2])[0]
@@ -51,7 +50,7 @@ def test_a_run_is_a_function_of_its_config_and_seed(alone):
   assert other.curve != first.curve
 
 
-@slow
+@pytest.mark.deep
 def test_a_run_does_not_depend_on_those_beside_it(alone):
   _, first = alone
   together = Program(CELL, width=3).run([0, 1, 1], [1e-2, 1e-2, 2e-2])
@@ -145,7 +144,7 @@ def test_models_may_have_no_mlp():
   assert not [name for name in shapes if "mlp" in name]
 
 
-@slow
+@pytest.mark.deep
 @pytest.mark.parametrize("mixer", ["gdn2", "A"])
 def test_steps_give_the_logits_of_the_sequence(mixer):
   model = build(mixer, SMALL, VOCAB_SIZE, True)
@@ -173,7 +172,7 @@ def test_queries_are_at_the_end_of_steps():
   assert token.queries() is None  # markers are every other token
 
 
-@slow
+@pytest.mark.deep
 def test_queries_of_mqar_are_anywhere():
   assert Cell(Mqar(16, 2, 64), "gdn2", SMALL, SHORT, "token").queries() is None
 
@@ -205,7 +204,7 @@ def test_scores_of_known_answers():
   assert other["kinds"]["right"] == 0.25 and other["kinds"]["other"] == 0.5
 
 
-@slow
+@pytest.mark.deep
 def test_scores_in_the_token_format_are_those_of_the_steps():
   token = dataclasses.replace(CELL, format="token")
   paired, spread = CELL.draw(0, 0, 16), token.draw(0, 0, 16)

@@ -8,6 +8,8 @@ import pytest
 from tests.interop.convert import checkpoints
 from tests.tiny_run import run_many
 
+pytestmark = pytest.mark.slow
+
 PROBE = f"--probe={checkpoints.OFFICIAL / 'io.npz'}"
 
 

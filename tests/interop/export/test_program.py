@@ -23,7 +23,7 @@ from gdn2_jax.ops.gdn2 import xla
 from tests.model.models import small_config
 from tests.random_params import random_params
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.deep
 
 CONFIG = small_config(
   "GS",

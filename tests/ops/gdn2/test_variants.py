@@ -10,6 +10,8 @@ import pytest
 from gdn2_jax.ops.gdn2 import variants
 from tests import numerics
 
+pytestmark = pytest.mark.deep
+
 VECTORS = pathlib.Path(__file__).parents[2] / "vectors"
 
 
