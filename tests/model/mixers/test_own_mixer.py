@@ -154,6 +154,7 @@ def test_a_cache_carries_documents_and_padding(run):
   assert rel_rms(got, want[:, 10:]) <= FLOAT32_BOUND
 
 
+@pytest.mark.slow
 def test_the_plan_counts_it(run):
   config, _ = run
   figures = plan(config, 8, compile_step=False)
