@@ -12,6 +12,8 @@ from gdn2_jax.model.mixers.gdn2 import GDN2Config, GDN2Mixer
 from gdn2_jax.nnx import GDN2, to_nnx
 from tests.model.models import small_config
 
+pytestmark = pytest.mark.slow
+
 CONFIG = GDN2Config(
   num_heads=2, key_dim=16, value_dim=16, implementation="reference"
 )

@@ -18,6 +18,8 @@ from tests.model.models import small_config
 from tests.numerics import FLOAT32_BOUND, rel_rms
 from tests.random_params import random_params
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 24
 PREFIX = "model.layers.0.attn."
 

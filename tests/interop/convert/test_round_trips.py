@@ -21,6 +21,8 @@ from gdn2_jax.model.mixers.gdn2 import GDN2Config
 from tests.interop.convert import checkpoints
 from tests.random_params import random_params
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = pathlib.Path(__file__).parents[2] / "train/checkpoint/golden"
 WORKDIR = GOLDEN / "0.1.0.tar.xz"
 

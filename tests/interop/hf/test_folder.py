@@ -26,6 +26,8 @@ from tests.interop.convert import checkpoints
 from tests.model.models import small_config
 from tests.random_params import random_params
 
+pytestmark = pytest.mark.slow
+
 REMOTE = pathlib.Path(gdn2_jax.interop.hf.__file__).parent / "remote"
 KINDS = "GMNS"  # one of each kind of layer
 

@@ -12,6 +12,8 @@ from gdn2_jax.sharding import MeshConfig, make_mesh, shardings_of, use_mesh
 from tests.model.mixers.cases import CONFIGS, D, case, inputs
 from tests.numerics import assert_close
 
+pytestmark = pytest.mark.slow
+
 ROWS, T = 3, 12
 NAMES = tuple(CONFIGS)
 # With three ranks everything of one rank is used.

@@ -16,6 +16,8 @@ from gdn2_jax.ops.segments import reset_counts, segment_positions
 from gdn2_jax.ops.short_conv import short_conv
 from tests.numerics import assert_close, rel_rms
 
+pytestmark = pytest.mark.slow
+
 B, T, C = 4, 32, 8
 TOKENS, WHOLE = PartitionSpec(None, "context"), PartitionSpec()
 
