@@ -37,7 +37,7 @@ ALLOWED = {
   "interop": "typing files config_json sharding model data",
   "inference": "typing files config_json sharding ops model interop",
   "analysis": "typing ops model",
-  "explorer": "typing files data interop model analysis train",
+  "explore": "typing files data interop model analysis train",
   "eval": "typing files config_class sharding ops model data interop inference "
   "analysis",
   "train": "typing files config_class config_json sharding model data interop "
@@ -52,14 +52,7 @@ ALLOWED = {
   "aot": "typing kernels sharding pallas triton ops model data train inference",
 }
 # Entry points stand above all layers and are imported by nobody.
-ENTRY_POINTS = {
-  "convert",
-  "explore",
-  "export",
-  "generate",
-  "launch",
-  "plan",
-}
+ENTRY_POINTS = {"convert", "export", "generate", "launch", "plan"}
 
 
 def layer_of(module: str) -> str:

@@ -1,1 +1,6 @@
-"""Command `gdn2 explore`; the functions are in gdn2_jax.explorer."""
+"""Interactive explorer of the gates and states of a model over a text."""
+
+from gdn2_jax.explore.live import explore
+from gdn2_jax.explore.page import save_page
+
+__all__ = ["explore", "save_page"]

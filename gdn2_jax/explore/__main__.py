@@ -18,7 +18,7 @@ Every change is computed here, by the model itself: for L layers with gates
 and H heads 11 L H runs over the text. --layers and --heads take some of them; a
 page of more than 5 MB is refused. Without --text and --file the text is a
 held-out document of the package's corpus. In Jupyter,
-gdn2_jax.explorer.explore shows the same for any text and any factor.
+gdn2_jax.explore.explore shows the same for any text and any factor.
 
 --workdir is that of `gdn2 train`; --step picks one of its checkpoints, by
 default the newest. --model takes a folder with a published model instead.
@@ -32,10 +32,10 @@ import pathlib
 from absl import flags
 
 from gdn2_jax import cli
-from gdn2_jax.explorer.documents import DEFAULT, held_out
-from gdn2_jax.explorer.extra import check_installed
-from gdn2_jax.explorer.model import Opened
-from gdn2_jax.explorer.page import MAX_TOKENS, save_page
+from gdn2_jax.explore.documents import DEFAULT, held_out
+from gdn2_jax.explore.extra import check_installed
+from gdn2_jax.explore.model import Opened
+from gdn2_jax.explore.page import MAX_TOKENS, save_page
 from gdn2_jax.train.checkpoint import open_model as opening
 from gdn2_jax.train.checkpoint.open_model import check_flags, open_model
 

@@ -10,12 +10,12 @@ import numpy as np
 import tqdm
 
 from gdn2_jax import files
-from gdn2_jax.explorer.changes import AS_IS, CHANGES
-from gdn2_jax.explorer.extra import check_installed
-from gdn2_jax.explorer.model import open_run
-from gdn2_jax.explorer.runs import Place, make_runner
-from gdn2_jax.explorer.text import label, read_text
-from gdn2_jax.explorer.views import Study, View
+from gdn2_jax.explore.changes import AS_IS, CHANGES
+from gdn2_jax.explore.extra import check_installed
+from gdn2_jax.explore.model import open_run
+from gdn2_jax.explore.runs import Place, make_runner
+from gdn2_jax.explore.text import label, read_text
+from gdn2_jax.explore.views import Study, View
 
 MAX_TOKENS = 96
 MAX_BYTES = 5_000_000
@@ -94,7 +94,7 @@ def save_page(
   cut = ""
   if tokens.is_cut:
     cut = f"The text is cut to {len(tokens.ids)} of {tokens.length:,} tokens."
-  from gdn2_jax.explorer.draw import html_page  # needs Bokeh
+  from gdn2_jax.explore.draw import html_page  # needs Bokeh
 
   page = html_page.render(
     title,

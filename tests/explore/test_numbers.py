@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdn2_jax.explorer.changes import CHANGES, Change
-from gdn2_jax.explorer.reads import contributions, read_coefficients
-from gdn2_jax.explorer.runs import Place, make_runner
+from gdn2_jax.explore.changes import CHANGES, Change
+from gdn2_jax.explore.reads import contributions, read_coefficients
+from gdn2_jax.explore.runs import Place, make_runner
 from gdn2_jax.model.lm import LM
 from gdn2_jax.model.mixers import kinds, registry
 from gdn2_jax.model.mixers.gdn2 import GDN2Mixer
-from tests.explorer.recurrence import changed, outputs
+from tests.explore.recurrence import changed, outputs
 from tests.model.models import small_config
 from tests.numerics import rel_rms
 from tests.random_params import random_params

@@ -9,7 +9,7 @@ from bokeh.models import Button, Checkbox, Row, Select, Spinner, TextAreaInput
 from bokeh.resources import Resources
 from jupyter_bokeh import BokehModel
 
-from gdn2_jax.explorer.draw.layout import LABELS, WRAP, select
+from gdn2_jax.explore.draw.layout import LABELS, WRAP, select
 
 _LOAD = "application/vnd.bokehjs_load.v0+json"  # of jupyter_bokeh
 _NAMES = {"decay": "Decay g x", "erase": "Erase b x", "write": "Write w x"}

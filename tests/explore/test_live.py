@@ -5,13 +5,13 @@ import importlib.util
 import numpy as np
 import pytest
 
-from gdn2_jax.explorer import explore
-from gdn2_jax.explorer.changes import CHANGES, Change
-from gdn2_jax.explorer.live import OWN_FACTORS, OWN_TEXT, Session
-from gdn2_jax.explorer.runs import Place, make_runner
-from gdn2_jax.explorer.text import read_text
-from gdn2_jax.explorer.views import Study
-from tests.explorer.pages import TEXT, byte_model
+from gdn2_jax.explore import explore
+from gdn2_jax.explore.changes import CHANGES, Change
+from gdn2_jax.explore.live import OWN_FACTORS, OWN_TEXT, Session
+from gdn2_jax.explore.runs import Place, make_runner
+from gdn2_jax.explore.text import read_text
+from gdn2_jax.explore.views import Study
+from tests.explore.pages import TEXT, byte_model
 
 MODEL = byte_model()
 

@@ -10,10 +10,10 @@ from jaxtyping import Float
 
 from gdn2_jax.analysis.gates import effective_memory, half_life
 from gdn2_jax.analysis.memory import effective_rank, state_norm, states
-from gdn2_jax.explorer.changes import Change
-from gdn2_jax.explorer.reads import contributions, read_coefficients
-from gdn2_jax.explorer.runs import Head, Place, Runner
-from gdn2_jax.explorer.text import Text
+from gdn2_jax.explore.changes import Change
+from gdn2_jax.explore.reads import contributions, read_coefficients
+from gdn2_jax.explore.runs import Head, Place, Runner
+from gdn2_jax.explore.text import Text
 
 CANDIDATES = 10
 # Texts of similar lengths share a program; later tokens change nothing.

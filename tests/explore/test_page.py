@@ -7,14 +7,14 @@ import re
 import numpy as np
 import pytest
 
-from gdn2_jax.explorer import save_page
-from gdn2_jax.explorer.changes import CHANGES, Change
-from gdn2_jax.explorer.model import open_run
-from gdn2_jax.explorer.runs import Place, make_runner
-from gdn2_jax.explorer.text import read_text
-from gdn2_jax.explorer.views import Study
-from tests.explorer.pages import TEXT, byte_model
-from tests.explorer.recurrence import changed, outputs
+from gdn2_jax.explore import save_page
+from gdn2_jax.explore.changes import CHANGES, Change
+from gdn2_jax.explore.model import open_run
+from gdn2_jax.explore.runs import Place, make_runner
+from gdn2_jax.explore.text import read_text
+from gdn2_jax.explore.views import Study
+from tests.explore.pages import TEXT, byte_model
+from tests.explore.recurrence import changed, outputs
 
 # Of the rounding to 9 significant bits.
 ROUNDING = 2.0**-9

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from gdn2_jax.analysis.gates import sown_values
-from gdn2_jax.explorer.changes import Change, change_gates
+from gdn2_jax.explore.changes import Change, change_gates
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.lm import LM, without_stacks
 from gdn2_jax.model.mixers.gate_hook import changed_gates, has_gate_hook

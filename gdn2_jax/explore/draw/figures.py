@@ -8,7 +8,7 @@ from bokeh.palettes import RdBu11, all_palettes, interp_palette
 from bokeh.transform import dodge
 
 from gdn2_jax.analysis import style
-from gdn2_jax.explorer.draw.plots import Plots, numbers
+from gdn2_jax.explore.draw.plots import Plots, numbers
 
 _LONGEST = 1000  # tokens, the end of the colours of half-lives
 _SHORTEST = 0.3

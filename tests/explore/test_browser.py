@@ -9,13 +9,13 @@ import PIL.Image
 import pytest
 from bokeh.palettes import Blues256, Oranges256
 
-from gdn2_jax.explorer import save_page
-from gdn2_jax.explorer.changes import CHANGES
-from gdn2_jax.explorer.runs import Place, make_runner
-from gdn2_jax.explorer.text import read_text
-from gdn2_jax.explorer.views import Study
+from gdn2_jax.explore import save_page
+from gdn2_jax.explore.changes import CHANGES
+from gdn2_jax.explore.runs import Place, make_runner
+from gdn2_jax.explore.text import read_text
+from gdn2_jax.explore.views import Study
 from tests.browser import MIN_FONT, WIDTHS, open_page
-from tests.explorer.pages import TEXT, byte_model
+from tests.explore.pages import TEXT, byte_model
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ import numpy as np
 from bokeh.embed import file_html
 from bokeh.resources import Resources
 
-from gdn2_jax.explorer.draw.layout import (
+from gdn2_jax.explore.draw.layout import (
   make_layout,
   on_ready,
   paragraphs,

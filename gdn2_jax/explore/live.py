@@ -3,13 +3,13 @@
 import html
 from typing import Any
 
-from gdn2_jax.explorer.changes import CHANGES, Change
-from gdn2_jax.explorer.documents import DEFAULT, held_out
-from gdn2_jax.explorer.extra import check_installed
-from gdn2_jax.explorer.model import open_run
-from gdn2_jax.explorer.runs import Place, make_runner
-from gdn2_jax.explorer.text import label, read_text
-from gdn2_jax.explorer.views import Study
+from gdn2_jax.explore.changes import CHANGES, Change
+from gdn2_jax.explore.documents import DEFAULT, held_out
+from gdn2_jax.explore.extra import check_installed
+from gdn2_jax.explore.model import open_run
+from gdn2_jax.explore.runs import Place, make_runner
+from gdn2_jax.explore.text import label, read_text
+from gdn2_jax.explore.views import Study
 
 MAX_TOKENS = 256
 OWN_TEXT, OWN_FACTORS = "own text", "own factors"
@@ -40,7 +40,7 @@ def explore(
     OSError: the model is not there.
   """
   check_installed("bokeh", "jupyter_bokeh", "ipywidgets")
-  from gdn2_jax.explorer.draw.notebook import Widget, load_scripts
+  from gdn2_jax.explore.draw.notebook import Widget, load_scripts
 
   session = Session(run, text, max_tokens=max_tokens)
   load_scripts()
@@ -61,8 +61,8 @@ class Session:
   """
 
   def __init__(self, run: Any, text: str | None, *, max_tokens: int):
-    from gdn2_jax.explorer.draw.layout import make_layout, on_ready, paragraphs
-    from gdn2_jax.explorer.draw.notebook import make_controls
+    from gdn2_jax.explore.draw.layout import make_layout, on_ready, paragraphs
+    from gdn2_jax.explore.draw.notebook import make_controls
 
     opened = open_run(run)
     self._tokenizer = opened.model.tokenizer

@@ -13,7 +13,7 @@ from bokeh.events import DocumentReady, Tap
 from bokeh.model import DataModel
 from bokeh.models import Column, CustomJS, Div, Row, Select, Slider
 
-from gdn2_jax.explorer.draw.figures import Panel, Panels
+from gdn2_jax.explore.draw.figures import Panel, Panels
 
 HALF_LIFE, RATE = "half-life (tokens)", "e^g (kept per token)"
 _HERE = pathlib.Path(__file__).parent

@@ -1,6 +1,0 @@
-"""Interactive explorer of the gates and states of a model over a text."""
-
-from gdn2_jax.explorer.live import explore
-from gdn2_jax.explorer.page import save_page
-
-__all__ = ["explore", "save_page"]
