@@ -92,6 +92,16 @@ def server(folder):
   server.kill()
 
 
+def endless(server):
+  """A stream of an answer that does not end; keep its iterator of lines."""
+  return httpx.stream(
+    *("POST", f"{server.url}/v1/completions"),
+    json=ENDLESS | {"stream": True},
+    headers=HEADERS,
+    timeout=60,
+  )
+
+
 def programs(folder):
   files = (folder / "cache" / "gdn2_jax" / "jax").iterdir()
   return {path.name for path in files if path.name.endswith("-cache")}
@@ -287,12 +297,7 @@ def test_the_end_has_a_deadline_and_a_second_signal(server, folder):
   before = programs(folder)
   server = Server(folder, "--stop_timeout=0.5")
   try:
-    with httpx.stream(
-      *("POST", f"{server.url}/v1/completions"),
-      json=ENDLESS | {"stream": True},
-      headers=HEADERS,
-      timeout=60,
-    ) as response:
+    with endless(server) as response:
       lines = response.iter_lines()
       next(lines)
       server.process.send_signal(signal.SIGINT)
@@ -305,13 +310,8 @@ def test_the_end_has_a_deadline_and_a_second_signal(server, folder):
 
   server = Server(folder)
   try:
-    with httpx.stream(
-      *("POST", f"{server.url}/v1/completions"),
-      json=ENDLESS | {"stream": True},
-      headers=HEADERS,
-      timeout=60,
-    ) as response:
-      lines = response.iter_lines()  # kept: without it the stream ends
+    with endless(server) as response:
+      lines = response.iter_lines()
       next(lines)
       server.process.send_signal(signal.SIGTERM)
       server.wait_for(r"^\[stopping: 1 requests")
