@@ -14,7 +14,8 @@ from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.lm import LM
 from gdn2_jax.model.mixers.registry import kinds_of
 
-_NAMES = ("q", "k", "v", "g", "b", "w", "o")
+# Symbols of a recurrence that a layer sows.
+NAMES = ("q", "k", "v", "g", "b", "w", "o")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,17 +59,17 @@ def collect_gates(
   Raises:
     ValueError: no layer of the pattern has these gates.
   """
-  layers = layers_with(config, _NAMES)
+  layers = layers_with(config, NAMES)
   if not layers:
     raise ValueError(
       f"config.pattern={config.pattern!r}: expected at least one layer whose "
-      f"mixer shows {', '.join(_NAMES)}"
+      f"mixer shows {', '.join(NAMES)}"
     )
   # A copy: jit keeps the config as a cache key, and callers may change theirs.
   seen = _intermediates(copy.deepcopy(config), params, tokens, segment_ids)
   records = []
   for layer, group, place in layers:
-    sown = sown_values(seen, config, group, place, _NAMES)
+    sown = sown_values(seen, config, group, place, NAMES)
     arrays = {name: np.asarray(x, np.float32) for name, x in sown.items()}
     records.append(LayerGates(layer=layer, **arrays))
   return records

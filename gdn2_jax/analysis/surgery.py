@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from gdn2_jax.analysis.capacity.measure import random_codes
 from gdn2_jax.ops.gdn2.api import gdn2, gdn2_step
 
 Rows = Float[Array | np.ndarray, "n _"]
@@ -17,8 +18,7 @@ Rows = Float[Array | np.ndarray, "n _"]
 
 def unit_rows(seed: int, count: int, dim: int) -> Float[np.ndarray, "n D"]:
   """Draws random directions: `count` rows of norm 1, float32."""
-  x = np.random.default_rng(seed).normal(size=(count, dim))
-  return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+  return random_codes(np.random.default_rng(seed), count, dim)
 
 
 def store(

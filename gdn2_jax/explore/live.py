@@ -73,9 +73,8 @@ class Session:
     start = documents[DEFAULT] if text is None else text
     self._study = self._read(start)
     self.controls = make_controls([OWN_TEXT, *documents], chosen, start)
-    title = f"Gate explorer: {opened.name}" if opened.name else "Gate explorer"
     self.layout = make_layout(
-      paragraphs(title, f"Model: {opened.facts}."),
+      paragraphs(opened.title, f"Model: {opened.facts}."),
       layers=self._runner.layers,
       heads=range(self._runner.heads),
       changes=[*CHANGES, OWN_FACTORS],

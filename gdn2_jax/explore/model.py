@@ -23,6 +23,11 @@ class Opened:
   model: Model
 
   @property
+  def title(self) -> str:
+    """Heading of its pages."""
+    return f"Gate explorer: {self.name}" if self.name else "Gate explorer"
+
+  @property
   def facts(self) -> str:
     """Layers, heads, parameters and dtype in one line."""
     c = self.model.config

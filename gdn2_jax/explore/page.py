@@ -90,14 +90,13 @@ def save_page(
       for i in store.pool[view["words"]].flat
     }
   )
-  title = f"Gate explorer: {opened.name}" if opened.name else "Gate explorer"
   cut = ""
   if tokens.is_cut:
     cut = f"The text is cut to {len(tokens.ids)} of {tokens.length:,} tokens."
   from gdn2_jax.explore.draw import html_page  # needs Bokeh
 
   page = html_page.render(
-    title,
+    opened.title,
     (note, f"Model: {opened.facts}.", _HOW_TO, cut),
     layers=layers,
     heads=heads,

@@ -10,13 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from gdn2_jax.analysis.gates import sown_values
+from gdn2_jax.analysis.gates import NAMES, sown_values
 from gdn2_jax.explore.changes import Change, change_gates
 from gdn2_jax.model.config import ModelConfig
 from gdn2_jax.model.lm import LM, without_stacks
 from gdn2_jax.model.mixers.gate_hook import changed_gates, has_gate_hook
-
-_NAMES = ("q", "k", "v", "g", "b", "w", "o")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Head:
 
   def first(self, tokens: int) -> "Head":
     """The same arrays of the first tokens."""
-    return Head(**{name: getattr(self, name)[:tokens] for name in _NAMES})
+    return Head(**{name: getattr(self, name)[:tokens] for name in NAMES})
 
 
 def layers_to_explore(config: ModelConfig) -> list[int]:
@@ -188,7 +186,7 @@ def _forward(params, tokens, places, knobs, *, config):
   chosen = {}
   for index in layers_to_explore(config):
     group, place = divmod(index, size)
-    sown = sown_values(seen["intermediates"], config, group, place, _NAMES)
+    sown = sown_values(seen["intermediates"], config, group, place, NAMES)
     for name, x in sown.items():
       heads = head if name in "vwo" else head // repeats
       x = x[rows, :, heads].astype(jnp.float32)

@@ -11,21 +11,19 @@ from absl import app, flags
 
 from gdn2_jax.analysis import plots_gates
 from gdn2_jax.analysis.gates import collect_gates
-from gdn2_jax.data.text import corpus
+from gdn2_jax.explore.documents import DEFAULT, held_out
 from gdn2_jax.train.checkpoint import load_run
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny_cpu", "Finished run.")
 _OUT = pathlib.Path(__file__).parents[2] / "docs" / "pictures"
-_DOCUMENT, _TOKENS = "library/posixpath.py", 48
+_TOKENS = 48
 
 
 def main(argv: list[str]) -> None:
   """Entry point: writes gates.png and loss.png."""
   del argv
   run = load_run(_WORKDIR.value)
-  _, held_out = corpus.split_documents(corpus.read_corpus("snapshot").documents)
-  (text,) = (d.text for d in held_out if d.name == _DOCUMENT)
-  tokens = run.tokenizer.encode(text)[:_TOKENS]
+  tokens = run.tokenizer.encode(held_out()[DEFAULT])[:_TOKENS]
   records = collect_gates(run.config.model, run.params, np.array([tokens]))
   words = [run.tokenizer.decode([token]) for token in tokens]
   figure = plots_gates.heads_over_tokens(records, words)
