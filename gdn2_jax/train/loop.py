@@ -14,11 +14,7 @@ from gdn2_jax.model.accounting import count_parameters
 from gdn2_jax.model.lm import LM
 from gdn2_jax.sharding import batch_sharding, make_mesh, use_mesh
 from gdn2_jax.train.checkpoint.manager import Checkpointer
-from gdn2_jax.train.checkpoint.meta import (
-  committed_steps,
-  make_meta,
-  read_meta,
-)
+from gdn2_jax.train.checkpoint.meta import committed_steps, make_meta
 from gdn2_jax.train.checkpoint.resume import resume
 from gdn2_jax.train.config import TrainConfig, preflight, validate
 from gdn2_jax.train.device_put import part_to_read, put_batch
@@ -100,13 +96,12 @@ def train(
     meta = make_meta(config, dataset.fingerprint, versions, blueprint.abstract)
     resumed = resume(checkpointer, blueprint.abstract, meta)
     # Written only now: a refused run must not change the workdir.
-    interval = Interval()
     if resumed is None:
-      resumed = first_state(config, model, blueprint, source, say), 0
+      state = first_state(config, model, blueprint, source, say)
+      step, interval = 0, Interval()
     else:
-      saved = read_meta(root / "checkpoints", resumed[1])
-      interval = Interval.of_checkpoint(saved)
-    state, step = resumed
+      state, saved = resumed
+      step, interval = saved["step"], Interval.of_checkpoint(saved)
     del resumed, source  # the state is donated to the first step
     if first:
       writer_lib.write_json(root / "versions.json", versions)

@@ -110,14 +110,14 @@ class Restorer:
     checkpointer.close()
     if found is None:
       return 0, "", lines
-    state, step = found
+    state, saved = found
     optimizer = {
       field.name: getattr(state, field.name)
       for field in dataclasses.fields(state)
       if field.name != "params"
     }
     digests = digest({"params": state.params, "optimizer": optimizer})
-    return step, total(digests), lines
+    return saved["step"], total(digests), lines
 
 
 def restorer(config: TrainConfig, workdir: pathlib.Path) -> Restorer:

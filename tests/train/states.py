@@ -81,9 +81,9 @@ class SmallRun:
     checkpointer.close()
     if found is None:
       return 0
-    state, step = found
-    assert same_bits(state, make_state(step)), "silently wrong"
-    return step
+    state, saved = found
+    assert same_bits(state, make_state(saved["step"])), "silently wrong"
+    return saved["step"]
 
   def file(self, step: int, pattern: str):
     """The largest file of a checkpoint that matches."""

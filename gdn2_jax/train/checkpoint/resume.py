@@ -31,8 +31,8 @@ from gdn2_jax.train.state import TrainState
 
 def resume(
   checkpointer: Checkpointer, abstract: TrainState, meta: dict[str, Any]
-) -> tuple[TrainState, int] | None:
-  """The state to go on from and its step; None to start from the seed.
+) -> tuple[TrainState, dict[str, Any]] | None:
+  """The state to go on from and its meta data; None to start from the seed.
 
   Raises:
     CheckpointError: the run must not start, see above; nothing was moved.
@@ -74,7 +74,7 @@ def resume(
     for line in differences(saved["config"], meta["config"], "--config"):
       say(f"changed since the checkpoint: {line}")
     say(f"resumed from step {step}")
-    return state, step
+    return state, saved
   if damage:
     _refuse_or_set_aside(checkpointer, damage)
   return None
