@@ -45,7 +45,6 @@ from absl import flags
 
 from gdn2_jax import cli
 from gdn2_jax.chat.lines import read_script, read_terminal
-from gdn2_jax.chat.programs import CompilingNote, use_cache
 from gdn2_jax.chat.repl import Repl
 from gdn2_jax.chat.talk import Talk
 from gdn2_jax.inference.command import flags as text_flags
@@ -55,6 +54,7 @@ from gdn2_jax.inference.command.flags import (
   SESSION,
   check_text_flags,
 )
+from gdn2_jax.inference.command.programs import CompilingNote, use_cache
 from gdn2_jax.inference.files.session import load_session
 from gdn2_jax.inference.identity import identify
 from gdn2_jax.kernels import self_check

@@ -46,7 +46,7 @@ import sys
 from absl import flags
 
 from gdn2_jax import cli
-from gdn2_jax.chat.programs import use_cache
+from gdn2_jax.inference.command.programs import use_cache
 from gdn2_jax.kernels import self_check
 from gdn2_jax.serve import flags as serve_flags
 from gdn2_jax.serve.conversation import Sessions

@@ -6,7 +6,7 @@ import time
 import jax
 import pytest
 
-from gdn2_jax.chat.programs import CompilingNote, use_cache
+from gdn2_jax.inference.command.programs import CompilingNote, use_cache
 
 EVENT = "/jax/compilation_cache/"
 

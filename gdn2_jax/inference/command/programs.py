@@ -1,4 +1,4 @@
-"""Compiled programs of a conversation, kept on disk between starts."""
+"""Compiled programs of a command, kept on disk between starts."""
 
 import contextlib
 import os
