@@ -236,35 +236,20 @@ def widen(x: Any, layout: Any = plgpu.Layout.WGMMA) -> Any:
   if target.is_interpreted() or x.dtype != jnp.bfloat16:
     return x.astype(jnp.float32)
 
-  @plgpu.inline_mgpu(
-    arg_types=(layout,),
-    return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout),
-  )
-  def run(ctx, x):
-    del ctx
-    f32 = ir.F32Type.get()
-    registers = np.empty_like(x.registers)
-    for index, narrow in np.ndenumerate(x.registers):
-      (count,) = ir.VectorType(narrow.type).shape
-      pairs = vector.bitcast(
-        ir.VectorType.get((count // 2,), _i32(0).type), narrow
-      )
-      numbers = []
-      for n in range(count // 2):
-        pair = _entry(pairs, n)
-        high = arith.andi(pair, _i32(-(2**16)))
-        numbers += [
-          arith.bitcast(f32, bits)
-          for bits in (arith.shli(pair, _i32(16)), high)
-        ]
-      registers[index] = vector.from_elements(
-        ir.VectorType.get((count,), f32), numbers
-      )
-    return fa.FragmentedArray(
-      _registers=registers, _layout=x.layout, _is_signed=None
+  def convert(narrow, count):
+    f32, numbers = ir.F32Type.get(), []
+    pairs = vector.bitcast(
+      ir.VectorType.get((count // 2,), _i32(0).type), narrow
     )
+    for n in range(count // 2):
+      pair = _entry(pairs, n)
+      high = arith.andi(pair, _i32(-(2**16)))
+      numbers += [
+        arith.bitcast(f32, bits) for bits in (arith.shli(pair, _i32(16)), high)
+      ]
+    return numbers
 
-  return run(x)
+  return _by_register(convert, x, layout)
 
 
 def reciprocal(x: Any, layout: Any = plgpu.Layout.WGMMA) -> Any:
@@ -284,21 +269,30 @@ def exp2_of_minus_abs(x: Any, layout: Any = plgpu.Layout.WGMMA) -> Any:
 def _pointwise(text, x, layout):
   """Assembly of one number, for all numbers of x, float32."""
 
+  def convert(numbers, count):
+    f32 = ir.F32Type.get()
+    return [
+      llvm.inline_asm(f32, [_entry(numbers, n)], text, "=f,f")
+      for n in range(count)
+    ]
+
+  return _by_register(convert, x, layout)
+
+
+def _by_register(convert, x, layout):
+  """Float32 numbers convert(vector, its length) of every vector of x."""
+
   @plgpu.inline_mgpu(
     arg_types=(layout,),
     return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout),
   )
   def run(ctx, x):
     del ctx
-    f32 = ir.F32Type.get()
     registers = np.empty_like(x.registers)
-    for index, numbers in np.ndenumerate(x.registers):
-      (count,) = ir.VectorType(numbers.type).shape
-      results = [
-        llvm.inline_asm(f32, [_entry(numbers, n)], text, "=f,f")
-        for n in range(count)
-      ]
-      registers[index] = vector.from_elements(numbers.type, results)
+    for index, old in np.ndenumerate(x.registers):
+      (count,) = ir.VectorType(old.type).shape
+      wide = ir.VectorType.get((count,), ir.F32Type.get())
+      registers[index] = vector.from_elements(wide, convert(old, count))
     return fa.FragmentedArray(
       _registers=registers, _layout=x.layout, _is_signed=None
     )
