@@ -21,6 +21,8 @@ from gdn2_jax.train.report.writer import read_rows
 from tests.interop.convert import checkpoints
 from tests.train.conftest import make_config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def source(cache_dir, dataset, tmp_path_factory):
@@ -75,7 +77,6 @@ def test_a_run_starts_from_the_parameters(
   assert counts and all(int(count) == 1 for count in counts)
 
 
-@pytest.mark.slow
 def test_a_started_run_resumes_without_its_source(
   source, cache_dir, dataset, tmp_path
 ):
@@ -106,7 +107,6 @@ def test_rounded_parameters_and_another_layout(source, tmp_path, cache_dir):
     np.testing.assert_array_equal(np.asarray(value), rounded[name])
 
 
-@pytest.mark.slow
 def test_changes_of_the_function_are_told(source, cache_dir, dataset, tmp_path):
   config = make_fine(cache_dir, source / "run")
   config.model.gdn2.output_gate = "sigmoid"
@@ -160,7 +160,6 @@ def test_the_finetune_config_takes_model_and_tokenizer(kind, source):
     finetune.get_config()
 
 
-@pytest.mark.slow
 def test_gates_of_a_converted_kda_untie(cache_dir, dataset, tmp_path):
   """At the start b = w = beta of the head; training tells them apart."""
   tensors, config = checkpoints.kda(2, 2, 2)

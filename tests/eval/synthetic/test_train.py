@@ -30,6 +30,8 @@ from gdn2_jax.eval.synthetic.steps import (
 from gdn2_jax.eval.synthetic.tasks import Overwrite, SetAdd
 from gdn2_jax.eval.synthetic.train import Cell, Program, Training
 
+pytestmark = pytest.mark.slow
+
 SMALL = Sizes(model_dim=16, mlp_dim=16, implementation="reference")
 SHORT = Training(steps=8, batch_size=4, warmup=2, scored=16, points=2)
 TASK = Overwrite(hot=2, cold=2, writes=6)
